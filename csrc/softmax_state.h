@@ -1,0 +1,67 @@
+// The algebra of online softmax: the partial state (m, l, O) of one query row and how two of them
+// merge.
+//
+// For scores s_j in units of log2 (that is, already multiplied by scale * log2(e)):
+//   m = max_j s_j    l = sum_j 2^(s_j - m)    O = sum_j 2^(s_j - m) v_j
+// so that out = O / l and the log-sum-exp is (m + log2 l) * ln 2. Merging is associative
+// (LeanAttention, arXiv 2405.10480, section 4.1) and the empty state (-inf, 0, 0) is its identity,
+// which is what lets a row be cut anywhere.
+//
+// m is the maximum over the scores that are not NaN; a NaN score makes l and O NaN instead, so that
+// it reaches the result from whichever piece it was in.
+#pragma once
+
+#include <cmath>
+
+#include "schedule.h"
+
+namespace lean {
+
+// Constants rather than numeric_limits members, which device code may not call without a flag.
+inline constexpr float kMinusInfinity = -__builtin_inff();
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+struct SoftmaxState {
+  float m = kMinusInfinity;
+  float l = 0.0f;
+};
+
+// Factor that brings sums relative to `from` to the maximum `to` >= `from`. An empty state weighs
+// nothing, also where both are empty: -inf - -inf would be NaN.
+LEAN_HOST_DEVICE inline float rescale(float from, float to) {
+  return from == kMinusInfinity ? 0.0f : exp2f(from - to);
+}
+
+// The weights with which two states' outputs add up in the merged one: O = a.O * wa + b.O * wb.
+struct Merged {
+  SoftmaxState state;
+  float weight_a;
+  float weight_b;
+};
+
+LEAN_HOST_DEVICE inline Merged merge(SoftmaxState a, SoftmaxState b) {
+  const float m = fmaxf(a.m, b.m);
+  const float wa = rescale(a.m, m), wb = rescale(b.m, m);
+  // A state with m = -inf adds its l unweighted: it is 0, or NaN where every score so far was NaN.
+  const float la = a.m == kMinusInfinity ? a.l : a.l * wa;
+  const float lb = b.m == kMinusInfinity ? b.l : b.l * wb;
+  return {{m, la + lb}, wa, wb};
+}
+
+// out = O * normaliser(l); a row that saw nothing is zero.
+LEAN_HOST_DEVICE inline float normaliser(float l) {
+  return l == 0.0f ? 0.0f : 1.0f / l;
+}
+
+// Natural log-sum-exp of the row; -inf for a row that saw nothing.
+LEAN_HOST_DEVICE inline float log_sum_exp(SoftmaxState s) {
+  return s.l == 0.0f ? kMinusInfinity : (s.m + log2f(s.l)) * kLn2;
+}
+
+// The state whose normalised output has this natural log-sum-exp.
+LEAN_HOST_DEVICE inline SoftmaxState from_log_sum_exp(float lse) {
+  return {lse * kLog2e, lse == kMinusInfinity ? 0.0f : 1.0f};
+}
+
+}  // namespace lean
