@@ -62,12 +62,10 @@ struct SequenceLength {
 LEAN_HOST_DEVICE constexpr TokenSpan visible_tokens(const Visibility& v, SequenceLength length,
                                                     int64_t first_query, int64_t last_query) {
   const int64_t offset = length.tokens - v.q_len;
-  const int64_t begin = v.window_left < 0
-                            ? length.leftpad
-                            : greater(length.leftpad, offset + first_query - v.window_left);
-  const int64_t end = v.window_right < 0
-                          ? length.tokens
-                          : lesser(length.tokens, offset + last_query + v.window_right + 1);
+  const int64_t begin =
+      v.window_left < 0 ? length.leftpad : greater(length.leftpad, offset + first_query - v.window_left);
+  const int64_t end =
+      v.window_right < 0 ? length.tokens : lesser(length.tokens, offset + last_query + v.window_right + 1);
   return {begin, greater(begin, end)};
 }
 
@@ -120,9 +118,7 @@ struct Grid {
   int64_t num_ctas;
   int64_t total_tiles;
 
-  LEAN_HOST_DEVICE constexpr LeanRange range(int64_t cta) const {
-    return {start(cta), start(cta + 1)};
-  }
+  LEAN_HOST_DEVICE constexpr LeanRange range(int64_t cta) const { return {start(cta), start(cta + 1)}; }
   LEAN_HOST_DEVICE constexpr int64_t cta_of(int64_t tile) const {
     const int64_t share = total_tiles / num_ctas, longer = total_tiles % num_ctas;
     const int64_t in_longer = longer * (share + 1);
@@ -138,8 +134,7 @@ struct Grid {
 
 // How many of `max_ctas` CTAs to use: a CTA that cannot get `min_tiles` LeanTiles costs more than
 // it saves.
-LEAN_HOST_DEVICE constexpr int64_t useful_ctas(int64_t total_tiles, int64_t max_ctas,
-                                               int64_t min_tiles) {
+LEAN_HOST_DEVICE constexpr int64_t useful_ctas(int64_t total_tiles, int64_t max_ctas, int64_t min_tiles) {
   return greater(1, lesser(max_ctas, total_tiles / min_tiles));
 }
 
@@ -167,9 +162,8 @@ struct Segment {
 class SegmentWalk {
  public:
   template <class LengthOf>
-  LEAN_HOST_DEVICE constexpr SegmentWalk(const Geometry& geometry, LeanRange range,
-                                         int64_t sequence, int64_t sequence_begin,
-                                         const LengthOf& length_of)
+  LEAN_HOST_DEVICE constexpr SegmentWalk(const Geometry& geometry, LeanRange range, int64_t sequence,
+                                         int64_t sequence_begin, const LengthOf& length_of)
       : geometry_(geometry), next_(range.begin), end_(range.end), sequence_(sequence) {
     if (next_ >= end_) return;
     length_ = length_of(sequence_);
@@ -177,8 +171,7 @@ class SegmentWalk {
     const int64_t head_tiles = geometry_.head_tiles(length_);
     kv_head_ = in_sequence / head_tiles;
     output_begin_ = sequence_begin + kv_head_ * head_tiles;
-    while (next_ >=
-           output_begin_ + geometry_.block_tiles(geometry_.block_span(length_, row_block_))) {
+    while (next_ >= output_begin_ + geometry_.block_tiles(geometry_.block_span(length_, row_block_))) {
       output_begin_ += geometry_.block_tiles(geometry_.block_span(length_, row_block_));
       ++row_block_;
     }

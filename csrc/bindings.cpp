@@ -1,0 +1,95 @@
+// Python's view of what is not an op: the schedule and facts about this build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/tile.h"
+#include "schedule.h"
+
+namespace py = pybind11;
+
+namespace lean {
+namespace {
+
+// (cta, sequence, kv_head, row_block, first tile, end tile, first token, end token, host cta, last
+// peer)
+using SegmentRow =
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+// Every CTA's segments, in order. A sequence is found by walking from the start: this is for
+// inspection; kernels use prefix sums.
+std::vector<SegmentRow> segments_of(const Geometry& geometry, const std::vector<SequenceLength>& lengths,
+                                    int64_t num_ctas, int64_t first_cta, int64_t end_cta) {
+  const auto length_of = [&](int64_t b) { return lengths[b]; };
+  std::vector<int64_t> begin{0};
+  for (const SequenceLength& length : lengths)
+    begin.push_back(begin.back() + geometry.sequence_tiles(length));
+  const Grid grid{num_ctas, begin.back()};
+  std::vector<SegmentRow> rows;
+  for (int64_t cta = first_cta, sequence = 0; cta < end_cta; ++cta) {
+    const LeanRange range = grid.range(cta);
+    if (range.begin == range.end) continue;
+    while (begin[sequence + 1] <= range.begin) ++sequence;
+    SegmentWalk walk(geometry, range, sequence, begin[sequence], length_of);
+    for (Segment s; walk.next(s, length_of);) {
+      const TokenSpan tokens = s.tokens(geometry.tile_tokens);
+      rows.emplace_back(cta, s.sequence, s.kv_head, s.row_block, s.tiles.begin - s.output_begin,
+                        s.tiles.end - s.output_begin, tokens.begin, tokens.end, grid.cta_of(s.output_begin),
+                        grid.cta_of(s.output_end - 1));
+    }
+  }
+  return rows;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+}  // namespace
+}  // namespace lean
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "lean_attention's compiled core";
+
+  py::class_<lean::Geometry>(m, "Geometry")
+      .def(py::init([](int64_t num_kv_heads, int64_t group, int64_t rows_per_block, int64_t tile_tokens,
+                       int64_t q_len, int64_t window_left, int64_t window_right) {
+             return lean::Geometry{
+                 num_kv_heads, group, rows_per_block, tile_tokens, {q_len, window_left, window_right}};
+           }),
+           py::kw_only(), py::arg("num_kv_heads"), py::arg("group"), py::arg("rows_per_block"),
+           py::arg("tile_tokens"), py::arg("q_len"), py::arg("window_left"), py::arg("window_right"))
+      .def("sequence_tiles", [](const lean::Geometry& g, int64_t tokens,
+                                int64_t leftpad) { return g.sequence_tiles({tokens, leftpad}); })
+      .def("segments",
+           [](const lean::Geometry& geometry, const std::vector<std::pair<int64_t, int64_t>>& lengths,
+              int64_t num_ctas, int64_t first_cta, int64_t end_cta) {
+             std::vector<lean::SequenceLength> list;
+             for (const auto& [tokens, leftpad] : lengths) list.push_back({tokens, leftpad});
+             return lean::segments_of(geometry, list, num_ctas, first_cta, end_cta);
+           });
+  m.def("lean_range", [](int64_t cta, int64_t num_ctas, int64_t total_tiles) {
+    const lean::LeanRange range = lean::Grid{num_ctas, total_tiles}.range(cta);
+    return std::pair{range.begin, range.end};
+  });
+  m.def("cta_of", [](int64_t tile, int64_t num_ctas, int64_t total_tiles) {
+    return lean::Grid{num_ctas, total_tiles}.cta_of(tile);
+  });
+  m.def("lean_tile_tokens", &lean::lean_tile_tokens);
+  m.def("instruction_sets", &lean::cpu::runnable_instruction_sets);
+  m.def("chosen_instruction_set", [](const std::string& dtype) {
+    const auto type = dtype == "float32"   ? lean::DType::float32
+                      : dtype == "float16" ? lean::DType::float16
+                                           : lean::DType::bfloat16;
+    return std::string(lean::cpu::tile_routine(type).instruction_set);
+  });
+  m.def("compiler", &lean::compiler);
+}

@@ -1,0 +1,300 @@
+// LeanAttention on a CPU: logical threads take lean ranges of the stream-K schedule, publish at
+// most one partial state each, and host blocks merge them and write the outputs, all in one
+// parallel region (arXiv 2405.10480, section 4).
+#include "cpu/decode.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+
+namespace lean::cpu {
+namespace {
+
+// KV bytes below which another thread costs more than it brings.
+constexpr int64_t kMinBytesPerCta = 64 * 1024;
+
+constexpr int64_t kCacheLineFloats = 16;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return ceil_div(n, multiple) * multiple;
+}
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::float32 ? 4 : 2;
+}
+
+// Memory that a calling thread keeps from call to call, so that decoding allocates nothing once
+// warm.
+class ScratchMemory {
+ public:
+  float* reserve(size_t floats) {
+    if (floats > size_) {
+      memory_.reset();
+      memory_.reset(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment)));
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  size_t size_ = 0;
+};
+
+// A CTA's place in the workspace: O of every row, then m and l of every row.
+struct Partial {
+  float* output;
+  float* m;
+  float* l;
+};
+
+class Decode {
+ public:
+  explicit Decode(const DecodeParams& params)
+      : p_(params),
+        routine_(tile_routine(params.dtype)),
+        padded_head_dim_(round_up(params.head_dim, routine_.chunk_columns)),
+        padded_head_dim_v_(round_up(params.head_dim_v, routine_.chunk_columns)) {
+    geometry_.num_kv_heads = p_.num_kv_heads;
+    geometry_.group = p_.group();
+    geometry_.visibility = p_.visibility;
+    geometry_.rows_per_block = std::min<int64_t>(kMaxRows, geometry_.rows());
+    geometry_.tile_tokens = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v));
+    lay_out_sequences();
+  }
+
+  void run() {
+    const int64_t threads = std::min(num_threads(), grid_.num_ctas);
+    static thread_local ScratchMemory memory;
+    const int64_t partials = grid_.num_ctas * partial_floats();
+    workspace_ = memory.reserve(partials + threads * thread_floats());
+    published_ = std::make_unique<std::atomic<uint32_t>[]>(grid_.num_ctas);
+    parallel_for(threads, [&](int64_t thread) { work(workspace_ + partials + thread * thread_floats()); });
+  }
+
+ private:
+  // Checks the lengths and computes where each sequence's LeanTiles begin.
+  void lay_out_sequences() {
+    sequence_begin_.resize(p_.batch + 1);
+    int64_t tiles = 0;
+    for (int64_t b = 0; b < p_.batch; ++b) {
+      const int64_t length = length_of(b).tokens;
+      if (length < 0 || length > p_.max_len) {
+        std::ostringstream message;
+        message << "decode: seq_lens[" << b << "] is " << length << "; it must be from 0 to " << p_.max_len
+                << ", the tokens that the cache holds";
+        throw std::invalid_argument(message.str());
+      }
+      sequence_begin_[b] = tiles;
+      tiles += geometry_.sequence_tiles(length_of(b));
+    }
+    sequence_begin_[p_.batch] = tiles;
+    const int64_t tile_bytes = geometry_.tile_tokens * (p_.head_dim + p_.head_dim_v) * element_size(p_.dtype);
+    const int64_t min_tiles = ceil_div(kMinBytesPerCta, tile_bytes);
+    grid_ = {p_.num_ctas > 0 ? p_.num_ctas : useful_ctas(tiles, num_threads(), min_tiles), tiles};
+  }
+
+  SequenceLength length_of(int64_t sequence) const {
+    return {p_.seq_lens ? p_.seq_lens[sequence * p_.seq_lens_stride] : p_.max_len, 0};
+  }
+
+  int64_t partial_floats() const {
+    return round_up(geometry_.rows_per_block * (padded_head_dim_v_ + 2), kCacheLineFloats);
+  }
+  Partial partial(int64_t cta) const {
+    float* output = workspace_ + cta * partial_floats();
+    float* m = output + geometry_.rows_per_block * padded_head_dim_v_;
+    return {output, m, m + geometry_.rows_per_block};
+  }
+
+  int64_t thread_floats() const {
+    const int64_t stats = round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
+    return geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) + 2 * stats +
+           kRunTokens * kMaxStripRows;
+  }
+  TileState tile_state(float* memory) const {
+    const int64_t stats = round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
+    TileState t{};
+    t.head_dim = static_cast<int>(p_.head_dim);
+    t.head_dim_v = static_cast<int>(p_.head_dim_v);
+    t.scale = p_.scale * kLog2e;
+    t.output_stride = padded_head_dim_v_;
+    t.q = memory;
+    t.output = memory + geometry_.rows_per_block * padded_head_dim_;
+    t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
+    t.m = t.scores + kRunTokens * kMaxStripRows;
+    t.l = t.m + stats;
+    // Routines read the padding rows' m and l, without using what comes of it.
+    std::fill_n(t.m, 2 * stats, 0.0f);
+    return t;
+  }
+
+  // What one thread does: lean ranges, until none is left. Ranges are handed out from the last to
+  // the first. So a host block only ever waits for ranges that threads had taken before its own,
+  // and since those publish before they wait for anything, every wait ends, on however few threads.
+  void work(float* memory) {
+    TileState t = tile_state(memory);
+    for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
+      process_range(t, grid_.num_ctas - 1 - ticket);
+    }
+  }
+
+  void process_range(TileState& t, int64_t cta) {
+    const LeanRange range = grid_.range(cta);
+    if (range.begin == range.end) return;
+    const int64_t sequence = std::upper_bound(sequence_begin_.begin(), sequence_begin_.end(), range.begin) -
+                             sequence_begin_.begin() - 1;
+    const auto length = [&](int64_t b) { return length_of(b); };
+    SegmentWalk walk(geometry_, range, sequence, sequence_begin_[sequence], length);
+    for (Segment segment; walk.next(segment, length);) {
+      begin_output_tile(t, segment);
+      attend(t, segment);
+      if (!segment.is_host()) {
+        publish(t, cta);
+      } else {
+        if (segment.has_peers()) merge_peers(t, cta, grid_.cta_of(segment.output_end - 1));
+        write(t, segment);
+      }
+    }
+  }
+
+  // Row `row` of an output tile is query token row / group of query head row % group.
+  struct QueryRow {
+    int64_t token;
+    int64_t head;
+  };
+  QueryRow query_row(const Segment& segment, int64_t row) const {
+    const int64_t packed = segment.row_block * geometry_.rows_per_block + row;
+    return {packed / geometry_.group, segment.kv_head * geometry_.group + packed % geometry_.group};
+  }
+
+  void begin_output_tile(TileState& t, const Segment& segment) const {
+    t.rows = static_cast<int>(geometry_.block_rows(segment.row_block));
+    std::fill_n(t.m, t.rows, kMinusInfinity);
+    std::fill_n(t.l, t.rows, 0.0f);
+    std::fill_n(t.output, t.rows * t.output_stride, 0.0f);
+    for (int row = 0; row < t.rows; ++row) {
+      const QueryRow query = query_row(segment, row);
+      routine_.pack_query(t, row,
+                          element(p_.q, segment.sequence * p_.q_batch_stride +
+                                            query.token * p_.q_token_stride + query.head * p_.q_head_stride));
+    }
+  }
+
+  void attend(TileState& t, const Segment& segment) const {
+    const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
+    if (tokens.begin >= tokens.end) return;
+    const SequenceLength length = length_of(segment.sequence);
+    const int64_t first_query = query_row(segment, 0).token,
+                  last_query = query_row(segment, t.rows - 1).token;
+    // Tokens that all rows see; runs inside need no mask.
+    const TokenSpan common = {visible_tokens(p_.visibility, length, last_query, last_query).begin,
+                              visible_tokens(p_.visibility, length, first_query, first_query).end};
+    Run runs[2];
+    fill_run(runs[0], segment, tokens.begin, tokens.end);
+    RowSpan spans[kMaxRows];
+    int current = 0;
+    for (int64_t begin = tokens.begin; begin < tokens.end; begin += kRunTokens, current ^= 1) {
+      const int64_t end = std::min(begin + kRunTokens, tokens.end);
+      const bool last = end == tokens.end;
+      if (!last) fill_run(runs[current ^ 1], segment, end, tokens.end);
+      const bool masked = begin < common.begin || end > common.end;
+      if (masked) fill_spans(spans, t.rows, segment, length, begin);
+      routine_.attend(t, runs[current], masked ? spans : nullptr, last ? nullptr : &runs[current ^ 1]);
+    }
+  }
+
+  void fill_run(Run& run, const Segment& segment, int64_t begin, int64_t end) const {
+    run.tokens = static_cast<int>(std::min<int64_t>(kRunTokens, end - begin));
+    const int64_t k = segment.sequence * p_.k_batch_stride + segment.kv_head * p_.k_head_stride;
+    const int64_t v = segment.sequence * p_.v_batch_stride + segment.kv_head * p_.v_head_stride;
+    for (int i = 0; i < kRunTokens; ++i) {
+      const int64_t token = begin + std::min(i, run.tokens - 1);
+      run.k_rows[i] = element(p_.k_cache, k + token * p_.k_token_stride);
+      run.v_rows[i] = element(p_.v_cache, v + token * p_.v_token_stride);
+    }
+  }
+
+  void fill_spans(RowSpan* spans, int rows, const Segment& segment, SequenceLength length,
+                  int64_t begin) const {
+    for (int row = 0; row < rows; ++row) {
+      const int64_t query = query_row(segment, row).token;
+      const TokenSpan seen = visible_tokens(p_.visibility, length, query, query);
+      spans[row] = {static_cast<float>(std::clamp<int64_t>(seen.begin - begin, 0, kRunTokens)),
+                    static_cast<float>(std::clamp<int64_t>(seen.end - begin, 0, kRunTokens))};
+    }
+  }
+
+  void publish(const TileState& t, int64_t cta) {
+    const Partial slot = partial(cta);
+    std::copy_n(t.output, t.rows * t.output_stride, slot.output);
+    std::copy_n(t.m, t.rows, slot.m);
+    std::copy_n(t.l, t.rows, slot.l);
+    published_[cta].store(1, std::memory_order_release);
+    published_[cta].notify_all();
+  }
+
+  // In ascending order of the peers' ranges, so that results do not depend on who was faster.
+  void merge_peers(TileState& t, int64_t host, int64_t last_peer) {
+    for (int64_t peer = host + 1; peer <= last_peer; ++peer) {
+      published_[peer].wait(0, std::memory_order_acquire);  // sleeps if it takes long
+      const Partial slot = partial(peer);
+      for (int row = 0; row < t.rows; ++row) {
+        const Merged merged = merge({t.m[row], t.l[row]}, {slot.m[row], slot.l[row]});
+        t.m[row] = merged.state.m;
+        t.l[row] = merged.state.l;
+        float* to = t.output + row * t.output_stride;
+        const float* from = slot.output + row * t.output_stride;
+        for (int64_t i = 0; i < t.output_stride; ++i) {
+          to[i] = to[i] * merged.weight_a + from[i] * merged.weight_b;
+        }
+      }
+    }
+  }
+
+  void write(const TileState& t, const Segment& segment) const {
+    for (int row = 0; row < t.rows; ++row) {
+      const QueryRow query = query_row(segment, row);
+      const int64_t out_row =
+          (segment.sequence * p_.visibility.q_len + query.token) * p_.num_heads + query.head;
+      routine_.write_output(t, row, element(p_.out, out_row * p_.head_dim_v));
+      p_.lse[(segment.sequence * p_.num_heads + query.head) * p_.visibility.q_len + query.token] =
+          log_sum_exp({t.m[row], t.l[row]});
+    }
+  }
+
+  template <class Pointer>
+  Pointer element(Pointer base, int64_t index) const {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    return static_cast<Byte*>(base) + index * element_size(p_.dtype);
+  }
+
+  const DecodeParams& p_;
+  const TileRoutine& routine_;
+  const int64_t padded_head_dim_;
+  const int64_t padded_head_dim_v_;
+  Geometry geometry_;
+  Grid grid_;
+  std::vector<int64_t> sequence_begin_;
+  float* workspace_ = nullptr;
+  std::unique_ptr<std::atomic<uint32_t>[]> published_;
+  std::atomic<int64_t> next_ticket_{0};
+};
+
+}  // namespace
+
+void decode(const DecodeParams& params) {
+  Decode(params).run();
+}
+
+}  // namespace lean::cpu

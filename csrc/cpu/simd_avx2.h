@@ -1,0 +1,108 @@
+// AVX2 with FMA and F16C: vectors of 8 floats for tile_impl.h. See simd_avx512.h for the meaning of
+// the operations.
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  static constexpr int kStripRows = 4;  // 8 accumulators of 16 registers
+  using F = __m256;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F where_between(F i, F begin, F end, F x, F other) {
+    return _mm256_blendv_ps(
+        other, x, _mm256_and_ps(_mm256_cmp_ps(i, begin, _CMP_GE_OQ), _mm256_cmp_ps(i, end, _CMP_LT_OQ)));
+  }
+  static F zero_where_minus_infinity(F x) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(kMinusInfinity), _CMP_EQ_OQ), x);
+  }
+  static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F scale_by_power(F x, F n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+
+  template <int period>
+  static F replicate(const float* p) {
+    if constexpr (period == 1) return _mm256_broadcast_ss(p);
+    if constexpr (period == 2)
+      return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+    if constexpr (period == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  }
+
+  template <int period, F (*op)(F, F)>
+  static F fold(F x) {
+    if constexpr (period <= 4) x = op(x, _mm256_permute2f128_ps(x, x, 0x01));
+    if constexpr (period <= 2) x = op(x, _mm256_permute_ps(x, 0x4E));
+    if constexpr (period <= 1) x = op(x, _mm256_permute_ps(x, 0xB1));
+    return x;
+  }
+
+  static F sum_each(const F (&x)[8]) {
+    const F low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const F high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
+
+  static void load_pair(const float* p, F& a, F& b) {
+    a = load(p);
+    b = load(p + 8);
+  }
+  // With chunks of 16 columns a tail is always 8.
+  static void load_pair_tail(const float* p, int, F& a, F& b) {
+    a = load(p);
+    b = zero();
+  }
+  static void store_pair_tail(float* p, int columns, F a, F b) {
+    store(p, a);
+    if (columns == 16) store(p + 8, b);
+  }
+
+  template <class T>
+  static void load_pair(const T* p, F& a, F& b) {
+    split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{}, a, b);
+  }
+  template <class T>
+  static void load_pair_tail(const T* p, int, F& a, F& b) {
+    split(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), T{}, a, b);
+  }
+  template <class T>
+  static void store_pair_tail(T* p, int columns, F a, F b) {
+    const __m256i x = join(a, b, T{});
+    if (columns == 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+    } else {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(x));
+    }
+  }
+
+ private:
+  static void split(__m256i x, Half, F& a, F& b) {
+    a = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
+    b = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+  }
+  static void split(__m256i x, BFloat16, F& even, F& odd) {
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static __m256i join(F a, F b, Half) {
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                            _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static __m256i join(F even, F odd, BFloat16) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(round_to_bf16(even), 16), round_to_bf16(odd), 0xaa);
+  }
+  static __m256i round_to_bf16(F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
+                              _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  }
+};

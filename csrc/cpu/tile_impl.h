@@ -1,0 +1,299 @@
+// The tile routine, once for all instruction sets: scores, online softmax and weighted sum of a
+// strip of query rows over a run of tokens. Included by one source file per instruction set, inside
+// its namespace and after a `Simd` with the vector operations, so that no two of them share a
+// symbol.
+//
+// Scores of a strip are kept token-major: lane i of a vector is row i % period of token i / period,
+// where the period is the strip's row count rounded up to a power of two. So the sums of a block of
+// dot products (one vector register each) reduce to exactly one vector, softmax works on whole
+// vectors, and the weights of a token are adjacent for the weighted sum.
+
+// How rows of dtype T are multiplied: converted to fp32, in chunks of two vectors.
+template <class T>
+struct Fp32Format {
+  using F = Simd::F;
+  using Query = float;
+  using Weight = float;
+  static constexpr int kColumns = 2 * Simd::kLanes;
+  static constexpr int kTokensPerStep = 1;
+
+  struct Chunk {
+    F a, b;
+  };
+
+  static Chunk load(const T* row) {
+    Chunk x;
+    Simd::load_pair(row, x.a, x.b);
+    return x;
+  }
+  static Chunk load_tail(const T* row, int columns) {
+    Chunk x;
+    Simd::load_pair_tail(row, columns, x.a, x.b);
+    return x;
+  }
+  static Chunk load_query(const Query* q) { return {Simd::load(q), Simd::load(q + Simd::kLanes)}; }
+  static void store_query(Query* q, Chunk x) {
+    Simd::store(q, x.a);
+    Simd::store(q + Simd::kLanes, x.b);
+  }
+  static F dot(F sum, Chunk k, Chunk q) { return Simd::fma(k.b, q.b, Simd::fma(k.a, q.a, sum)); }
+
+  // The chunk of V that one step of the weighted sum takes.
+  template <class Load>
+  static Chunk load_step(const void* const* rows, const Load& load) {
+    return load(static_cast<const T*>(rows[0]));
+  }
+  static void accumulate(F& a, F& b, const Weight* weight, Chunk v) {
+    const F w = Simd::set1(*weight);
+    a = Simd::fma(w, v.a, a);
+    b = Simd::fma(w, v.b, b);
+  }
+  template <int period>
+  static const Weight* pack_weights(float* scores, int) {
+    return scores;
+  }
+  static void store_output(T* out, int columns, F a, F b) { Simd::store_pair_tail(out, columns, a, b); }
+};
+
+// 2^x for x <= 0 to 1.7e-7 relative: 1 + x times a polynomial of degree 4 on [-1/2, 1/2], minimax 9.2e-8,
+// and its rounding. Exact for whole x, because rescaling by 2^0 once per run must not drift. Zero below
+// 2^-126, NaN for NaN.
+inline Simd::F exp2(Simd::F x) {
+  using S = Simd;
+  x = S::max(S::set1(-127.0f), x);
+  const S::F n = S::round(x);
+  const S::F f = S::sub(x, n);
+  S::F p = S::set1(1.32647272e-3f);
+  p = S::fma(p, f, S::set1(9.67151269e-3f));
+  p = S::fma(p, f, S::set1(5.55073374e-2f));
+  p = S::fma(p, f, S::set1(2.40222421e-1f));
+  p = S::fma(p, f, S::set1(6.93146978e-1f));
+  p = S::fma(p, f, S::set1(1.0f));
+  return S::scale_by_power(p, n);
+}
+
+constexpr int power_of_two_from(int n) {
+  return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;
+}
+
+template <class T, class Format, int rows>
+struct Strip {
+  using S = Simd;
+  using F = S::F;
+  static constexpr int kPeriod = power_of_two_from(rows);
+  static constexpr int kBlockTokens = S::kLanes / kPeriod;  // tokens of one score vector
+  // Vectors are handled in even number, which is what Formats that pair tokens need.
+  static constexpr int kRoundTokens = 2 * kBlockTokens;
+  static_assert(kRunTokens % kRoundTokens == 0);
+
+  // Scores of one vector's tokens: dot products in one accumulator per (token, row), then one
+  // reduction.
+  static F block_scores(const TileState& t, int first_row, const void* const* k_rows) {
+    constexpr int kColumns = Format::kColumns;
+    F sums[S::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kLanes; ++i) sums[i] = S::zero();
+    const int whole = t.head_dim / kColumns * kColumns;
+    const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(t.head_dim);
+    // A few tokens at a time, so that K chunks fit the registers beside the accumulators.
+    constexpr int kTokens = kBlockTokens < 4 ? kBlockTokens : 4;
+#pragma GCC unroll 16
+    for (int first = 0; first < kBlockTokens; first += kTokens) {
+      auto add_chunk = [&](int column, auto load) __attribute__((always_inline)) {
+        typename Format::Chunk k[kTokens];
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i) {
+          k[i] = load(static_cast<const T*>(k_rows[first + i]) + column);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const auto chunk = Format::load_query(q + r * padded(t.head_dim) + column);
+#pragma GCC unroll 16
+          for (int i = 0; i < kTokens; ++i) {
+            F& sum = sums[(first + i) * kPeriod + r];
+            sum = Format::dot(sum, k[i], chunk);
+          }
+        }
+      };
+      for (int column = 0; column < whole; column += kColumns) {
+        add_chunk(column, [](const T* row) { return Format::load(row); });
+      }
+      if (whole < t.head_dim) {
+        add_chunk(whole, [&](const T* row) { return Format::load_tail(row, t.head_dim - whole); });
+      }
+    }
+    return S::sum_each(sums);
+  }
+
+  // Fills t.scores for `tokens` (rounded up) tokens and returns the maximum per row in its lanes.
+  static F scores(const TileState& t, int first_row, const Run& run, int tokens, const RowSpan* spans) {
+    const F scale = S::set1(t.scale);
+    F begin = S::zero(), end = S::set1(static_cast<float>(run.tokens)), index = S::zero();
+    if (spans != nullptr || tokens != run.tokens) {
+      float lanes[3][S::kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < S::kLanes; ++i) {
+        const int r = i % kPeriod < rows ? i % kPeriod : rows - 1;
+        lanes[0][i] = spans ? spans[first_row + r].begin : 0.0f;
+        lanes[1][i] = spans ? spans[first_row + r].end : static_cast<float>(run.tokens);
+        lanes[2][i] = static_cast<float>(i / kPeriod);
+      }
+      begin = S::load(lanes[0]);
+      end = S::load(lanes[1]);
+      index = S::load(lanes[2]);
+    }
+    const bool masked = spans != nullptr || tokens != run.tokens;
+    F m = S::set1(kMinusInfinity);
+    for (int token = 0; token < tokens; token += kBlockTokens) {
+      F s = S::mul(block_scores(t, first_row, run.k_rows + token), scale);
+      if (masked) {
+        s = S::where_between(index, begin, end, s, S::set1(kMinusInfinity));
+        index = S::add(index, S::set1(static_cast<float>(kBlockTokens)));
+      }
+      S::store(t.scores + token * kPeriod, s);
+      m = S::max(s, m);  // m where s is NaN
+    }
+    return m;
+  }
+
+  // Columns [column, column + chunks * kColumns) of the weighted sum of V, added to the rescaled
+  // output.
+  template <int chunks>
+  static void add_values(const TileState& t, int first_row, const Run& run, int tokens,
+                         const typename Format::Weight* weights, const float* correction, int column,
+                         bool tail) {
+    F sums[chunks][rows][2];
+    for (auto& chunk : sums) {
+      for (auto& row : chunk) row[0] = row[1] = S::zero();
+    }
+    auto step = [&](const void* const* v_rows, const typename Format::Weight* weight, auto load)
+                    __attribute__((always_inline)) {
+#pragma GCC unroll 16
+                      for (int c = 0; c < chunks; ++c) {
+                        const auto v = Format::load_step(
+                            v_rows, [&](const T* row) { return load(row + column + c * Format::kColumns); });
+#pragma GCC unroll 16
+                        for (int r = 0; r < rows; ++r) {
+                          Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, v);
+                        }
+                      }
+                    };
+    for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
+      const auto* weight = weights + token / Format::kTokensPerStep * kPeriod;
+      if (tail) {
+        const int columns = t.head_dim_v - column;
+        step(run.v_rows + token, weight, [&](const T* row) { return Format::load_tail(row, columns); });
+      } else {
+        step(run.v_rows + token, weight, [](const T* row) { return Format::load(row); });
+      }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < chunks; ++c) {
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        float* out = t.output + (first_row + r) * t.output_stride + column + c * Format::kColumns;
+        const F factor = S::set1(correction[r]);
+        S::store(out, S::fma(S::load(out), factor, sums[c][r][0]));
+        S::store(out + S::kLanes, S::fma(S::load(out + S::kLanes), factor, sums[c][r][1]));
+      }
+    }
+  }
+
+  static void attend(const TileState& t, int first_row, const Run& run, const RowSpan* spans) {
+    const int tokens = (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
+
+    const F m_old = S::replicate<kPeriod>(t.m + first_row);
+    const F m_run = scores(t, first_row, run, tokens, spans);
+    const F m_new = S::max(m_old, S::fold<kPeriod, S::max>(m_run));
+    // Rows that have seen nothing but -inf subtract 0, so that their weights are 0 and not NaN.
+    const F m_safe = S::zero_where_minus_infinity(m_new);
+    const F correction = exp2(S::sub(m_old, m_safe));
+
+    // Weights and their sum, fresh for each run: sums of sums keep fp32 accuracy over long
+    // contexts.
+    F l_run = S::zero();
+    for (int i = 0; i < tokens * kPeriod; i += S::kLanes) {
+      const F p = exp2(S::sub(S::load(t.scores + i), m_safe));
+      S::store(t.scores + i, p);
+      l_run = S::add(l_run, p);
+    }
+    l_run = S::fold<kPeriod, S::add>(l_run);
+    const F l_new = S::fma(S::replicate<kPeriod>(t.l + first_row), correction, l_run);
+
+    float correction_of[S::kLanes], m_of[S::kLanes], l_of[S::kLanes];
+    S::store(correction_of, correction);
+    S::store(m_of, m_new);
+    S::store(l_of, l_new);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      t.m[first_row + r] = m_of[r];
+      t.l[first_row + r] = l_of[r];
+    }
+
+    // Few rows leave registers for more columns at once, which hides the latency of the additions.
+    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
+    const auto* weights = Format::template pack_weights<kPeriod>(t.scores, tokens);
+    const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
+    int column = 0;
+    for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
+      add_values<kChunks>(t, first_row, run, tokens, weights, correction_of, column, false);
+    }
+    for (; column < t.head_dim_v; column += Format::kColumns) {
+      add_values<1>(t, first_row, run, tokens, weights, correction_of, column, column == whole);
+    }
+  }
+
+  static int64_t padded(int64_t columns) {
+    return (columns + Format::kColumns - 1) / Format::kColumns * Format::kColumns;
+  }
+};
+
+template <class T, class Format = Fp32Format<T>>
+struct Tile {
+  using S = Simd;
+  static int64_t padded(int64_t columns) { return Strip<T, Format, 1>::padded(columns); }
+
+  static void pack_query(const TileState& t, int row, const void* q) {
+    auto* packed = static_cast<typename Format::Query*>(t.q) + row * padded(t.head_dim);
+    const auto* from = static_cast<const T*>(q);
+    for (int column = 0; column < t.head_dim; column += Format::kColumns) {
+      const int columns = t.head_dim - column;
+      Format::store_query(packed + column, columns < Format::kColumns
+                                               ? Format::load_tail(from + column, columns)
+                                               : Format::load(from + column));
+    }
+  }
+
+  template <int rows>
+  static void attend_strip(const TileState& t, int first_row, int strip_rows, const Run& run,
+                           const RowSpan* spans) {
+    if (strip_rows == rows) return Strip<T, Format, rows>::attend(t, first_row, run, spans);
+    if constexpr (rows > 1) attend_strip<rows - 1>(t, first_row, strip_rows, run, spans);
+  }
+
+  static void attend(const TileState& t, const Run& run, const RowSpan* spans, const Run* next) {
+    (void)next;
+    const int strips = (t.rows + S::kStripRows - 1) / S::kStripRows;
+    for (int strip = 0, row = 0; strip < strips; ++strip) {
+      const int rows = (t.rows - row + strips - strip - 1) / (strips - strip);
+      attend_strip<S::kStripRows>(t, row, rows, run, spans);
+      row += rows;
+    }
+  }
+
+  static void write_output(const TileState& t, int row, void* out) {
+    const S::F factor = S::set1(normaliser(t.l[row]));
+    const float* from = t.output + row * t.output_stride;
+    auto* to = static_cast<T*>(out);
+    for (int column = 0; column < t.head_dim_v; column += Format::kColumns) {
+      const int columns = t.head_dim_v - column;
+      Format::store_output(to + column, columns < Format::kColumns ? columns : Format::kColumns,
+                           S::mul(S::load(from + column), factor),
+                           S::mul(S::load(from + column + S::kLanes), factor));
+    }
+  }
+
+  static constexpr TileRoutine routine(const char* instruction_set) {
+    return {instruction_set, Format::kColumns, pack_query, attend, write_output};
+  }
+};

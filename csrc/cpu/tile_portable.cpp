@@ -1,0 +1,11 @@
+// Tile routines for any target.
+#include "cpu/tile_sets.h"
+
+namespace lean::cpu::portable {
+#include "cpu/simd_portable.h"
+#include "cpu/tile_impl.h"
+
+const TileRoutine float32 = Tile<float>::routine("portable");
+const TileRoutine float16 = Tile<Half>::routine("portable");
+const TileRoutine bfloat16 = Tile<BFloat16>::routine("portable");
+}  // namespace lean::cpu::portable

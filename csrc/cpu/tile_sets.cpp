@@ -1,0 +1,75 @@
+// Chooses a tile routine: the best that this machine can run, or the one that is asked for.
+#include "cpu/tile_sets.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace lean::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*runnable)();
+  // By DType; null where a better one has nothing to add, and the next set is used.
+  const TileRoutine* routines[3];
+};
+
+// Best first.
+const InstructionSet kInstructionSets[] = {
+#if defined(LEAN_X86)
+    {"avx512_bf16",
+     [] {
+       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+     },
+     {nullptr, nullptr, &avx512_bf16::bfloat16}},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+     },
+     {&avx512::float32, &avx512::float16, &avx512::bfloat16}},
+    {"avx2",
+     [] {
+       // Every processor with AVX2 and FMA has F16C.
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     },
+     {&avx2::float32, &avx2::float16, &avx2::bfloat16}},
+#endif
+    {"portable", [] { return true; }, {&portable::float32, &portable::float16, &portable::bfloat16}},
+};
+
+}  // namespace
+
+std::string runnable_instruction_sets() {
+  std::string names;
+  for (const InstructionSet& set : kInstructionSets) {
+    if (set.runnable()) names += (names.empty() ? "" : " ") + std::string(set.name);
+  }
+  return names;
+}
+
+const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
+  bool allowed = at_most.empty();
+  for (const InstructionSet& set : kInstructionSets) {
+    if (at_most == set.name) {
+      if (!set.runnable()) {
+        throw std::runtime_error("LEAN_ATTENTION_CPU: this machine cannot run " + at_most +
+                                 " (it can run: " + runnable_instruction_sets() + ")");
+      }
+      allowed = true;
+    }
+    const TileRoutine* routine = set.routines[static_cast<int>(dtype)];
+    if (allowed && routine != nullptr && set.runnable()) return *routine;
+  }
+  throw std::runtime_error("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
+                           " (this machine can run: " + runnable_instruction_sets() + ")");
+}
+
+const TileRoutine& tile_routine(DType dtype) {
+  const char* forced = std::getenv("LEAN_ATTENTION_CPU");
+  return tile_routine(dtype, forced == nullptr ? "" : forced);
+}
+
+}  // namespace lean::cpu

@@ -1,0 +1,52 @@
+// What the tile routines' source files share: the element types, the target pragmas, and the list
+// of routines. Standard headers come first, so that none is compiled for more than the baseline.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/tile.h"
+
+#if defined(__x86_64__)
+#define LEAN_X86
+#endif
+
+// Compiles the rest of a source file for a target of its own; whether it runs is decided at run
+// time. GCC instantiates templates at the end of the file, so the target must still hold there and
+// is not popped.
+#define LEAN_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define LEAN_TARGET_BEGIN(features) \
+  LEAN_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LEAN_TARGET_END LEAN_PRAGMA(clang attribute pop)
+#else
+#define LEAN_TARGET_BEGIN(features) LEAN_PRAGMA(GCC target(features))
+#define LEAN_TARGET_END
+#endif
+
+namespace lean::cpu {
+
+// 16-bit storage; all arithmetic is in fp32.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#if defined(LEAN_X86)
+namespace avx512_bf16 {
+extern const TileRoutine bfloat16;
+}
+namespace avx512 {
+extern const TileRoutine float32, float16, bfloat16;
+}
+namespace avx2 {
+extern const TileRoutine float32, float16, bfloat16;
+}
+#endif
+namespace portable {
+extern const TileRoutine float32, float16, bfloat16;
+}
+
+}  // namespace lean::cpu

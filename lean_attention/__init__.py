@@ -1,0 +1,8 @@
+"""LeanAttention: exact stream-K attention for the decode phase of language models."""
+
+from lean_attention import reference
+from lean_attention._version import __version__
+from lean_attention.ops import decode, merge_states
+from lean_attention.schedule import Schedule, Segment
+
+__all__ = ["Schedule", "Segment", "__version__", "decode", "merge_states", "reference"]

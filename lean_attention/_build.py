@@ -1,0 +1,77 @@
+"""How the compiled core is built: read by setup.py (ahead of time) and by the package (just in time)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The oldest torch whose stable ABI the core uses; see torch/headeronly/version.h.
+TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+
+COMPILE_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    # GCC's own AVX-512 headers trip these.
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+]
+
+
+def sources() -> list[str]:
+    """Source files of the core, relative to the repository root."""
+    csrc = ROOT / "csrc"
+    return sorted(str(path.relative_to(ROOT)) for path in csrc.rglob("*.cpp"))
+
+
+def include_dirs() -> list[str]:
+    import pybind11
+
+    return [str(ROOT / "csrc"), pybind11.get_include()]
+
+
+def build_in_place() -> object:
+    """Builds the core of a source checkout into torch's extension cache and returns the module.
+
+    Raises ImportError where there are no sources.
+    """
+    if not (ROOT / "csrc" / "ops.cpp").is_file():
+        raise ImportError(
+            "lean_attention: the compiled core lean_attention._C is missing and its sources are not "
+            f"beside the package ({ROOT}); reinstall with: pip install --no-build-isolation lean_attention"
+        )
+    from torch.utils import cpp_extension
+
+    directory = Path(cpp_extension._get_build_directory("lean_attention_C", verbose=False))
+    _refuse_stale_lock(directory / "lock")
+    print(
+        f"lean_attention: building the compiled core in {directory} (once; about a minute)",
+        file=sys.stderr,
+    )
+    return cpp_extension.load(
+        name="_C",
+        sources=[str(ROOT / source) for source in sources()],
+        extra_cflags=COMPILE_FLAGS,
+        extra_include_paths=include_dirs(),
+        build_directory=str(directory),
+        verbose=os.environ.get("LEAN_ATTENTION_VERBOSE_BUILD") == "1",
+    )
+
+
+def _refuse_stale_lock(lock: Path) -> None:
+    """cpp_extension.load waits for a lock file without end, also where a killed build left it behind."""
+    import time
+
+    if lock.exists() and time.time() - lock.stat().st_mtime > 15 * 60:
+        raise ImportError(
+            f"lean_attention: another build has held {lock} for over 15 minutes; if none is running, "
+            "delete that file and import again"
+        )

@@ -1,0 +1,129 @@
+"""The stream-K schedule as a person can read it: who computes which LeanTiles, who hosts, who helps.
+
+The arithmetic is that of `csrc/schedule.h`, which the kernels use; this module only shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lean_attention._core import core
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The LeanTiles of one output tile that one CTA computes."""
+
+    cta: int
+    sequence: int
+    kv_head: int
+    row_block: int
+    first_tile: int  # LeanTiles [first_tile, end_tile) of the output tile
+    end_tile: int
+    first_token: int  # tokens [first_token, end_token) of the sequence
+    end_token: int
+    host: int  # the CTA that merges and writes the output tile
+    last_peer: int  # CTAs host + 1 .. last_peer publish partial states for it
+
+    @property
+    def is_host(self) -> bool:
+        return self.cta == self.host
+
+    @property
+    def output_tile(self) -> tuple[int, int, int]:
+        return self.sequence, self.kv_head, self.row_block
+
+    def __str__(self) -> str:
+        role = "host" if self.is_host else f"peer of CTA {self.host}"
+        if self.is_host and self.last_peer > self.host:
+            role += f", merges CTAs {self.host + 1}..{self.last_peer}"
+        return (
+            f"CTA {self.cta}: sequence {self.sequence}, KV head {self.kv_head}, row block "
+            f"{self.row_block}: LeanTiles {self.first_tile}..{self.end_tile - 1} "
+            f"(tokens {self.first_token}..{self.end_token - 1}), {role}"
+            if self.end_token > self.first_token
+            else f"CTA {self.cta}: sequence {self.sequence}, KV head {self.kv_head}, row block "
+            f"{self.row_block}: nothing to read, {role}"
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of a batch on a grid.
+
+    Args:
+        seq_lens: tokens of each sequence.
+        num_kv_heads: KV heads.
+        num_ctas: CTAs (threads) of the grid, from 1 to any number.
+        group: query heads per KV head.
+        q_len: query tokens per sequence.
+        head_dim: decides the tokens of a LeanTile, unless `tile_tokens` does.
+        tile_tokens: tokens of a LeanTile.
+        rows_per_block: query rows (`group * q_len` in all) that share one pass over K and V.
+        window_left, window_right: visible tokens beside the query's position; -1 is unbounded and causal
+            attention is `window_right=0`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    seq_lens: Sequence[int]
+    num_kv_heads: int
+    num_ctas: int
+    group: int = 1
+    q_len: int = 1
+    head_dim: int = 128
+    tile_tokens: int = 0
+    rows_per_block: int = 64
+    window_left: int = -1
+    window_right: int = 0
+    _geometry: core.Geometry = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_kv_heads", "num_ctas", "group", "q_len", "head_dim", "rows_per_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Schedule: {name} is {getattr(self, name)}; it must be at least 1")
+        for b, length in enumerate(self.seq_lens):
+            if length < 0:
+                raise ValueError(f"Schedule: seq_lens[{b}] is {length}; it must be at least 0")
+        if self.tile_tokens < 0:
+            raise ValueError(f"Schedule: tile_tokens is {self.tile_tokens}; it must be at least 1")
+        if self.tile_tokens == 0:
+            object.__setattr__(self, "tile_tokens", core.lean_tile_tokens(self.head_dim))
+        geometry = core.Geometry(
+            num_kv_heads=self.num_kv_heads,
+            group=self.group,
+            rows_per_block=self.rows_per_block,
+            tile_tokens=self.tile_tokens,
+            q_len=self.q_len,
+            window_left=self.window_left,
+            window_right=self.window_right,
+        )
+        object.__setattr__(self, "_geometry", geometry)
+
+    @property
+    def total_tiles(self) -> int:
+        """LeanTiles of the whole batch."""
+        return sum(self._geometry.sequence_tiles(length, 0) for length in self.seq_lens)
+
+    def lean_range(self, cta: int) -> tuple[int, int]:
+        """LeanTiles [begin, end) of the batch that a CTA takes."""
+        if not 0 <= cta < self.num_ctas:
+            raise ValueError(f"lean_range: cta is {cta}; it must be from 0 to {self.num_ctas - 1}")
+        return core.lean_range(cta, self.num_ctas, self.total_tiles)
+
+    def segments(self, first_cta: int = 0, end_cta: int | None = None) -> list[Segment]:
+        """The segments of CTAs [first_cta, end_cta), in order."""
+        end_cta = self.num_ctas if end_cta is None else end_cta
+        if not 0 <= first_cta <= end_cta <= self.num_ctas:
+            raise ValueError(f"segments: CTAs [{first_cta}, {end_cta}) are not within [0, {self.num_ctas})")
+        if not self.seq_lens:
+            return []
+        lengths = [(length, 0) for length in self.seq_lens]
+        rows = self._geometry.segments(lengths, self.num_ctas, first_cta, end_cta)
+        return [Segment(*row) for row in rows]
+
+    def __str__(self) -> str:
+        head = f"{self.total_tiles} LeanTiles of {self.tile_tokens} tokens over {self.num_ctas} CTAs"
+        return "\n".join([head, *(str(segment) for segment in self.segments())])
