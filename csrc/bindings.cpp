@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/stream_read.h"
 #include "cpu/tile.h"
 #include "schedule.h"
 
@@ -91,5 +92,11 @@ PYBIND11_MODULE(_C, m) {
                                            : lean::DType::bfloat16;
     return std::string(lean::cpu::tile_routine(type).instruction_set);
   });
+  m.def(
+      "stream_read",
+      [](uintptr_t address, int64_t bytes) {
+        return lean::cpu::stream_read(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("compiler", &lean::compiler);
 }
