@@ -10,6 +10,7 @@
 #include "cpu/stream_read.h"
 #include "cpu/tile.h"
 #include "schedule.h"
+#include "softmax_state.h"
 
 namespace py = pybind11;
 
@@ -84,6 +85,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cta_of", [](int64_t tile, int64_t num_ctas, int64_t total_tiles) {
     return lean::Grid{num_ctas, total_tiles}.cta_of(tile);
   });
+  // Partial states as (m, l) pairs; the merge also returns the weights of the two outputs.
+  m.def("merge", [](std::pair<float, float> a, std::pair<float, float> b) {
+    const lean::Merged merged = lean::merge({a.first, a.second}, {b.first, b.second});
+    return std::tuple{merged.state.m, merged.state.l, merged.weight_a, merged.weight_b};
+  });
+  m.def("log_sum_exp", [](float state_m, float state_l) { return lean::log_sum_exp({state_m, state_l}); });
   m.def("lean_tile_tokens", &lean::lean_tile_tokens);
   m.def("instruction_sets", &lean::cpu::runnable_instruction_sets);
   m.def("chosen_instruction_set", [](const std::string& dtype) {

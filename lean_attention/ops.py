@@ -60,8 +60,9 @@ def decode(
         that sees nothing gives zeros and ``-inf``.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype, device, stride or value, or the result was
-            asked for its gradient. On a CPU, a length out of range raises too.
+        ValueError: an argument has the wrong shape, dtype, device, stride or value; on a CPU also a
+            length out of range.
+        RuntimeError: the result was asked for its gradient.
     """
     return torch.ops.lean_attn.decode(
         q,
@@ -84,11 +85,18 @@ def decode(
 
 @torch.library.register_fake("lean_attn::decode")
 def _(q, k_cache, v_cache, seq_lens=None, block_table=None, **_options):
+    # The kernel checks everything; these are the mistakes that would make nonsense of a trace.
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        torch._check(
+        torch._check_value(
             tensor.dim() == 4,
             lambda name=name, tensor=tensor: (
                 f"decode: {name} has shape {list(tensor.shape)}; it must have 4 dimensions"
+            ),
+        )
+        torch._check_value(
+            tensor.device == q.device,
+            lambda name=name, tensor=tensor: (
+                f"decode: {name} is on {tensor.device}, q on {q.device}; they must be on the same device"
             ),
         )
     batch, q_len, num_heads, _head_dim = q.shape
@@ -109,8 +117,10 @@ def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor
         ``(out, lse)`` as from :func:`decode`.
 
     Raises:
-        RuntimeError: no state is given, or shapes, dtypes or devices differ.
+        ValueError: no state is given, or shapes, dtypes or devices differ.
     """
+    if not outs:  # nothing that the dispatcher could choose a backend by
+        raise ValueError("merge_states: outs is empty; there must be at least one state")
     return torch.ops.lean_attn.merge_states(outs, lses)
 
 

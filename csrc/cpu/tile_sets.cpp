@@ -55,7 +55,7 @@ const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
   for (const InstructionSet& set : kInstructionSets) {
     if (at_most == set.name) {
       if (!set.runnable()) {
-        throw std::runtime_error("LEAN_ATTENTION_CPU: this machine cannot run " + at_most +
+        throw std::invalid_argument("LEAN_ATTENTION_CPU: this machine cannot run " + at_most +
                                  " (it can run: " + runnable_instruction_sets() + ")");
       }
       allowed = true;
@@ -63,7 +63,7 @@ const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
     const TileRoutine* routine = set.routines[static_cast<int>(dtype)];
     if (allowed && routine != nullptr && set.runnable()) return *routine;
   }
-  throw std::runtime_error("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
+  throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
                            " (this machine can run: " + runnable_instruction_sets() + ")");
 }
 

@@ -1,0 +1,147 @@
+"""Properties of the stream-K schedule, on random batches, heads, windows and grids."""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lean_attention import Schedule
+from lean_attention._core import core
+
+lengths = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 3000)), min_size=1, max_size=12)
+schedules = st.builds(
+    Schedule,
+    seq_lens=lengths,
+    num_kv_heads=st.integers(1, 5),
+    num_ctas=st.one_of(st.integers(1, 20), st.integers(1, 2000)),
+    group=st.integers(1, 9),
+    q_len=st.integers(1, 6),
+    tile_tokens=st.sampled_from([1, 16, 64, 128]),
+    rows_per_block=st.sampled_from([1, 4, 16, 64]),
+    window_left=st.integers(-1, 300),
+    window_right=st.integers(-1, 3),
+)
+
+
+def visible_tokens(s: Schedule, sequence: int, row: int) -> set[int]:
+    """Written from the words of the definition, token by token."""
+    length = s.seq_lens[sequence]
+    position = length - s.q_len + row // s.group
+    return {
+        token
+        for token in range(length)
+        if (s.window_left < 0 or token >= position - s.window_left)
+        and (s.window_right < 0 or token <= position + s.window_right)
+    }
+
+
+def output_tiles(s: Schedule) -> list[tuple[int, int, int]]:
+    blocks = -(-s.group * s.q_len // s.rows_per_block)
+    return [
+        (b, head, block)
+        for b in range(len(s.seq_lens))
+        for head in range(s.num_kv_heads)
+        for block in range(blocks)
+    ]
+
+
+@settings(max_examples=500, deadline=None)
+@given(schedules)
+def test_every_lean_tile_is_taken_exactly_once(s: Schedule) -> None:
+    segments = s.segments()
+    by_output = [(key, list(group)) for key, group in groupby(segments, key=lambda x: x.output_tile)]
+    # Output tiles come in order, each once, and none is left out: an empty sequence has an owner too.
+    assert [key for key, _ in by_output] == output_tiles(s)
+    for _, pieces in by_output:
+        assert pieces[0].first_tile == 0
+        for a, b in pairwise(pieces):
+            assert (b.first_tile, b.first_token) == (a.end_tile, a.end_token)
+            assert b.cta > a.cta
+    assert sum(x.end_tile - x.first_tile for x in segments) == s.total_tiles
+
+
+@settings(max_examples=500, deadline=None)
+@given(schedules)
+def test_ranges_are_equal_shares(s: Schedule) -> None:
+    ranges = [s.lean_range(cta) for cta in range(s.num_ctas)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == s.total_tiles
+    assert all(a[1] == b[0] for a, b in pairwise(ranges))
+    sizes = [end - begin for begin, end in ranges]
+    assert max(sizes) - min(sizes) <= 1
+    taken = dict.fromkeys(range(s.num_ctas), 0)
+    for segment in s.segments():
+        taken[segment.cta] += segment.end_tile - segment.first_tile
+    assert [taken[cta] for cta in range(s.num_ctas)] == sizes
+
+
+@settings(max_examples=500, deadline=None)
+@given(schedules)
+def test_one_host_per_output_and_one_partial_per_cta(s: Schedule) -> None:
+    for _, group in groupby(s.segments(), key=lambda x: x.output_tile):
+        pieces = list(group)
+        assert [piece.is_host for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+        # The peers are the CTAs right after the host, so that it finds them without being told.
+        assert [piece.cta for piece in pieces] == list(range(pieces[0].host, pieces[0].last_peer + 1))
+    for _, group in groupby(s.segments(), key=lambda x: x.cta):
+        published = [not piece.is_host for piece in group]
+        assert not any(published[1:]), "only the first segment of a range may be a partial"
+
+
+@settings(max_examples=500, deadline=None)
+@given(schedules)
+def test_tiles_cover_what_rows_see_and_no_more(s: Schedule) -> None:
+    for (b, _, block), group in groupby(s.segments(), key=lambda x: x.output_tile):
+        read = {t for piece in group for t in range(piece.first_token, piece.end_token)}
+        rows = range(block * s.rows_per_block, min((block + 1) * s.rows_per_block, s.group * s.q_len))
+        seen = set().union(*(visible_tokens(s, b, row) for row in rows))
+        assert seen <= read
+        # No token outside the span of what is seen: tiles outside a window are not in the schedule.
+        assert not read or (seen and min(read) == min(seen) and max(read) == max(seen)) or not seen
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(1, 2**62), st.integers(1, 10**6), st.data())
+def test_a_tile_finds_its_cta_past_two_to_the_31(total: int, num_ctas: int, data: st.DataObject) -> None:
+    cta = data.draw(st.integers(0, num_ctas - 1))
+    begin, end = core.lean_range(cta, num_ctas, total)
+    assert end - begin in (total // num_ctas, -(-total // num_ctas))
+    if begin < end:
+        assert core.cta_of(begin, num_ctas, total) == cta
+        assert core.cta_of(end - 1, num_ctas, total) == cta
+
+
+def test_huge_batch_by_arithmetic() -> None:
+    """2^36 tokens in one sequence and 2^31 - 1 in others: more LeanTiles than 32 bits hold."""
+    s = Schedule([2**36, 5, 2**31 - 1, 0], num_kv_heads=128, num_ctas=132, tile_tokens=1)
+    assert s.total_tiles == 128 * (2**36 + 5 + 2**31 - 1 + 1)
+    last = s.segments(first_cta=131)[-1]
+    assert last.output_tile == (3, 127, 0)
+    assert s.lean_range(131)[1] == s.total_tiles
+
+
+def test_reads_like_a_sentence() -> None:
+    text = str(Schedule([300, 0], num_kv_heads=1, num_ctas=2, tile_tokens=100))
+    assert text.splitlines() == [
+        "4 LeanTiles of 100 tokens over 2 CTAs",
+        "CTA 0: sequence 0, KV head 0, row block 0: LeanTiles 0..1 (tokens 0..199), host, merges CTAs 1..1",
+        "CTA 1: sequence 0, KV head 0, row block 0: LeanTiles 2..2 (tokens 200..299), peer of CTA 0",
+        "CTA 1: sequence 1, KV head 0, row block 0: nothing to read, host",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_ctas": 0}, "num_ctas is 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0"),
+        ({"seq_lens": [3, -1]}, r"seq_lens\[1\] is -1"),
+        ({"tile_tokens": -5}, "tile_tokens is -5"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{"seq_lens": [1], "num_kv_heads": 1, "num_ctas": 1, **arguments})
