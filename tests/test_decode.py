@@ -128,8 +128,8 @@ def test_long_contexts_keep_fp32_accuracy() -> None:
     inputs["v_cache"] += 1  # sums that do not cancel
     out, lse = lean_attention.decode(**inputs, num_ctas=1)
     want, want_lse = reference.decode(**inputs)
-    assert ((out - want).abs() / want.abs()).max() < 2e-6
-    assert (lse - want_lse).abs().max() < 2e-6
+    assert ((out - want).abs() / want.abs()).max() < 4e-6
+    assert (lse - want_lse).abs().max() < 4e-6
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])

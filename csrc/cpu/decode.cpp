@@ -19,6 +19,10 @@ namespace {
 // KV bytes below which another thread costs more than it brings.
 constexpr int64_t kMinBytesPerCta = 64 * 1024;
 
+// Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
+// additions stays short: 8192 / kRunTokens of them, then one per such chunk.
+constexpr int64_t kChunkTokens = 8192;
+
 constexpr int64_t kCacheLineFloats = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
@@ -51,7 +55,7 @@ class ScratchMemory {
   size_t size_ = 0;
 };
 
-// A CTA's place in the workspace: O of every row, then m and l of every row.
+// A partial state set aside: O of every row, then m and l of every row.
 struct Partial {
   float* output;
   float* m;
@@ -111,15 +115,18 @@ class Decode {
   int64_t partial_floats() const {
     return round_up(geometry_.rows_per_block * (padded_head_dim_v_ + 2), kCacheLineFloats);
   }
-  Partial partial(int64_t cta) const {
-    float* output = workspace_ + cta * partial_floats();
+  Partial partial_at(float* output) const {
     float* m = output + geometry_.rows_per_block * padded_head_dim_v_;
     return {output, m, m + geometry_.rows_per_block};
   }
 
+  // What a CTA publishes lies here.
+  Partial slot(int64_t cta) const { return partial_at(workspace_ + cta * partial_floats()); }
+
+  // A thread's memory: a partial state set aside, then what its TileState points to.
   int64_t thread_floats() const {
     const int64_t stats = round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
-    return geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) + 2 * stats +
+    return partial_floats() + geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) + 2 * stats +
            kRunTokens * kMaxStripRows;
   }
   TileState tile_state(float* memory) const {
@@ -143,13 +150,14 @@ class Decode {
   // the first. So a host block only ever waits for ranges that threads had taken before its own,
   // and since those publish before they wait for anything, every wait ends, on however few threads.
   void work(float* memory) {
-    TileState t = tile_state(memory);
+    const Partial aside = partial_at(memory);
+    TileState t = tile_state(memory + partial_floats());
     for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
-      process_range(t, grid_.num_ctas - 1 - ticket);
+      process_range(t, aside, grid_.num_ctas - 1 - ticket);
     }
   }
 
-  void process_range(TileState& t, int64_t cta) {
+  void process_range(TileState& t, const Partial& aside, int64_t cta) {
     const LeanRange range = grid_.range(cta);
     if (range.begin == range.end) return;
     const int64_t sequence = std::upper_bound(sequence_begin_.begin(), sequence_begin_.end(), range.begin) -
@@ -158,7 +166,7 @@ class Decode {
     SegmentWalk walk(geometry_, range, sequence, sequence_begin_[sequence], length);
     for (Segment segment; walk.next(segment, length);) {
       begin_output_tile(t, segment);
-      attend(t, segment);
+      attend(t, aside, segment);
       if (!segment.is_host()) {
         publish(t, cta);
       } else {
@@ -180,9 +188,6 @@ class Decode {
 
   void begin_output_tile(TileState& t, const Segment& segment) const {
     t.rows = static_cast<int>(geometry_.block_rows(segment.row_block));
-    std::fill_n(t.m, t.rows, kMinusInfinity);
-    std::fill_n(t.l, t.rows, 0.0f);
-    std::fill_n(t.output, t.rows * t.output_stride, 0.0f);
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(segment, row);
       routine_.pack_query(t, row,
@@ -191,9 +196,43 @@ class Decode {
     }
   }
 
-  void attend(TileState& t, const Segment& segment) const {
+  static void clear(const TileState& t) {
+    std::fill_n(t.m, t.rows, kMinusInfinity);
+    std::fill_n(t.l, t.rows, 0.0f);
+    std::fill_n(t.output, t.rows * t.output_stride, 0.0f);
+  }
+
+  static void set_aside(const TileState& t, const Partial& to) {
+    std::copy_n(t.output, t.rows * t.output_stride, to.output);
+    std::copy_n(t.m, t.rows, to.m);
+    std::copy_n(t.l, t.rows, to.l);
+  }
+
+  static void merge_into(const TileState& t, const Partial& from) {
+    for (int row = 0; row < t.rows; ++row) {
+      const Merged merged = merge({t.m[row], t.l[row]}, {from.m[row], from.l[row]});
+      t.m[row] = merged.state.m;
+      t.l[row] = merged.state.l;
+      float* a = t.output + row * t.output_stride;
+      const float* b = from.output + row * t.output_stride;
+      for (int64_t i = 0; i < t.output_stride; ++i) a[i] = a[i] * merged.weight_a + b[i] * merged.weight_b;
+    }
+  }
+
+  void attend(const TileState& t, const Partial& aside, const Segment& segment) const {
     const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
-    if (tokens.begin >= tokens.end) return;
+    clear(t);
+    for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
+      if (begin > tokens.begin) {
+        set_aside(t, aside);
+        clear(t);
+      }
+      attend_chunk(t, segment, {begin, std::min(begin + kChunkTokens, tokens.end)});
+      if (begin > tokens.begin) merge_into(t, aside);
+    }
+  }
+
+  void attend_chunk(const TileState& t, const Segment& segment, TokenSpan tokens) const {
     const SequenceLength length = length_of(segment.sequence);
     const int64_t first_query = query_row(segment, 0).token,
                   last_query = query_row(segment, t.rows - 1).token;
@@ -236,29 +275,16 @@ class Decode {
   }
 
   void publish(const TileState& t, int64_t cta) {
-    const Partial slot = partial(cta);
-    std::copy_n(t.output, t.rows * t.output_stride, slot.output);
-    std::copy_n(t.m, t.rows, slot.m);
-    std::copy_n(t.l, t.rows, slot.l);
+    set_aside(t, slot(cta));
     published_[cta].store(1, std::memory_order_release);
     published_[cta].notify_all();
   }
 
   // In ascending order of the peers' ranges, so that results do not depend on who was faster.
-  void merge_peers(TileState& t, int64_t host, int64_t last_peer) {
+  void merge_peers(const TileState& t, int64_t host, int64_t last_peer) {
     for (int64_t peer = host + 1; peer <= last_peer; ++peer) {
       published_[peer].wait(0, std::memory_order_acquire);  // sleeps if it takes long
-      const Partial slot = partial(peer);
-      for (int row = 0; row < t.rows; ++row) {
-        const Merged merged = merge({t.m[row], t.l[row]}, {slot.m[row], slot.l[row]});
-        t.m[row] = merged.state.m;
-        t.l[row] = merged.state.l;
-        float* to = t.output + row * t.output_stride;
-        const float* from = slot.output + row * t.output_stride;
-        for (int64_t i = 0; i < t.output_stride; ++i) {
-          to[i] = to[i] * merged.weight_a + from[i] * merged.weight_b;
-        }
-      }
+      merge_into(t, slot(peer));
     }
   }
 
