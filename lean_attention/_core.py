@@ -1,16 +1,15 @@
 """The compiled core: importing this module loads it, and with it registers the ops."""
 
-# torch first: the core links against its libraries.
-import torch  # noqa: F401
+from __future__ import annotations
 
-try:
-    from lean_attention import _C as core
-except ModuleNotFoundError as error:
-    # Another missing module, or a core that does not load, is an error of its own.
-    if error.name != "lean_attention._C" and "_C" not in str(error):
-        raise
-    from lean_attention._build import build_in_place
+import importlib
+import importlib.util
 
-    core = build_in_place()
+import torch  # noqa: F401  (first: the core links against its libraries)
 
-__all__ = ["core"]
+from lean_attention._build import build_in_place
+
+_NAME = "lean_attention._C"
+
+# A core that is there but does not load is an error of its own, not a reason to build.
+core = build_in_place() if importlib.util.find_spec(_NAME) is None else importlib.import_module(_NAME)

@@ -1,0 +1,91 @@
+"""`python -m lean_attention`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m lean_attention", description=sys.modules["lean_attention"].__doc__
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, backends, instruction sets, threads, build flags")
+    info.set_defaults(run=run_info)
+
+    demo = commands.add_parser(
+        "demo",
+        help="decode a ragged batch: correctness, speed and a picture of the schedule",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    demo.add_argument("--heads", type=positive, default=32, metavar="N", help="query heads")
+    demo.add_argument("--kv-heads", type=positive, default=8, metavar="N", help="KV heads")
+    demo.add_argument("--head-dim", type=positive, default=128, metavar="N", help="a multiple of 8 up to 256")
+    demo.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=65536,
+        metavar="N",
+        help="longest sequence; less if a quarter of the free memory does not hold the batch",
+    )
+    demo.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    demo.add_argument("--ctas", type=positive, default=48, metavar="N", help="grid of the picture")
+    demo.add_argument(
+        "--picture", type=Path, default=Path("demo-output/schedule.png"), metavar="PATH", help="PNG to write"
+    )
+    demo.set_defaults(run=run_demo)
+    return top
+
+
+def run_info(_arguments: argparse.Namespace) -> None:
+    from lean_attention.info import describe
+
+    print(describe())
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"demo: {error.name} is not installed; install it with: pip install 'lean_attention[demo]'")
+    import torch
+
+    from lean_attention.demo import DemoShape, run
+
+    if arguments.heads % arguments.kv_heads:
+        sys.exit(f"demo: --heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}")
+    if arguments.head_dim % 8 or arguments.head_dim > 256:
+        sys.exit(f"demo: --head-dim {arguments.head_dim} is not a multiple of 8 up to 256")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    shape = DemoShape(dtype, arguments.heads, arguments.kv_heads, arguments.head_dim)
+    with torch.inference_mode():
+        run(shape, arguments.max_tokens, arguments.ctas, arguments.picture)
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The machine's streaming-read bandwidth, which bounds decoding once K and V leave the last-level cache."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from lean_attention._core import core
+
+
+def read_seconds(memory: torch.Tensor) -> float:
+    """Seconds to read a contiguous CPU tensor once on all of torch's threads."""
+    nbytes = memory.numel() * memory.element_size() // 64 * 64
+    begin = time.perf_counter()
+    core.stream_read(memory.data_ptr(), nbytes)
+    return time.perf_counter() - begin
+
+
+def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
+    """Bytes per second, the median of `repeats` reads of `nbytes` of fresh memory."""
+    memory = torch.ones(nbytes, dtype=torch.uint8)
+    read_seconds(memory)
+    seconds = sorted(read_seconds(memory) for _ in range(repeats))
+    return nbytes / seconds[repeats // 2]

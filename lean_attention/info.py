@@ -1,0 +1,34 @@
+"""What this installation is and what it can run, for people and for bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from lean_attention import _build
+from lean_attention._core import core
+from lean_attention._version import __version__
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def describe() -> str:
+    """One fact per line."""
+    chosen = ", ".join(f"{core.chosen_instruction_set(dtype)} for {dtype}" for dtype in DTYPES)
+    forced = os.environ.get("LEAN_ATTENTION_CPU")
+    facts = {
+        "lean_attention": __version__,
+        "torch": f"{torch.__version__} (the core runs with any from 2.10 on)",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "core": core.__file__,
+        "backends": "cpu",
+        "instruction sets": f"this machine runs {core.instruction_sets().replace(' ', ', ')}",
+        "in use": chosen + (f" (LEAN_ATTENTION_CPU={forced})" if forced else ""),
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+        "compiler": core.compiler(),
+        "build flags": " ".join(_build.COMPILE_FLAGS),
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())

@@ -1,0 +1,81 @@
+"""The command line as a user runs it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lean_attention
+from lean_attention.picture import fixed_split, stream_k
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lean_attention", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "100", **environment},
+    )
+
+
+def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "schedule.png"
+    result = run("demo", "--max-tokens", "2000", "--kv-heads", "2", "--heads", "8", "--picture", str(picture))
+    assert result.returncode == 0, result.stderr
+    for text in (
+        "bfloat16, 8 query heads, 2 KV heads",
+        "8 from 15 to 2,000",
+        "FlashDecoding (8 splits)",
+        str(picture),
+    ):
+        assert text in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_info_names_versions_and_the_forced_instruction_set() -> None:
+    result = run("info", LEAN_ATTENTION_CPU="portable")
+    assert result.returncode == 0, result.stderr
+    for text in (lean_attention.__version__, torch.__version__, "portable for bfloat16", "-std=c++20"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "required: COMMAND"),
+        (("dmo",), "invalid choice: 'dmo'"),
+        (("demo", "--max-tokens", "0"), "'0' is not a positive whole number"),
+        (("demo", "--threads", "many"), "'many' is not a positive whole number"),
+        (("demo", "--dtype", "int8"), "invalid choice: 'int8'"),
+        (("demo", "--heads", "7", "--kv-heads", "2"), "--heads 7 is not a multiple of --kv-heads 2"),
+        (("demo", "--head-dim", "20"), "--head-dim 20 is not a multiple of 8 up to 256"),
+    ],
+)
+def test_bad_command_lines(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("info", "--help")])
+def test_help(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 0
+    assert "usage: python -m lean_attention" in result.stdout
+
+
+def test_the_picture_shows_all_the_work() -> None:
+    schedule = lean_attention.Schedule([1000, 70, 0, 5000], num_kv_heads=3, num_ctas=7)
+    for panel in (stream_k(schedule), fixed_split(schedule, 1), fixed_split(schedule, 4)):
+        assert sum(bar.end - bar.begin for bar in panel.bars) == schedule.total_tiles
+        for cta in range(7):
+            bars = [bar for bar in panel.bars if bar.cta == cta]
+            assert all(a.end <= b.begin for a, b in itertools.pairwise(bars))
