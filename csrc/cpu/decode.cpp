@@ -257,10 +257,17 @@ class Decode {
     run.tokens = static_cast<int>(std::min<int64_t>(kRunTokens, end - begin));
     const int64_t k = segment.sequence * p_.k_batch_stride + segment.kv_head * p_.k_head_stride;
     const int64_t v = segment.sequence * p_.v_batch_stride + segment.kv_head * p_.v_head_stride;
+    const void* k_row = element(p_.k_cache, k + begin * p_.k_token_stride);
+    const void* v_row = element(p_.v_cache, v + begin * p_.v_token_stride);
+    const int64_t k_step = p_.k_token_stride * element_size(p_.dtype);
+    const int64_t v_step = p_.v_token_stride * element_size(p_.dtype);
     for (int i = 0; i < kRunTokens; ++i) {
-      const int64_t token = begin + std::min(i, run.tokens - 1);
-      run.k_rows[i] = element(p_.k_cache, k + token * p_.k_token_stride);
-      run.v_rows[i] = element(p_.v_cache, v + token * p_.v_token_stride);
+      run.k_rows[i] = k_row;
+      run.v_rows[i] = v_row;
+      if (i + 1 < run.tokens) {
+        k_row = static_cast<const char*>(k_row) + k_step;
+        v_row = static_cast<const char*>(v_row) + v_step;
+      }
     }
   }
 

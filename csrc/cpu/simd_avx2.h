@@ -5,6 +5,9 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kStripRows = 4;  // 8 accumulators of 16 registers
   using F = __m256;
+  struct Pair {
+    F a, b;
+  };
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float x) { return _mm256_set1_ps(x); }
@@ -44,33 +47,45 @@ struct Simd {
     return x;
   }
 
-  static F sum_each(const F (&x)[8]) {
-    const F low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-    const F high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  static F sum_halves(const F (&x)[4]) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   }
 
-  static void load_pair(const float* p, F& a, F& b) {
-    a = load(p);
-    b = load(p + 8);
+  static F load_twice(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+  static void store_lower(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
+
+  static Pair load_halves(const float* lower, const float* upper) {
+    return {_mm256_set_m128(_mm_loadu_ps(upper), _mm_loadu_ps(lower)),
+            _mm256_set_m128(_mm_loadu_ps(upper + 4), _mm_loadu_ps(lower + 4))};
   }
+  static Pair load_halves(const Half* lower, const Half* upper) {
+    const __m128i x = load_128(lower), y = load_128(upper);
+    return {_mm256_cvtph_ps(_mm_unpacklo_epi64(x, y)), _mm256_cvtph_ps(_mm_unpackhi_epi64(x, y))};
+  }
+  static Pair load_halves(const BFloat16* lower, const BFloat16* upper) {
+    return split(_mm256_set_m128i(load_128(upper), load_128(lower)), BFloat16{});
+  }
+  // With 8 columns there is never a tail.
+  template <class T>
+  static Pair load_halves_tail(const T*, const T*, int) {
+    return {zero(), zero()};
+  }
+
+  static Pair load_pair(const float* p) { return {load(p), load(p + 8)}; }
   // With chunks of 16 columns a tail is always 8.
-  static void load_pair_tail(const float* p, int, F& a, F& b) {
-    a = load(p);
-    b = zero();
-  }
+  static Pair load_pair_tail(const float* p, int) { return {load(p), zero()}; }
   static void store_pair_tail(float* p, int columns, F a, F b) {
     store(p, a);
     if (columns == 16) store(p + 8, b);
   }
 
   template <class T>
-  static void load_pair(const T* p, F& a, F& b) {
-    split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{}, a, b);
+  static Pair load_pair(const T* p) {
+    return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
   }
   template <class T>
-  static void load_pair_tail(const T* p, int, F& a, F& b) {
-    split(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), T{}, a, b);
+  static Pair load_pair_tail(const T* p, int) {
+    return split(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), T{});
   }
   template <class T>
   static void store_pair_tail(T* p, int columns, F a, F b) {
@@ -83,13 +98,16 @@ struct Simd {
   }
 
  private:
-  static void split(__m256i x, Half, F& a, F& b) {
-    a = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
-    b = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+  template <class T>
+  static __m128i load_128(const T* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }
-  static void split(__m256i x, BFloat16, F& even, F& odd) {
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-    odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  static Pair split(__m256i x, Half) {
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+  }
+  static Pair split(__m256i x, BFloat16) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   static __m256i join(F a, F b, Half) {
     return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),

@@ -5,6 +5,9 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kStripRows = 8;  // 16 accumulators of 32 registers
   using F = __m512;
+  struct Pair {
+    F a, b;
+  };
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float x) { return _mm512_set1_ps(x); }
@@ -51,58 +54,94 @@ struct Simd {
     return x;
   }
 
-  // Lane i of the result is the sum over the lanes of x[i].
-  static F sum_each(const F (&x)[16]) {
-    F quarter[4];  // quarter[j], 128-bit block k: partial sums of x[4k + j]
-    for (int j = 0; j < 4; ++j) {
-      const F low =
-          add(_mm512_shuffle_f32x4(x[j], x[4 + j], 0x44), _mm512_shuffle_f32x4(x[j], x[4 + j], 0xEE));
-      const F high = add(_mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x44),
-                         _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xEE));
-      quarter[j] = add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+  // Lane i of the result is the sum over the lower half of x[i], lane i + 8 that over its upper half.
+  static F sum_halves(const F (&x)[8]) {
+    F pairs[4], fours[2];  // 128-bit block k of fours[j]: sums of block k of x[4j], ..., x[4j + 3]
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
     }
-    const F a = add(_mm512_unpacklo_ps(quarter[0], quarter[1]), _mm512_unpackhi_ps(quarter[0], quarter[1]));
-    const F b = add(_mm512_unpacklo_ps(quarter[2], quarter[3]), _mm512_unpackhi_ps(quarter[2], quarter[3]));
-    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
-               _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+      fours[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    return add(_mm512_mask_shuffle_f32x4(fours[0], 0xf0f0, fours[1], fours[1], 0xA0),
+               _mm512_mask_shuffle_f32x4(fours[1], 0x0f0f, fours[0], fours[0], 0xF5));
+  }
+
+  static F load_twice(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+  static void store_lower(float* p, F x) { _mm256_storeu_ps(p, _mm512_castps512_ps256(x)); }
+
+  // kLanes columns of two rows, each half of them in a and half in b, which is the same for every row:
+  // the first row's in the lower halves of a and b, the second's in the upper ones.
+  static Pair load_halves(const float* lower, const float* upper) {
+    return {join_halves(_mm256_loadu_ps(lower), _mm256_loadu_ps(upper)),
+            join_halves(_mm256_loadu_ps(lower + 8), _mm256_loadu_ps(upper + 8))};
+  }
+  static Pair load_halves(const Half* lower, const Half* upper) {
+    return {_mm512_cvtph_ps(_mm256_set_m128i(load_128(upper), load_128(lower))),
+            _mm512_cvtph_ps(_mm256_set_m128i(load_128(upper + 8), load_128(lower + 8)))};
+  }
+  static Pair load_halves(const BFloat16* lower, const BFloat16* upper) {
+    return split(join_halves(load_256(lower), load_256(upper)), BFloat16{});
+  }
+  // With 16 columns a tail is always 8.
+  static Pair load_halves_tail(const float* lower, const float* upper, int) {
+    return {join_halves(_mm256_loadu_ps(lower), _mm256_loadu_ps(upper)), zero()};
+  }
+  static Pair load_halves_tail(const Half* lower, const Half* upper, int) {
+    return {_mm512_cvtph_ps(_mm256_set_m128i(load_128(upper), load_128(lower))), zero()};
+  }
+  static Pair load_halves_tail(const BFloat16* lower, const BFloat16* upper, int) {
+    const __m256i x = _mm256_zextsi128_si256(load_128(lower)), y = _mm256_zextsi128_si256(load_128(upper));
+    return split(join_halves(x, y), BFloat16{});
   }
 
   // 2 * kLanes columns of a row, in the order that costs least to load: natural for fp32 and fp16,
   // even columns before odd ones for bf16. The tail forms touch `columns` of them, a multiple of 8.
-  static void load_pair(const float* p, F& a, F& b) {
-    a = load(p);
-    b = load(p + 16);
-  }
-  static void load_pair_tail(const float* p, int columns, F& a, F& b) {
-    a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(tail_mask(columns)), p);
-    b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(tail_mask(columns) >> 16), p + 16);
+  static Pair load_pair(const float* p) { return {load(p), load(p + 16)}; }
+  static Pair load_pair_tail(const float* p, int columns) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(tail_mask(columns)), p),
+            _mm512_maskz_loadu_ps(static_cast<__mmask16>(tail_mask(columns) >> 16), p + 16)};
   }
   static void store_pair_tail(float* p, int columns, F a, F b) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(tail_mask(columns)), a);
     _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(tail_mask(columns) >> 16), b);
   }
 
-  static void load_pair(const Half* p, F& a, F& b) { split(_mm512_loadu_si512(p), Half{}, a, b); }
-  static void load_pair(const BFloat16* p, F& a, F& b) { split(_mm512_loadu_si512(p), BFloat16{}, a, b); }
+  static Pair load_pair(const Half* p) { return split(_mm512_loadu_si512(p), Half{}); }
+  static Pair load_pair(const BFloat16* p) { return split(_mm512_loadu_si512(p), BFloat16{}); }
   template <class T>
-  static void load_pair_tail(const T* p, int columns, F& a, F& b) {
-    split(_mm512_maskz_loadu_epi16(tail_mask(columns), p), T{}, a, b);
+  static Pair load_pair_tail(const T* p, int columns) {
+    return split(_mm512_maskz_loadu_epi16(tail_mask(columns), p), T{});
   }
   template <class T>
   static void store_pair_tail(T* p, int columns, F a, F b) {
     _mm512_mask_storeu_epi16(p, tail_mask(columns), join(a, b, T{}));
   }
 
+  template <class T>
+  static __m128i load_128(const T* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  template <class T>
+  static __m256i load_256(const T* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static F join_halves(__m256 lower, __m256 upper) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(lower), upper, 1);
+  }
+  static __m512i join_halves(__m256i lower, __m256i upper) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1);
+  }
   static __mmask32 tail_mask(int columns) { return static_cast<__mmask32>((uint64_t{1} << columns) - 1); }
 
  private:
-  static void split(__m512i x, Half, F& a, F& b) {
-    a = _mm512_cvtph_ps(_mm512_castsi512_si256(x));
-    b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
+  static Pair split(__m512i x, Half) {
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(x)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))};
   }
-  static void split(__m512i x, BFloat16, F& even, F& odd) {
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  static Pair split(__m512i x, BFloat16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   static __m512i join(F a, F b, Half) {
     return _mm512_inserti64x4(

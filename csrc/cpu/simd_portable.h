@@ -9,6 +9,10 @@ struct Simd {
   typedef uint32_t U __attribute__((vector_size(32), aligned(4)));
   typedef uint16_t U16 __attribute__((vector_size(16), aligned(2)));
 
+  struct Pair {
+    F a, b;
+  };
+
   static F zero() { return F{}; }
   static F set1(float x) { return F{x, x, x, x, x, x, x, x}; }
   static F load(const float* p) { return *reinterpret_cast<const F*>(p); }
@@ -47,30 +51,38 @@ struct Simd {
     return x;
   }
 
-  static F sum_each(const F (&x)[8]) {
-    F half[4], quarter[2];
-    for (int i = 0; i < 4; ++i) {  // lanes 0-3 of x[i], lanes 4-7 of x[i + 4]
-      half[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11>(x[i], x[i + 4]) +
-                shuffle<4, 5, 6, 7, 12, 13, 14, 15>(x[i], x[i + 4]);
-    }
+  static F sum_halves(const F (&x)[4]) {
+    F pairs[2];
     for (int i = 0; i < 2; ++i) {
-      quarter[i] = shuffle<0, 8, 2, 10, 4, 12, 6, 14>(half[2 * i], half[2 * i + 1]) +
-                   shuffle<1, 9, 3, 11, 5, 13, 7, 15>(half[2 * i], half[2 * i + 1]);
+      pairs[i] = shuffle<0, 8, 2, 10, 4, 12, 6, 14>(x[2 * i], x[2 * i + 1]) +
+                 shuffle<1, 9, 3, 11, 5, 13, 7, 15>(x[2 * i], x[2 * i + 1]);
     }
-    return shuffle<0, 1, 8, 9, 4, 5, 12, 13>(quarter[0], quarter[1]) +
-           shuffle<2, 3, 10, 11, 6, 7, 14, 15>(quarter[0], quarter[1]);
+    return shuffle<0, 1, 8, 9, 4, 5, 12, 13>(pairs[0], pairs[1]) +
+           shuffle<2, 3, 10, 11, 6, 7, 14, 15>(pairs[0], pairs[1]);
+  }
+
+  static F load_twice(const float* p) { return F{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]}; }
+  static void store_lower(float* p, F x) { memcpy(p, &x, sizeof x / 2); }
+
+  template <class T>
+  static Pair load_halves(const T* lower, const T* upper) {
+    const F x = widen(lower), y = widen(upper);
+    return {shuffle<0, 1, 2, 3, 8, 9, 10, 11>(x, y), shuffle<4, 5, 6, 7, 12, 13, 14, 15>(x, y)};
+  }
+  // With 8 columns there is never a tail.
+  template <class T>
+  static Pair load_halves_tail(const T*, const T*, int) {
+    return {zero(), zero()};
   }
 
   template <class T>
-  static void load_pair(const T* p, F& a, F& b) {
-    a = widen(p);
-    b = widen(p + 8);
+  static Pair load_pair(const T* p) {
+    return {widen(p), widen(p + 8)};
   }
   // With chunks of 16 columns a tail is always 8.
   template <class T>
-  static void load_pair_tail(const T* p, int, F& a, F& b) {
-    a = widen(p);
-    b = zero();
+  static Pair load_pair_tail(const T* p, int) {
+    return {widen(p), zero()};
   }
   template <class T>
   static void store_pair_tail(T* p, int columns, F a, F b) {

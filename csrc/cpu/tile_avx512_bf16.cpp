@@ -16,6 +16,7 @@ struct Bf16Format {
   using F = Simd::F;
   using Query = BFloat16;
   using Weight = uint32_t;
+  static constexpr int kDotColumns = 16;
   static constexpr int kColumns = 32;
   static constexpr int kTokensPerStep = 2;
 
@@ -31,8 +32,17 @@ struct Bf16Format {
   static Chunk load_tail(const BFloat16* row, int columns) {
     return {_mm512_maskz_loadu_epi16(Simd::tail_mask(columns), row)};
   }
-  static Chunk load_query(const Query* q) { return load(q); }
-  static void store_query(Query* q, Chunk x) { _mm512_storeu_si512(q, x.x); }
+  static Chunk load_two(const BFloat16* lower, const BFloat16* upper) {
+    return {Simd::join_halves(Simd::load_256(lower), Simd::load_256(upper))};
+  }
+  static Chunk load_two_tail(const BFloat16* lower, const BFloat16* upper, int) {  // 8 columns
+    return {Simd::join_halves(_mm256_zextsi128_si256(Simd::load_128(lower)),
+                              _mm256_zextsi128_si256(Simd::load_128(upper)))};
+  }
+  static Chunk load_query(const Query* q) { return {_mm512_broadcast_i64x4(Simd::load_256(q))}; }
+  static void store_query(Query* q, Chunk x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_castsi512_si256(x.x));
+  }
   static F dot(F sum, Chunk k, Chunk q) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(k.x), reinterpret_cast<__m512bh>(q.x));
   }

@@ -3,41 +3,42 @@
 // its namespace and after a `Simd` with the vector operations, so that no two of them share a
 // symbol.
 //
-// Scores of a strip are kept token-major: lane i of a vector is row i % period of token i / period,
-// where the period is the strip's row count rounded up to a power of two. So the sums of a block of
-// dot products (one vector register each) reduce to exactly one vector, softmax works on whole
-// vectors, and the weights of a token are adjacent for the weighted sum.
+// Scores of a strip are kept token-major: lane i of a vector is row i % period of token i / period, where
+// the period is the strip's row count rounded up to a power of two. So the sums of a block of dot products
+// reduce to whole vectors, softmax works on whole vectors, and the weights of a token are adjacent for the
+// weighted sum.
 
-// How rows of dtype T are multiplied: converted to fp32, in chunks of two vectors.
+// How rows of dtype T are multiplied: converted to fp32.
 template <class T>
 struct Fp32Format {
   using F = Simd::F;
   using Query = float;
   using Weight = float;
+  // Columns of a step of the dot products (half a vector for each of two tokens, twice) and of the weighted
+  // sum (two vectors).
+  static constexpr int kDotColumns = Simd::kLanes;
   static constexpr int kColumns = 2 * Simd::kLanes;
   static constexpr int kTokensPerStep = 1;
 
-  struct Chunk {
-    F a, b;
-  };
+  using Chunk = Simd::Pair;
 
-  static Chunk load(const T* row) {
-    Chunk x;
-    Simd::load_pair(row, x.a, x.b);
-    return x;
+  // Some columns of two rows: the first row's in the lower halves, the second's in the upper ones.
+  static Chunk load_two(const T* lower, const T* upper) { return Simd::load_halves(lower, upper); }
+  static Chunk load_two_tail(const T* lower, const T* upper, int columns) {
+    return Simd::load_halves_tail(lower, upper, columns);
   }
-  static Chunk load_tail(const T* row, int columns) {
-    Chunk x;
-    Simd::load_pair_tail(row, columns, x.a, x.b);
-    return x;
+  // The same columns of a query row, in both halves.
+  static Chunk load_query(const Query* q) {
+    return {Simd::load_twice(q), Simd::load_twice(q + Simd::kLanes / 2)};
   }
-  static Chunk load_query(const Query* q) { return {Simd::load(q), Simd::load(q + Simd::kLanes)}; }
   static void store_query(Query* q, Chunk x) {
-    Simd::store(q, x.a);
-    Simd::store(q + Simd::kLanes, x.b);
+    Simd::store_lower(q, x.a);
+    Simd::store_lower(q + Simd::kLanes / 2, x.b);
   }
   static F dot(F sum, Chunk k, Chunk q) { return Simd::fma(k.b, q.b, Simd::fma(k.a, q.a, sum)); }
 
+  static Chunk load(const T* row) { return Simd::load_pair(row); }
+  static Chunk load_tail(const T* row, int columns) { return Simd::load_pair_tail(row, columns); }
   // The chunk of V that one step of the weighted sum takes.
   template <class Load>
   static Chunk load_step(const void* const* rows, const Load& load) {
@@ -76,6 +77,15 @@ constexpr int power_of_two_from(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;
 }
 
+// Asks the second-level cache for `count` elements from p on. It has more reads in flight than the first
+// level, whose few would bound the bandwidth of a core. (Always inline: a function that only prefetches is
+// taken for one without effect and its calls are dropped.)
+template <class T>
+__attribute__((always_inline)) inline void prefetch(const T* p, int count) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
+}
+
 template <class T, class Format, int rows>
 struct Strip {
   using S = Simd;
@@ -86,47 +96,63 @@ struct Strip {
   static constexpr int kRoundTokens = 2 * kBlockTokens;
   static_assert(kRunTokens % kRoundTokens == 0);
 
-  // Scores of one vector's tokens: dot products in one accumulator per (token, row), then one
-  // reduction.
-  static F block_scores(const TileState& t, int first_row, const void* const* k_rows) {
-    constexpr int kColumns = Format::kColumns;
-    F sums[S::kLanes];
+  // Scores of kRoundTokens tokens, which are two vectors. A dot product is summed in half a vector: an
+  // accumulator holds one row's sums for two tokens half a score vector apart, so that half as many need
+  // reducing. `q` holds the strip's packed rows.
+  static void block_scores(int head_dim, const typename Format::Query* q, const void* const* k_rows,
+                           const void* const* next_rows, F (&scores)[2]) {
+    constexpr int kColumns = Format::kDotColumns;
+    constexpr int kPairs = kBlockTokens / 2;  // of one score vector
+    constexpr int kStepsPerLine = kColumns * sizeof(T) < 64 ? 64 / (kColumns * sizeof(T)) : 1;
+    F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
-    for (int i = 0; i < S::kLanes; ++i) sums[i] = S::zero();
-    const int whole = t.head_dim / kColumns * kColumns;
-    const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(t.head_dim);
-    // A few tokens at a time, so that K chunks fit the registers beside the accumulators.
-    constexpr int kTokens = kBlockTokens < 4 ? kBlockTokens : 4;
+    for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
+    // A few pairs at a time, so that K chunks fit the registers beside the accumulators.
+    constexpr int kGroup = kPairs < 2 ? 2 : 4;
 #pragma GCC unroll 16
-    for (int first = 0; first < kBlockTokens; first += kTokens) {
+    for (int first = 0; first < 2 * kPairs; first += kGroup) {
+      const typename Format::Query* q_chunk = q;
       auto add_chunk = [&](int column, auto load) __attribute__((always_inline)) {
-        typename Format::Chunk k[kTokens];
+        typename Format::Chunk k[kGroup];
 #pragma GCC unroll 16
-        for (int i = 0; i < kTokens; ++i) {
-          k[i] = load(static_cast<const T*>(k_rows[first + i]) + column);
+        for (int i = 0; i < kGroup; ++i) {
+          const int token = (first + i) / kPairs * kBlockTokens + (first + i) % kPairs;
+          k[i] = load(static_cast<const T*>(k_rows[token]) + column,
+                      static_cast<const T*>(k_rows[token + kPairs]) + column);
+        }
+        // In kStepsPerLine steps each token's line is asked for once.
+        const int phase = column / kColumns % kStepsPerLine;
+#pragma GCC unroll 16
+        for (int i = 0; i < 2 * kGroup; i += kStepsPerLine) {
+          const int token = kRoundTokens * first / (2 * kPairs) + i + phase;
+          __builtin_prefetch(static_cast<const T*>(next_rows[token]) + column, 0, 2);
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          const auto chunk = Format::load_query(q + r * padded(t.head_dim) + column);
+        for (int r = 0; r < rows; ++r, q_chunk += kColumns) {
+          const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
-          for (int i = 0; i < kTokens; ++i) {
-            F& sum = sums[(first + i) * kPeriod + r];
+          for (int i = 0; i < kGroup; ++i) {
+            F& sum = sums[(first + i) / kPairs][(first + i) % kPairs * kPeriod + r];
             sum = Format::dot(sum, k[i], chunk);
           }
         }
       };
-      for (int column = 0; column < whole; column += kColumns) {
-        add_chunk(column, [](const T* row) { return Format::load(row); });
+      int column = 0;
+      for (; column + kColumns <= head_dim; column += kColumns) {
+        add_chunk(column, [](const T* a, const T* b) { return Format::load_two(a, b); });
       }
-      if (whole < t.head_dim) {
-        add_chunk(whole, [&](const T* row) { return Format::load_tail(row, t.head_dim - whole); });
+      if (column < head_dim) {
+        const int tail = head_dim - column;
+        add_chunk(column, [&](const T* a, const T* b) { return Format::load_two_tail(a, b, tail); });
       }
     }
-    return S::sum_each(sums);
+    scores[0] = S::sum_halves(sums[0]);
+    scores[1] = S::sum_halves(sums[1]);
   }
 
   // Fills t.scores for `tokens` (rounded up) tokens and returns the maximum per row in its lanes.
-  static F scores(const TileState& t, int first_row, const Run& run, int tokens, const RowSpan* spans) {
+  static F scores(const TileState& t, int first_row, const Run& run, const Run& next, int tokens,
+                  const RowSpan* spans) {
     const F scale = S::set1(t.scale);
     F begin = S::zero(), end = S::set1(static_cast<float>(run.tokens)), index = S::zero();
     if (spans != nullptr || tokens != run.tokens) {
@@ -143,25 +169,36 @@ struct Strip {
       index = S::load(lanes[2]);
     }
     const bool masked = spans != nullptr || tokens != run.tokens;
+    // Copies, because for all the compiler knows storing a score changes what lies behind t.
+    const int head_dim = t.head_dim;
+    const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(head_dim);
+    float* out = t.scores;
     F m = S::set1(kMinusInfinity);
-    for (int token = 0; token < tokens; token += kBlockTokens) {
-      F s = S::mul(block_scores(t, first_row, run.k_rows + token), scale);
-      if (masked) {
-        s = S::where_between(index, begin, end, s, S::set1(kMinusInfinity));
-        index = S::add(index, S::set1(static_cast<float>(kBlockTokens)));
+    for (int token = 0; token < tokens; token += kRoundTokens) {
+      F s[2];
+      block_scores(head_dim, q, run.k_rows + token, next.k_rows + token, s);
+#pragma GCC unroll 16
+      for (int i = 0; i < 2; ++i) {
+        s[i] = S::mul(s[i], scale);
+        if (masked) {
+          s[i] = S::where_between(index, begin, end, s[i], S::set1(kMinusInfinity));
+          index = S::add(index, S::set1(static_cast<float>(kBlockTokens)));
+        }
+        S::store(out + i * S::kLanes, s[i]);
+        m = S::max(s[i], m);  // m where s is NaN
       }
-      S::store(t.scores + token * kPeriod, s);
-      m = S::max(s, m);  // m where s is NaN
+      out += 2 * S::kLanes;
     }
     return m;
   }
 
-  // Columns [column, column + chunks * kColumns) of the weighted sum of V, added to the rescaled
-  // output.
-  template <int chunks>
-  static void add_values(const TileState& t, int first_row, const Run& run, int tokens,
-                         const typename Format::Weight* weights, const float* correction, int column,
-                         bool tail) {
+  // Columns [column, column + chunks * kColumns) of the weighted sum of V, added to the rescaled output. Not
+  // inlined: what the caller keeps in registers would push the sums out of them.
+  template <int chunks, bool tail>
+  __attribute__((noinline)) static void add_values(const TileState& t, int first_row, const Run& run,
+                                                   const Run& next, int tokens,
+                                                   const typename Format::Weight* weights,
+                                                   const float* correction, int column) {
     F sums[chunks][rows][2];
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
@@ -180,7 +217,11 @@ struct Strip {
                     };
     for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
       const auto* weight = weights + token / Format::kTokensPerStep * kPeriod;
-      if (tail) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Format::kTokensPerStep; ++i) {
+        prefetch(static_cast<const T*>(next.v_rows[token + i]) + column, chunks * Format::kColumns);
+      }
+      if constexpr (tail) {
         const int columns = t.head_dim_v - column;
         step(run.v_rows + token, weight, [&](const T* row) { return Format::load_tail(row, columns); });
       } else {
@@ -199,11 +240,12 @@ struct Strip {
     }
   }
 
-  static void attend(const TileState& t, int first_row, const Run& run, const RowSpan* spans) {
+  static void attend(const TileState& t, int first_row, const Run& run, const Run& next,
+                     const RowSpan* spans) {
     const int tokens = (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
 
     const F m_old = S::replicate<kPeriod>(t.m + first_row);
-    const F m_run = scores(t, first_row, run, tokens, spans);
+    const F m_run = scores(t, first_row, run, next, tokens, spans);
     const F m_new = S::max(m_old, S::fold<kPeriod, S::max>(m_run));
     // Rows that have seen nothing but -inf subtract 0, so that their weights are 0 and not NaN.
     const F m_safe = S::zero_where_minus_infinity(m_new);
@@ -236,10 +278,13 @@ struct Strip {
     const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
     int column = 0;
     for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
-      add_values<kChunks>(t, first_row, run, tokens, weights, correction_of, column, false);
+      add_values<kChunks, false>(t, first_row, run, next, tokens, weights, correction_of, column);
     }
-    for (; column < t.head_dim_v; column += Format::kColumns) {
-      add_values<1>(t, first_row, run, tokens, weights, correction_of, column, column == whole);
+    for (; column < whole; column += Format::kColumns) {
+      add_values<1, false>(t, first_row, run, next, tokens, weights, correction_of, column);
+    }
+    if (column < t.head_dim_v) {
+      add_values<1, true>(t, first_row, run, next, tokens, weights, correction_of, column);
     }
   }
 
@@ -253,31 +298,46 @@ struct Tile {
   using S = Simd;
   static int64_t padded(int64_t columns) { return Strip<T, Format, 1>::padded(columns); }
 
+  // The strip of a row: its first row and how many it has. Rows are spread evenly.
+  struct StripRows {
+    int first;
+    int count;
+  };
+  static StripRows strip_of(int rows, int row) {
+    const int strips = (rows + S::kStripRows - 1) / S::kStripRows;
+    const int count = rows / strips, longer = rows % strips, in_longer = longer * (count + 1);
+    if (row < in_longer) return {row / (count + 1) * (count + 1), count + 1};
+    return {in_longer + (row - in_longer) / count * count, count};
+  }
+
+  // The rows of a strip are interleaved chunk by chunk, in the order in which they are read.
   static void pack_query(const TileState& t, int row, const void* q) {
-    auto* packed = static_cast<typename Format::Query*>(t.q) + row * padded(t.head_dim);
+    const StripRows strip = strip_of(t.rows, row);
+    auto* packed = static_cast<typename Format::Query*>(t.q) + strip.first * padded(t.head_dim) +
+                   (row - strip.first) * Format::kDotColumns;
     const auto* from = static_cast<const T*>(q);
-    for (int column = 0; column < t.head_dim; column += Format::kColumns) {
+    for (int column = 0; column < t.head_dim; column += Format::kDotColumns, from += Format::kDotColumns) {
       const int columns = t.head_dim - column;
-      Format::store_query(packed + column, columns < Format::kColumns
-                                               ? Format::load_tail(from + column, columns)
-                                               : Format::load(from + column));
+      Format::store_query(packed + column * strip.count, columns < Format::kDotColumns
+                                                             ? Format::load_two_tail(from, from, columns)
+                                                             : Format::load_two(from, from));
     }
   }
 
   template <int rows>
-  static void attend_strip(const TileState& t, int first_row, int strip_rows, const Run& run,
+  static void attend_strip(const TileState& t, int first_row, int strip_rows, const Run& run, const Run& next,
                            const RowSpan* spans) {
-    if (strip_rows == rows) return Strip<T, Format, rows>::attend(t, first_row, run, spans);
-    if constexpr (rows > 1) attend_strip<rows - 1>(t, first_row, strip_rows, run, spans);
+    if (strip_rows == rows) return Strip<T, Format, rows>::attend(t, first_row, run, next, spans);
+    if constexpr (rows > 1) attend_strip<rows - 1>(t, first_row, strip_rows, run, next, spans);
   }
 
   static void attend(const TileState& t, const Run& run, const RowSpan* spans, const Run* next) {
-    (void)next;
-    const int strips = (t.rows + S::kStripRows - 1) / S::kStripRows;
-    for (int strip = 0, row = 0; strip < strips; ++strip) {
-      const int rows = (t.rows - row + strips - strip - 1) / (strips - strip);
-      attend_strip<S::kStripRows>(t, row, rows, run, spans);
-      row += rows;
+    for (int row = 0; row < t.rows;) {
+      const StripRows strip = strip_of(t.rows, row);
+      // One strip's prefetches serve them all.
+      const Run& ahead = row == 0 && next != nullptr ? *next : run;
+      attend_strip<S::kStripRows>(t, row, strip.count, run, ahead, spans);
+      row += strip.count;
     }
   }
 

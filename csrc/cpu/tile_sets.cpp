@@ -56,7 +56,7 @@ const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
     if (at_most == set.name) {
       if (!set.runnable()) {
         throw std::invalid_argument("LEAN_ATTENTION_CPU: this machine cannot run " + at_most +
-                                 " (it can run: " + runnable_instruction_sets() + ")");
+                                    " (it can run: " + runnable_instruction_sets() + ")");
       }
       allowed = true;
     }
@@ -64,7 +64,7 @@ const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
     if (allowed && routine != nullptr && set.runnable()) return *routine;
   }
   throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
-                           " (this machine can run: " + runnable_instruction_sets() + ")");
+                              " (this machine can run: " + runnable_instruction_sets() + ")");
 }
 
 const TileRoutine& tile_routine(DType dtype) {
