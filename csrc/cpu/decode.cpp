@@ -55,11 +55,24 @@ class ScratchMemory {
   size_t size_ = 0;
 };
 
+// Where caches are stored tokens first, the rows of one token's heads are neighbours in memory, and hardware
+// prefetchers fetch them with each other. So a thread takes up to this many heads through the tokens abreast,
+// as long as a run of all of them leaves the second cache level room for the next.
+constexpr int64_t kMaxAbreast = 8;
+constexpr int64_t kMaxBytesAbreast = 256 * 1024;
+
 // A partial state set aside: O of every row, then m and l of every row.
 struct Partial {
   float* output;
   float* m;
   float* l;
+};
+
+// An output tile, or a part of one, that a thread works on.
+struct Work {
+  Segment segment;
+  TileState tile;
+  Partial aside;
 };
 
 class Decode {
@@ -74,6 +87,11 @@ class Decode {
     geometry_.visibility = p_.visibility;
     geometry_.rows_per_block = std::min<int64_t>(kMaxRows, geometry_.rows());
     geometry_.tile_tokens = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v));
+    const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
+    const int64_t run_bytes = kRunTokens * (p_.head_dim + p_.head_dim_v) * element_size(p_.dtype);
+    max_abreast_ = tokens_first ? std::clamp<int64_t>(kMaxBytesAbreast / run_bytes, 1,
+                                                      std::min(kMaxAbreast, p_.num_kv_heads))
+                                : 1;
     lay_out_sequences();
   }
 
@@ -81,9 +99,10 @@ class Decode {
     const int64_t threads = std::min(num_threads(), grid_.num_ctas);
     static thread_local ScratchMemory memory;
     const int64_t partials = grid_.num_ctas * partial_floats();
-    workspace_ = memory.reserve(partials + threads * thread_floats());
+    const int64_t per_thread = max_abreast_ * work_floats();
+    workspace_ = memory.reserve(partials + threads * per_thread);
     published_ = std::make_unique<std::atomic<uint32_t>[]>(grid_.num_ctas);
-    parallel_for(threads, [&](int64_t thread) { work(workspace_ + partials + thread * thread_floats()); });
+    parallel_for(threads, [&](int64_t thread) { work(workspace_ + partials + thread * per_thread); });
   }
 
  private:
@@ -123,8 +142,8 @@ class Decode {
   // What a CTA publishes lies here.
   Partial slot(int64_t cta) const { return partial_at(workspace_ + cta * partial_floats()); }
 
-  // A thread's memory: a partial state set aside, then what its TileState points to.
-  int64_t thread_floats() const {
+  // The memory of a Work: a partial state set aside, then what its TileState points to.
+  int64_t work_floats() const {
     const int64_t stats = round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
     return partial_floats() + geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) + 2 * stats +
            kRunTokens * kMaxStripRows;
@@ -150,28 +169,51 @@ class Decode {
   // the first. So a host block only ever waits for ranges that threads had taken before its own,
   // and since those publish before they wait for anything, every wait ends, on however few threads.
   void work(float* memory) {
-    const Partial aside = partial_at(memory);
-    TileState t = tile_state(memory + partial_floats());
+    Work works[kMaxAbreast];
+    for (int64_t i = 0; i < max_abreast_; ++i) {
+      float* own = memory + i * work_floats();
+      works[i] = {{}, tile_state(own + partial_floats()), partial_at(own)};
+    }
     for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
-      process_range(t, aside, grid_.num_ctas - 1 - ticket);
+      process_range(works, grid_.num_ctas - 1 - ticket);
     }
   }
 
-  void process_range(TileState& t, const Partial& aside, int64_t cta) {
+  void process_range(Work* works, int64_t cta) {
     const LeanRange range = grid_.range(cta);
     if (range.begin == range.end) return;
     const int64_t sequence = std::upper_bound(sequence_begin_.begin(), sequence_begin_.end(), range.begin) -
                              sequence_begin_.begin() - 1;
     const auto length = [&](int64_t b) { return length_of(b); };
     SegmentWalk walk(geometry_, range, sequence, sequence_begin_[sequence], length);
+    int64_t count = 0;
     for (Segment segment; walk.next(segment, length);) {
-      begin_output_tile(t, segment);
-      attend(t, aside, segment);
+      if (count == max_abreast_ || (count > 0 && !abreast(works[count - 1].segment, segment))) {
+        process(works, count, cta);
+        count = 0;
+      }
+      works[count++].segment = segment;
+    }
+    process(works, count, cta);
+  }
+
+  // Whole output tiles of neighbouring heads. A partial one is never among them, so that it is published
+  // before its thread waits for anything.
+  static bool abreast(const Segment& a, const Segment& b) {
+    const auto whole = [](const Segment& s) { return s.is_host() && !s.has_peers(); };
+    return whole(a) && whole(b) && a.sequence == b.sequence && a.row_block == b.row_block;
+  }
+
+  void process(Work* works, int64_t count, int64_t cta) {
+    for (int64_t i = 0; i < count; ++i) begin_output_tile(works[i].tile, works[i].segment);
+    attend(works, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto& [segment, tile, aside] = works[i];
       if (!segment.is_host()) {
-        publish(t, cta);
+        publish(tile, cta);
       } else {
-        if (segment.has_peers()) merge_peers(t, cta, grid_.cta_of(segment.output_end - 1));
-        write(t, segment);
+        if (segment.has_peers()) merge_peers(tile, cta, grid_.cta_of(segment.output_end - 1));
+        write(tile, segment);
       }
     }
   }
@@ -219,23 +261,25 @@ class Decode {
     }
   }
 
-  void attend(const TileState& t, const Partial& aside, const Segment& segment) const {
-    const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
-    clear(t);
+  void attend(const Work* works, int64_t count) const {
+    const TokenSpan tokens = works[0].segment.tokens(geometry_.tile_tokens);
+    for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
-      if (begin > tokens.begin) {
-        set_aside(t, aside);
-        clear(t);
+      const bool first = begin == tokens.begin;
+      for (int64_t i = 0; i < count && !first; ++i) {
+        set_aside(works[i].tile, works[i].aside);
+        clear(works[i].tile);
       }
-      attend_chunk(t, segment, {begin, std::min(begin + kChunkTokens, tokens.end)});
-      if (begin > tokens.begin) merge_into(t, aside);
+      attend_chunk(works, count, {begin, std::min(begin + kChunkTokens, tokens.end)});
+      for (int64_t i = 0; i < count && !first; ++i) merge_into(works[i].tile, works[i].aside);
     }
   }
 
-  void attend_chunk(const TileState& t, const Segment& segment, TokenSpan tokens) const {
+  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens) const {
+    const Segment& segment = works[0].segment;
+    const int rows = works[0].tile.rows;
     const SequenceLength length = length_of(segment.sequence);
-    const int64_t first_query = query_row(segment, 0).token,
-                  last_query = query_row(segment, t.rows - 1).token;
+    const int64_t first_query = query_row(segment, 0).token, last_query = query_row(segment, rows - 1).token;
     // Tokens that all rows see; runs inside need no mask.
     const TokenSpan common = {visible_tokens(p_.visibility, length, last_query, last_query).begin,
                               visible_tokens(p_.visibility, length, first_query, first_query).end};
@@ -243,13 +287,19 @@ class Decode {
     fill_run(runs[0], segment, tokens.begin, tokens.end);
     RowSpan spans[kMaxRows];
     int current = 0;
-    for (int64_t begin = tokens.begin; begin < tokens.end; begin += kRunTokens, current ^= 1) {
+    for (int64_t begin = tokens.begin; begin < tokens.end; begin += kRunTokens) {
       const int64_t end = std::min(begin + kRunTokens, tokens.end);
-      const bool last = end == tokens.end;
-      if (!last) fill_run(runs[current ^ 1], segment, end, tokens.end);
       const bool masked = begin < common.begin || end > common.end;
-      if (masked) fill_spans(spans, t.rows, segment, length, begin);
-      routine_.attend(t, runs[current], masked ? spans : nullptr, last ? nullptr : &runs[current ^ 1]);
+      if (masked) fill_spans(spans, rows, segment, length, begin);
+      for (int64_t i = 0; i < count; ++i, current ^= 1) {
+        const bool last_head = i + 1 == count, last = last_head && end == tokens.end;
+        if (!last) {
+          fill_run(runs[current ^ 1], works[last_head ? 0 : i + 1].segment, last_head ? end : begin,
+                   tokens.end);
+        }
+        routine_.attend(works[i].tile, runs[current], masked ? spans : nullptr,
+                        last ? nullptr : &runs[current ^ 1]);
+      }
     }
   }
 
@@ -317,6 +367,7 @@ class Decode {
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
   Geometry geometry_;
+  int64_t max_abreast_;
   Grid grid_;
   std::vector<int64_t> sequence_begin_;
   float* workspace_ = nullptr;
