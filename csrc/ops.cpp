@@ -223,6 +223,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   return {call.out, call.lse};
 }
 
+std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const OptionalTensor& seq_lens, int64_t splits) {
+  if (splits < 1) fail("decode_fixed_split: splits is ", splits, "; it must be at least 1");
+  const DecodeCall call = prepare_decode(q, k_cache, v_cache, seq_lens, std::nullopt, true, -1, -1, 0);
+  if (call.out.numel() > 0) cpu::decode_fixed_split(call.params, splits);
+  return {call.out, call.lse};
+}
+
 std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses) {
   if (outs.empty()) fail("merge_states: outs is empty; there must be at least one state");
   if (outs.size() != lses.size()) {
@@ -285,11 +293,15 @@ STABLE_TORCH_LIBRARY(lean_attn, m) {
       "Tensor? sinks=None, *, float? scale=None, bool causal=True, int window_left=-1, int "
       "window_right=-1, "
       "float softcap=0.0, int num_ctas=0) -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode_fixed_split(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None, *, int splits=1) "
+      "-> (Tensor out, Tensor lse)");
   m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lean_attn, CPU, m) {
   m.impl("decode", TORCH_BOX(&lean::decode));
+  m.impl("decode_fixed_split", TORCH_BOX(&lean::decode_fixed_split));
   m.impl("merge_states", TORCH_BOX(&lean::merge_states));
 }
 

@@ -64,27 +64,47 @@ def decode(
             length out of range.
         RuntimeError: the result was asked for its gradient.
     """
-    return torch.ops.lean_attn.decode(
+    tensors = (
         q,
         k_cache,
         v_cache,
         seq_lens,
         block_table,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        scale=scale,
-        causal=causal,
-        window_left=window_left,
-        window_right=window_right,
-        softcap=softcap,
-        num_ctas=num_ctas,
+        cache_batch_idx,
+        cache_leftpad,
+        alibi_slopes,
+        sinks,
     )
+    options = {
+        name: value
+        for name, value, default in (
+            ("scale", scale, None),
+            ("causal", causal, True),
+            ("window_left", window_left, -1),
+            ("window_right", window_right, -1),
+            ("softcap", softcap, 0.0),
+            ("num_ctas", num_ctas, 0),
+        )
+        if value != default
+    }
+    return _call(torch.ops.lean_attn.decode.default, *tensors, **options)
 
 
+def _call(op, *tensors, **options):
+    """Calls an op, and where no gradient can be asked for, without PyTorch's Python layer for gradients.
+
+    That layer, which makes a gradient raise, takes longer than a short decode.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return op(*tensors, **options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*tensors, **options)
+
+
+# decode_fixed_split is decode by FlashAttention-2's and FlashDecoding's schedules, for benchmarks only.
+@torch.library.register_fake("lean_attn::decode_fixed_split")
 @torch.library.register_fake("lean_attn::decode")
-def _(q, k_cache, v_cache, seq_lens=None, block_table=None, **_options):
+def _fake_decode(q, k_cache, v_cache, seq_lens=None, block_table=None, **_options):
     # The kernel checks everything; these are the mistakes that would make nonsense of a trace.
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         torch._check_value(
@@ -121,7 +141,7 @@ def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor
     """
     if not outs:  # nothing that the dispatcher could choose a backend by
         raise ValueError("merge_states: outs is empty; there must be at least one state")
-    return torch.ops.lean_attn.merge_states(outs, lses)
+    return _call(torch.ops.lean_attn.merge_states.default, outs, lses)
 
 
 @torch.library.register_fake("lean_attn::merge_states")
@@ -140,4 +160,5 @@ def _no_gradient(op_name: str):
 
 
 _no_gradient("decode")
+_no_gradient("decode_fixed_split")
 _no_gradient("merge_states")

@@ -194,3 +194,19 @@ def test_many_sequences() -> None:
     subset = {name: tensor[picked] for name, tensor in inputs.items()}
     few = dataclasses.replace(case, lens=tuple(lens[i] for i in picked))
     assert_close(few, subset, out[picked], lse[picked])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_the_schedules_that_stream_k_replaces(splits: int) -> None:
+    case = Case(BF16, lens=(1500, 0, 129, 1), heads=8, kv_heads=2, q_len=2)
+    inputs = make_inputs(case)
+    assert_close(case, inputs, *torch.ops.lean_attn.decode_fixed_split(**inputs, splits=splits))
+
+
+@pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
+def test_many_heads_abreast(layout: str) -> None:
+    """Ranges that begin and end inside heads, with whole ones between, longer than one chunk of tokens."""
+    case = Case(F32, lens=(9000, 70), heads=26, kv_heads=13, head_dim=8)
+    inputs = make_inputs(case, layout)
+    for num_ctas in (1, 2, 3):
+        assert_close(case, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))

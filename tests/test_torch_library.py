@@ -27,6 +27,13 @@ def test_opcheck_decode(dtype: torch.dtype, layout: str, q_len: int) -> None:
     torch.library.opcheck(torch.ops.lean_attn.decode.default, arguments[:3], {"num_ctas": 3, "scale": 0.2})
 
 
+def test_opcheck_decode_fixed_split() -> None:
+    arguments = tuple(
+        tensor.nan_to_num() for tensor in make_inputs(Case(torch.float32, lens=(70, 9))).values()
+    )
+    torch.library.opcheck(torch.ops.lean_attn.decode_fixed_split.default, arguments, {"splits": 3})
+
+
 def test_opcheck_merge_states() -> None:
     outs, lses = [torch.randn(2, 1, 4, 16) for _ in range(3)], [torch.randn(2, 4, 1) for _ in range(3)]
     torch.library.opcheck(torch.ops.lean_attn.merge_states.default, (outs, lses))

@@ -4,6 +4,7 @@
 #include "cpu/decode.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <memory>
 #include <sstream>
@@ -16,8 +17,9 @@
 namespace lean::cpu {
 namespace {
 
-// KV bytes below which another thread costs more than it brings.
-constexpr int64_t kMinBytesPerCta = 64 * 1024;
+// KV bytes below which another thread costs more than it brings: waking one takes 3 to 4 microseconds, in
+// which a core reads and multiplies about this much.
+constexpr int64_t kMinBytesPerCta = 128 * 1024;
 
 // Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
 // additions stays short: 8192 / kRunTokens of them, then one per such chunk.
@@ -97,12 +99,47 @@ class Decode {
 
   void run() {
     const int64_t threads = std::min(num_threads(), grid_.num_ctas);
-    static thread_local ScratchMemory memory;
-    const int64_t partials = grid_.num_ctas * partial_floats();
-    const int64_t per_thread = max_abreast_ * work_floats();
-    workspace_ = memory.reserve(partials + threads * per_thread);
+    reserve(grid_.num_ctas, threads);
     published_ = std::make_unique<std::atomic<uint32_t>[]>(grid_.num_ctas);
-    parallel_for(threads, [&](int64_t thread) { work(workspace_ + partials + thread * per_thread); });
+    parallel_for(threads, [&](int64_t thread) { take_ranges(thread); });
+  }
+
+  // The schedules that stream-K replaces, on the same tile routines: every output tile cut into `splits`
+  // equal pieces, and a second parallel region that combines them. One split is FlashAttention-2's grid.
+  void run_fixed_split(int64_t splits) {
+    const auto length = [&](int64_t b) { return length_of(b); };
+    std::vector<Segment> outputs;
+    SegmentWalk walk(geometry_, {0, grid_.total_tiles}, 0, 0, length);
+    for (Segment segment; walk.next(segment, length);) outputs.push_back(segment);
+    const int64_t count = outputs.size(), threads = num_threads();
+    reserve(splits > 1 ? count * splits : 0, threads);
+    std::atomic<int64_t> next_piece{0}, next_output{0};
+    parallel_for(std::min(threads, count * splits), [&](int64_t thread) {
+      Work work = works_of(thread)[0];
+      for (int64_t piece; (piece = next_piece++) < count * splits;) {
+        work.segment = outputs[piece / splits];
+        const int64_t tiles = work.segment.output_end - work.segment.output_begin, split = piece % splits;
+        work.segment.tiles = {work.segment.output_begin + tiles * split / splits,
+                              work.segment.output_begin + tiles * (split + 1) / splits};
+        begin_output_tile(work.tile, work.segment);
+        attend(&work, 1);
+        if (splits == 1) {
+          write(work.tile, work.segment);
+        } else {
+          set_aside(work.tile, slot(piece));
+        }
+      }
+    });
+    if (splits == 1) return;
+    parallel_for(std::min(threads, count), [&](int64_t thread) {
+      TileState tile = works_of(thread)[0].tile;
+      for (int64_t output; (output = next_output++) < count;) {
+        tile.rows = static_cast<int>(geometry_.block_rows(outputs[output].row_block));
+        clear(tile);
+        for (int64_t split = 0; split < splits; ++split) merge_into(tile, slot(output * splits + split));
+        write(tile, outputs[output]);
+      }
+    });
   }
 
  private:
@@ -129,6 +166,12 @@ class Decode {
 
   SequenceLength length_of(int64_t sequence) const {
     return {p_.seq_lens ? p_.seq_lens[sequence * p_.seq_lens_stride] : p_.max_len, 0};
+  }
+
+  void reserve(int64_t partials, int64_t threads) {
+    static thread_local ScratchMemory memory;
+    workspace_ = memory.reserve(partials * partial_floats() + threads * max_abreast_ * work_floats());
+    thread_memory_ = workspace_ + partials * partial_floats();
   }
 
   int64_t partial_floats() const {
@@ -165,17 +208,22 @@ class Decode {
     return t;
   }
 
+  std::array<Work, kMaxAbreast> works_of(int64_t thread) const {
+    std::array<Work, kMaxAbreast> works{};
+    for (int64_t i = 0; i < max_abreast_; ++i) {
+      float* memory = thread_memory_ + (thread * max_abreast_ + i) * work_floats();
+      works[i] = {{}, tile_state(memory + partial_floats()), partial_at(memory)};
+    }
+    return works;
+  }
+
   // What one thread does: lean ranges, until none is left. Ranges are handed out from the last to
   // the first. So a host block only ever waits for ranges that threads had taken before its own,
   // and since those publish before they wait for anything, every wait ends, on however few threads.
-  void work(float* memory) {
-    Work works[kMaxAbreast];
-    for (int64_t i = 0; i < max_abreast_; ++i) {
-      float* own = memory + i * work_floats();
-      works[i] = {{}, tile_state(own + partial_floats()), partial_at(own)};
-    }
+  void take_ranges(int64_t thread) {
+    std::array<Work, kMaxAbreast> works = works_of(thread);
     for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
-      process_range(works, grid_.num_ctas - 1 - ticket);
+      process_range(works.data(), grid_.num_ctas - 1 - ticket);
     }
   }
 
@@ -370,7 +418,8 @@ class Decode {
   int64_t max_abreast_;
   Grid grid_;
   std::vector<int64_t> sequence_begin_;
-  float* workspace_ = nullptr;
+  float* workspace_ = nullptr;      // the slots
+  float* thread_memory_ = nullptr;  // then the threads' Works
   std::unique_ptr<std::atomic<uint32_t>[]> published_;
   std::atomic<int64_t> next_ticket_{0};
 };
@@ -379,6 +428,10 @@ class Decode {
 
 void decode(const DecodeParams& params) {
   Decode(params).run();
+}
+
+void decode_fixed_split(const DecodeParams& params, int64_t splits) {
+  Decode(params).run_fixed_split(splits);
 }
 
 }  // namespace lean::cpu
