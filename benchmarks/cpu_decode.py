@@ -1,0 +1,128 @@
+"""How fast does a CPU read its KV caches? This package, its peers and its baseline schedules.
+
+    python -m benchmarks.cpu_decode            a subset, about three minutes on two cores
+    python -m benchmarks.cpu_decode --full     the grid; an interrupted run continues with --resume
+
+Prints a table and writes a JSON file and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import peers
+from benchmarks.harness import Case, draw, print_table, run_study
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+RAGGED = {
+    "ragged8": (512, 2048, 4096, 9000, 14000, 23000, 41000, 65536),
+    "one-long": (65536, *[1024] * 15),
+    "short": tuple(range(100, 1700, 100)),
+}
+
+
+def subset() -> list[Case]:
+    return [
+        *(Case(dtype, (16384,), 32, 8, 128) for dtype in (BF16, F16, F32)),
+        Case(BF16, (1024,), 32, 8, 128),
+        Case(BF16, (131072,), 8, 1, 128),
+        Case(BF16, (16384,), 8, 8, 128),
+        Case(BF16, (16384,), 64, 8, 128),
+        Case(BF16, (16384,), 32, 8, 128, "tokens_first"),
+        Case(BF16, RAGGED["ragged8"], 32, 8, 128, name="ragged8"),
+        Case(F32, RAGGED["one-long"], 32, 8, 128, name="one-long"),
+    ]
+
+
+def full_grid() -> list[Case]:
+    cases = []
+    for dtype in (BF16, F16, F32):
+        # Lengths, then groups, head dims and layouts around 192 MB, then batches.
+        cases += [Case(dtype, (n,), 32, 8, 128) for n in (1024, 4096, 16384, 65536, 262144)]
+        tokens = 24576 if dtype == F32 else 49152
+        cases += [Case(dtype, (tokens,), 8 * group, 8, 128) for group in (1, 4, 5, 7, 8, 16)]
+        cases += [
+            Case(dtype, (tokens * 128 // dim,), 8 * group, 8, dim)
+            for dim in (64, 80, 256)
+            for group in (1, 4, 8)
+        ]
+        cases += [Case(dtype, (tokens,), 8 * group, 8, 128, "tokens_first") for group in (1, 4, 8)]
+        cases += [Case(dtype, (2048,) * 16, 32, 8, 128), Case(dtype, (131072,), 8, 1, 128)]
+        cases += [Case(dtype, lens, 32, 8, 128, name=name) for name, lens in RAGGED.items()]
+    return list({case.id: case for case in cases}.values())
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [contender.name for contender in peers.ALL]
+    result.add_argument("--full", action="store_true", help="the whole grid instead of a subset")
+    result.add_argument("--resume", action="store_true", help="keep the cases that the JSON file already has")
+    result.add_argument(
+        "--only", metavar="REGEX", help="cases whose id matches, like bf16-h32-kv8-d128-b1-n1024"
+    )
+    result.add_argument(
+        "--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
+    result.add_argument(
+        "--seconds", type=float, default=1.0, help="time for each contender of a case (default 1)"
+    )
+    result.add_argument(
+        "--memory", type=float, default=4.0, metavar="GB", help="largest KV caches (default 4)"
+    )
+    result.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    result.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/cpu_decode.json"), help="JSON file; the plot goes beside it"
+    )  # fmt: skip
+    result.add_argument("--list", action="store_true", help="print the cases' ids and stop")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.seconds <= 0:
+        sys.exit(f"--seconds {options.seconds} is not positive")
+    if options.threads is not None:
+        if options.threads < 1:
+            sys.exit(f"--threads {options.threads} is not positive")
+        torch.set_num_threads(options.threads)
+    cases = full_grid() if options.full else subset()
+    if options.only:
+        try:
+            cases = [case for case in cases if re.search(options.only, case.id)]
+        except re.error as error:
+            sys.exit(f"--only {options.only!r} is not a regular expression: {error}")
+        if not cases:
+            sys.exit(f"--only {options.only!r} matches no case (see --list)")
+    if options.list:
+        print("\n".join(case.id for case in cases))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130
+    fits = [case for case in cases if case.allocated_bytes <= options.memory * 1e9]
+    for case in cases:
+        if case not in fits:
+            console.print(f"left out, over --memory {options.memory:g} GB: {case.id}")
+    contenders = [contender for contender in peers.ALL if contender.name in options.contenders]
+    try:
+        study = run_study(fits, contenders, options.output, resume=options.resume, seconds=options.seconds)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; --resume continues from {options.output}")
+    print_table(study, console)
+    picture = options.output.with_suffix(".png")
+    draw(study, picture)
+    console.print(f"written: {options.output}, {picture}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

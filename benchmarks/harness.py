@@ -1,0 +1,300 @@
+"""The benchmark harness: a study is a list of cases and a list of contenders, and this does the rest.
+
+All contenders of a case and the machine's read bandwidth are measured interleaved, round after round, so that
+a noisy machine disturbs them alike. What is compared is how fast K and V are read: bytes in use over seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+import lean_attention
+from lean_attention._core import core
+from lean_attention.bandwidth import read_seconds
+
+PROBE_BYTES = 2**28
+OURS = "lean_attention"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step: a batch of sequences with these lengths (tokens)."""
+
+    dtype: torch.dtype
+    lens: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layout: str = "heads_first"  # or tokens_first: how the caches lie in memory
+    name: str = ""  # of ragged batches
+
+    @property
+    def id(self) -> str:
+        dtype = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[self.dtype]
+        lens = self.name or f"b{len(self.lens)}-n{self.lens[0]}"
+        layout = "" if self.layout == "heads_first" else "-tokens_first"
+        return f"{dtype}-h{self.heads}-kv{self.kv_heads}-d{self.head_dim}-{lens}{layout}"
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V in use."""
+        return 2 * sum(self.lens) * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.kv_bytes // sum(self.lens) * max(self.lens) * len(self.lens)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q is [batch, 1, heads, dim]; the caches are [batch, max_len, kv_heads, dim] views of the case's layout."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    seq_lens: Tensor
+
+    @staticmethod
+    def random(case: Case) -> Inputs:
+        batch, longest = len(case.lens), max(case.lens)
+        caches = []
+        for _ in range(2):
+            if case.layout == "heads_first":
+                cache = torch.empty(batch, case.kv_heads, longest, case.head_dim, dtype=case.dtype)
+                cache = cache.transpose(1, 2)
+            else:
+                cache = torch.empty(batch, longest, case.kv_heads, case.head_dim, dtype=case.dtype)
+            for b, length in enumerate(case.lens):
+                cache[b, :length].normal_()
+            caches.append(cache)
+        q = torch.randn(batch, 1, case.heads, case.head_dim, dtype=case.dtype)
+        return Inputs(q, *caches, torch.tensor(case.lens, dtype=torch.int32))
+
+
+class Unavailable(Exception):
+    """Why a contender cannot do a case."""
+
+
+class Contender(Protocol):
+    name: str
+
+    def prepare(self, case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+        """A call that decodes into [batch, 1, heads, dim]; raises Unavailable where it cannot."""
+
+
+def machine_facts() -> dict:
+    """What a reader needs to know to compare figures."""
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    lscpu = dict(
+        (part.strip() for part in line.split(":", 1)) for line in output("lscpu").splitlines() if ":" in line
+    )
+    packages = {}
+    for package in ("torch", "onnxruntime", "numpy"):
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            packages[package] = "not installed"
+    return {
+        "cpu": lscpu.get("Model name", platform.processor()),
+        "cpu_family_model": f"{lscpu.get('CPU family', '?')}/{lscpu.get('Model', '?')}",
+        "cores": os.cpu_count(),
+        "caches": {key: value for key, value in lscpu.items() if "cache" in key},
+        "threads": torch.get_num_threads(),
+        "instruction_sets": core.instruction_sets(),
+        "forced_instruction_set": os.environ.get("LEAN_ATTENTION_CPU", ""),
+        "compiler": core.compiler(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {"lean_attention": lean_attention.__version__, **packages},
+        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def last_level_cache_bytes() -> int:
+    """The size of the largest cache (Linux); 64 MB where it is not known."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kilobytes = [int(size.read_text().strip().rstrip("K")) for size in sizes]
+    return 1024 * max(kilobytes, default=64 * 1024)
+
+
+def measure_case(
+    case: Case, contenders: Sequence[Contender], seconds: float, tick: Callable[[str], None]
+) -> dict:
+    """Errors and times of all contenders on one case, within about `seconds` each."""
+    # Enough sets of inputs that none is still in the last-level cache when its turn comes again.
+    sets = min(32, math.ceil(2 * last_level_cache_bytes() / case.kv_bytes))
+    inputs = [Inputs.random(case) for _ in range(sets)]
+    probe = torch.ones(PROBE_BYTES, dtype=torch.uint8)
+    want, _ = lean_attention.decode(inputs[0].q.float(), inputs[0].k_cache.float(), inputs[0].v_cache.float(),
+                                    inputs[0].seq_lens)  # fmt: skip
+    results: dict[str, dict] = {}
+    calls: dict[str, list[Callable[[], Tensor]]] = {}
+    for contender in contenders:
+        tick(f"{case.id}: preparing {contender.name}")
+        try:
+            prepared = [contender.prepare(case, each) for each in inputs]
+            begin = time.perf_counter()
+            error = (prepared[0]().float() - want).abs().max().item()
+            first = time.perf_counter() - begin
+            for call in prepared[1:4]:
+                call()
+        except Unavailable as reason:
+            results[contender.name] = {"unavailable": str(reason)}
+            continue
+        calls[contender.name] = prepared
+        results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
+    tick(f"{case.id}: measuring")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    bandwidths = []
+    for name, prepared in calls.items():  # one call to estimate, not counted
+        begin = time.perf_counter()
+        prepared[-1]()
+        results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
+    for round_ in range(max(results[name]["rounds"] for name in calls)):
+        if round_ < 8:
+            bandwidths.append(PROBE_BYTES / read_seconds(probe))
+        for i, (name, prepared) in enumerate(calls.items()):
+            if round_ < results[name]["rounds"]:
+                # Another set for each, or all but the first would find theirs in the cache.
+                call = prepared[(round_ * len(calls) + i) % sets]
+                begin = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - begin)
+    for name, each in times.items():
+        results[name] |= {
+            "seconds": statistics.median(each),
+            "fastest": min(each),
+            "slowest": max(each),
+            "gb_per_second": case.kv_bytes / statistics.median(each) / 1e9,
+        }
+    return {
+        "kv_bytes": case.kv_bytes,
+        "lens": list(case.lens),
+        "read_gb_per_second": statistics.median(bandwidths) / 1e9,
+        "contenders": results,
+    }
+
+
+def run_study(
+    cases: Sequence[Case],
+    contenders: Sequence[Contender],
+    output: Path,
+    *,
+    resume: bool = False,
+    seconds: float = 1.0,
+) -> dict:
+    """Measures every case, writing `output` (JSON) after each, and returns what was written.
+
+    Args:
+        cases: what to measure; ids must differ.
+        contenders: who takes part.
+        output: the JSON file; with `resume`, cases that it already has are not measured again.
+        seconds: time for each contender of a case.
+    """
+    study = {"machine": machine_facts(), "cases": {}}
+    if resume and output.is_file():
+        study["cases"] = json.loads(output.read_text())["cases"]
+    left = [case for case in cases if case.id not in study["cases"]]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with torch.inference_mode(), Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("", total=len(left))
+        for case in left:
+            study["cases"][case.id] = measure_case(
+                case, contenders, seconds, lambda text: progress.update(bar, description=text)
+            )
+            part = output.with_suffix(".part")
+            part.write_text(json.dumps(study, indent=1) + "\n")
+            part.replace(output)  # an interrupted run leaves a whole file
+            progress.advance(bar)
+    return study
+
+
+def print_table(study: dict, console: Console) -> None:
+    """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other."""
+    names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
+    others = [name for name in names if name != OURS]
+    facts = study["machine"]
+    table = Table(
+        title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one"
+    )
+    table.add_column("case", no_wrap=True)
+    for column in ("MB", "read GB/s", "ours GB/s", "share", *others):
+        table.add_column(column, justify="right")
+    for case_id, case in study["cases"].items():
+        ours = case["contenders"].get(OURS, {})
+        rate = ours.get("gb_per_second", math.nan)
+        ratios = []
+        for name in others:
+            theirs = case["contenders"].get(name, {}).get("gb_per_second")
+            ratios.append(f"{rate / theirs:.2f}x" if theirs else "-")
+        table.add_row(
+            case_id,
+            f"{case['kv_bytes'] / 1e6:.0f}",
+            f"{case['read_gb_per_second']:.1f}",
+            f"{rate:.1f}",
+            f"{rate / case['read_gb_per_second']:.0%}",
+            *ratios,
+        )
+    console.print(table)
+    reasons = {
+        f"{name}: {result['unavailable']}"
+        for case in study["cases"].values()
+        for name, result in case["contenders"].items()
+        if "unavailable" in result
+    }
+    for reason in sorted(reasons):
+        console.print(f"- {reason}", soft_wrap=True)
+
+
+def draw(study: dict, path: Path) -> None:
+    """Draws each contender's share of the read bandwidth, case by case."""
+    from matplotlib.figure import Figure
+
+    cases = study["cases"]
+    names = list(dict.fromkeys(name for case in cases.values() for name in case["contenders"]))
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(cases)), layout="constrained")
+    axis = figure.subplots()
+    for i, name in enumerate(names):
+        points = [
+            (case["contenders"][name]["gb_per_second"] / case["read_gb_per_second"], row)
+            for row, case in enumerate(cases.values())
+            if "gb_per_second" in case["contenders"].get(name, {})
+        ]
+        if points:
+            marker = "o" if name == OURS else "x+v^sd*"[i % 7]
+            axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel("K and V read, as a share of the machine's streaming-read bandwidth")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=7)
+    axis.set_title(f"{study['machine']['cpu']}, {study['machine']['threads']} threads", fontsize=9)
+    figure.savefig(path, dpi=120)
