@@ -81,8 +81,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     result.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/cpu_decode.json"), help="JSON file; the plot goes beside it"
-    )  # fmt: skip
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results/cpu_decode.json"),
+        help="JSON file; the plot goes beside it",
+    )
     result.add_argument("--list", action="store_true", help="print the cases' ids and stop")
     return result
 

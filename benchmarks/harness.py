@@ -65,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q is [batch, 1, heads, dim]; the caches are [batch, max_len, kv_heads, dim] views of the case's layout."""
+    """q [batch, 1, heads, dim]; the caches [batch, max_len, kv_heads, dim], views of the case's layout."""
 
     q: Tensor
     k_cache: Tensor
