@@ -1,5 +1,6 @@
 # make test    from nothing to a full test run
 # make demo    from nothing to a decoded ragged batch: correctness, speed, a picture of the schedule
+# make bench   this package and its peers on this machine, some three minutes; BENCH_ARGS=--full for the grid
 # make lint    formatters and linters, in check mode; make format applies them
 
 PYTHON ?= python3
@@ -7,18 +8,22 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml lean_attention/_build.py lean_attention/_version.py \
            $(shell find csrc -type f)
 
-.PHONY: test demo lint format clean
+.PHONY: test demo bench lint format clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 demo: $(VENV)/installed
 	$(BIN)/python -m lean_attention demo $(DEMO_ARGS)
+
+bench: $(VENV)/peers
+	$(BIN)/python -m benchmarks.cpu_decode $(BENCH_ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -43,4 +48,8 @@ $(VENV)/torch: Makefile
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,test,lint]'
+	touch $@
+
+$(VENV)/peers: $(VENV)/installed third_party/benchmark-requirements.txt
+	$(BIN)/python -m pip install --quiet -r third_party/benchmark-requirements.txt
 	touch $@

@@ -149,16 +149,3 @@ def test_threads_do_not_disturb_each_other() -> None:
         thread.join()
     for given, result in zip(inputs, results, strict=True):
         assert_close(case, given, *result)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_follows_torch_set_num_threads(threads: int) -> None:
-    case = Case(torch.float32, lens=(3000, 12), heads=8, kv_heads=2)
-    inputs = make_inputs(case)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert_close(case, inputs, *lean_attention.decode(**inputs))
-        assert_close(case, inputs, *lean_attention.decode(**inputs, num_ctas=64))
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,130 @@
+"""The CPU backend in the surroundings that users put it in: thread limits, workers, forks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import lean_attention
+from tests.helpers import Case, assert_close, make_inputs
+
+CASE = Case(torch.bfloat16, lens=(3000, 12, 0), heads=8, kv_heads=2)
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_follows_torch_set_num_threads(threads: int) -> None:
+    inputs = make_inputs(CASE)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for num_ctas in (0, 1, 3, 64):
+            assert_close(CASE, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_openmp_thread() -> None:
+    """More lean ranges than threads: a host block may wait only for what has been taken before."""
+    code = """
+        import torch, lean_attention
+        assert torch.get_num_threads() == 1
+        q, k = torch.randn(2, 1, 8, 64), torch.randn(2, 5000, 2, 64)
+        out, _ = lean_attention.decode(q, k, k, num_ctas=9)
+        assert torch.allclose(out, lean_attention.reference.decode(q, k, k)[0].float(), atol=1e-5)
+    """
+    run_python(code, OMP_NUM_THREADS="1")
+
+
+def test_in_a_data_loader_worker() -> None:
+    code = """
+        import torch, lean_attention
+
+        class Decodes(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+            def __getitem__(self, i):
+                q, k = torch.randn(1, 1, 8, 64), torch.randn(1, 5000, 2, 64)
+                want = lean_attention.reference.decode(q, k, k)[0].float()
+                return (lean_attention.decode(q, k, k, num_ctas=4)[0] - want).abs().max()
+
+        if __name__ == "__main__":
+            loader = torch.utils.data.DataLoader(Decodes(), num_workers=2)
+            assert max(float(error) for error in loader) < 1e-5
+    """
+    run_python(code)
+
+
+def test_after_a_fork() -> None:
+    """In a child process of one that has decoded, where OpenMP's threads are gone."""
+    code = """
+        import os, torch, lean_attention
+        q, k = torch.randn(2, 1, 8, 64), torch.randn(2, 5000, 2, 64)
+        torch.set_num_threads(2)
+        want, _ = lean_attention.decode(q, k, k)
+        child = os.fork()
+        if child == 0:
+            out, _ = lean_attention.decode(q, k, k)
+            os._exit(0 if torch.allclose(out, want, atol=1e-5) else 1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+    """
+    run_python(code)
+
+
+def test_the_interpreter_runs_on_while_it_decodes() -> None:
+    """The GIL is released: another Python thread makes progress during a long call."""
+    code = """
+        import threading, time, torch, lean_attention
+        torch.set_num_threads(1)
+        k = torch.randn(1, 2**19, 1, 64)
+        q = torch.randn(1, 1, 64, 64)
+        lean_attention.decode(q, k, k)
+        longest, done = 0.0, threading.Event()
+
+        def tick():
+            global longest
+            last = time.perf_counter()
+            while not done.is_set():
+                time.sleep(0.001)
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        begin = time.perf_counter()
+        for _ in range(5):
+            lean_attention.decode(q, k, k)
+        one_call = (time.perf_counter() - begin) / 5
+        done.set()
+        thread.join()
+        print(one_call, longest)
+        assert longest < 0.9 * one_call or one_call < 0.02
+    """
+    run_python(code)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33])
+def test_every_strip_of_every_instruction_set(head_dim: int, group: int, instruction_set: str) -> None:
+    """All counts of rows that the routines have code of their own for."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        case = Case(dtype, lens=(70, 200), heads=group, kv_heads=1, head_dim=head_dim)
+        inputs = make_inputs(case)
+        assert_close(case, inputs, *lean_attention.decode(**inputs))
