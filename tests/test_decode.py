@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -210,3 +211,15 @@ def test_many_heads_abreast(layout: str) -> None:
     inputs = make_inputs(case, layout)
     for num_ctas in (1, 2, 3):
         assert_close(case, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))
+
+
+def test_exp_is_right_to_2e_7(instruction_set: str) -> None:
+    """Two tokens with v = 0 and 1: the output is w / (1 + w) for the second one's weight w = 2^-x."""
+    x = torch.arange(1, 125 * 64, dtype=torch.float64) / 64
+    q = torch.ones(len(x), 1, 1, 8)
+    k, v = torch.zeros(len(x), 2, 1, 8), torch.zeros(len(x), 2, 1, 8)
+    k[:, 1, 0, 0], v[:, 1] = -x.float(), 1.0
+    out, _ = lean_attention.decode(q, k, v, scale=math.log(2))  # scores are -x in units of log2, exactly
+    weight = torch.exp2(-x)
+    error = out[:, 0, 0, 0].double() / (weight / (1 + weight)) - 1
+    assert error.abs().max() < 4e-7  # the bound of exp, and the roundings of the sum and the division

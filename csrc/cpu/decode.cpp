@@ -21,6 +21,12 @@ namespace {
 // which a core reads and multiplies about this much.
 constexpr int64_t kMinBytesPerCta = 128 * 1024;
 
+// With enough to do a thread gets this many ranges, one after another, so that one that starts late or shares
+// its core with another program leaves work to the rest. (Not where heads go abreast: shorter ranges hold
+// fewer of them.)
+constexpr int64_t kRangesPerThread = 4;
+constexpr int64_t kMinBytesPerRange = 512 * 1024;
+
 // Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
 // additions stays short: 8192 / kRunTokens of them, then one per such chunk.
 constexpr int64_t kChunkTokens = 8192;
@@ -122,7 +128,7 @@ class Decode {
         work.segment.tiles = {work.segment.output_begin + tiles * split / splits,
                               work.segment.output_begin + tiles * (split + 1) / splits};
         begin_output_tile(work.tile, work.segment);
-        attend(&work, 1);
+        attend(&work, 1, nullptr);
         if (splits == 1) {
           write(work.tile, work.segment);
         } else {
@@ -159,9 +165,15 @@ class Decode {
       tiles += geometry_.sequence_tiles(length_of(b));
     }
     sequence_begin_[p_.batch] = tiles;
+    grid_ = {p_.num_ctas > 0 ? p_.num_ctas : choose_ctas(tiles), tiles};
+  }
+
+  int64_t choose_ctas(int64_t tiles) const {
     const int64_t tile_bytes = geometry_.tile_tokens * (p_.head_dim + p_.head_dim_v) * element_size(p_.dtype);
-    const int64_t min_tiles = ceil_div(kMinBytesPerCta, tile_bytes);
-    grid_ = {p_.num_ctas > 0 ? p_.num_ctas : useful_ctas(tiles, num_threads(), min_tiles), tiles};
+    const int64_t threads = useful_ctas(tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes));
+    if (threads == 1 || max_abreast_ > 1) return threads;
+    return std::max(threads,
+                    useful_ctas(tiles, threads * kRangesPerThread, ceil_div(kMinBytesPerRange, tile_bytes)));
   }
 
   SequenceLength length_of(int64_t sequence) const {
@@ -237,12 +249,12 @@ class Decode {
     int64_t count = 0;
     for (Segment segment; walk.next(segment, length);) {
       if (count == max_abreast_ || (count > 0 && !abreast(works[count - 1].segment, segment))) {
-        process(works, count, cta);
+        process(works, count, &segment, cta);
         count = 0;
       }
       works[count++].segment = segment;
     }
-    process(works, count, cta);
+    process(works, count, nullptr, cta);
   }
 
   // Whole output tiles of neighbouring heads. A partial one is never among them, so that it is published
@@ -252,9 +264,10 @@ class Decode {
     return whole(a) && whole(b) && a.sequence == b.sequence && a.row_block == b.row_block;
   }
 
-  void process(Work* works, int64_t count, int64_t cta) {
+  // `then` is the segment that follows, if there is one.
+  void process(Work* works, int64_t count, const Segment* then, int64_t cta) {
     for (int64_t i = 0; i < count; ++i) begin_output_tile(works[i].tile, works[i].segment);
-    attend(works, count);
+    attend(works, count, then);
     for (int64_t i = 0; i < count; ++i) {
       const auto& [segment, tile, aside] = works[i];
       if (!segment.is_host()) {
@@ -309,7 +322,7 @@ class Decode {
     }
   }
 
-  void attend(const Work* works, int64_t count) const {
+  void attend(const Work* works, int64_t count, const Segment* then) const {
     const TokenSpan tokens = works[0].segment.tokens(geometry_.tile_tokens);
     for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
@@ -318,12 +331,21 @@ class Decode {
         set_aside(works[i].tile, works[i].aside);
         clear(works[i].tile);
       }
-      attend_chunk(works, count, {begin, std::min(begin + kChunkTokens, tokens.end)});
+      const int64_t end = std::min(begin + kChunkTokens, tokens.end);
+      Upcoming upcoming{&works[0].segment, {end, tokens.end}};
+      if (end == tokens.end && then != nullptr) upcoming = {then, then->tokens(geometry_.tile_tokens)};
+      attend_chunk(works, count, {begin, end}, upcoming);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(works[i].tile, works[i].aside);
     }
   }
 
-  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens) const {
+  // What a thread reads after a chunk, so that its beginning is prefetched too; maybe nothing.
+  struct Upcoming {
+    const Segment* segment;
+    TokenSpan tokens;
+  };
+
+  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Upcoming& upcoming) const {
     const Segment& segment = works[0].segment;
     const int rows = works[0].tile.rows;
     const SequenceLength length = length_of(segment.sequence);
@@ -340,13 +362,18 @@ class Decode {
       const bool masked = begin < common.begin || end > common.end;
       if (masked) fill_spans(spans, rows, segment, length, begin);
       for (int64_t i = 0; i < count; ++i, current ^= 1) {
-        const bool last_head = i + 1 == count, last = last_head && end == tokens.end;
-        if (!last) {
-          fill_run(runs[current ^ 1], works[last_head ? 0 : i + 1].segment, last_head ? end : begin,
-                   tokens.end);
+        const bool last_head = i + 1 == count;
+        Run* next = &runs[current ^ 1];
+        if (!last_head) {
+          fill_run(*next, works[i + 1].segment, begin, tokens.end);
+        } else if (end < tokens.end) {
+          fill_run(*next, segment, end, tokens.end);
+        } else if (upcoming.tokens.begin < upcoming.tokens.end) {
+          fill_run(*next, *upcoming.segment, upcoming.tokens.begin, upcoming.tokens.end);
+        } else {
+          next = nullptr;
         }
-        routine_.attend(works[i].tile, runs[current], masked ? spans : nullptr,
-                        last ? nullptr : &runs[current ^ 1]);
+        routine_.attend(works[i].tile, runs[current], masked ? spans : nullptr, next);
       }
     }
   }

@@ -1,0 +1,42 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import lean_attention
+from lean_attention import reference
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_decoder_layer_runs() -> None:
+    (code,) = [block for block in BLOCKS if "class DecodeAttention" in block]
+    names: dict = {}
+    exec(code, names)
+    k_cache, v_cache = torch.randn(2, 30, 2, 64), torch.randn(2, 30, 2, 64)
+    q, k_new, v_new = torch.randn(2, 1, 8, 64), torch.randn(2, 2, 64), torch.randn(2, 2, 64)
+    lens = torch.tensor([7, 0], dtype=torch.int32)
+    out = names["DecodeAttention"]()(q, k_new, v_new, k_cache, v_cache, lens)
+    assert torch.equal(k_cache[0, 7], k_new[0])
+    want, _ = reference.decode(q, k_cache, v_cache, lens + 1)
+    assert torch.allclose(out, want.float(), atol=1e-6)
+
+
+def test_the_schedule_prints_as_shown() -> None:
+    (block,) = [block for block in BLOCKS if block.startswith(">>> print(")]
+    call, shown = block.split("\n", 1)
+    schedule = eval(call.removeprefix(">>> print(").removesuffix(")"), {"lean_attention": lean_attention})
+    assert str(schedule) == shown.strip()
+
+
+def test_the_files_that_it_names_exist() -> None:
+    root = Path(__file__).resolve().parent.parent
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (root / link).exists(), link
