@@ -280,7 +280,7 @@ def print_table(study: dict, console: Console) -> None:
         if "unavailable" in result
     }
     for reason in sorted(reasons):
-        console.print(f"- {reason}", soft_wrap=True)
+        console.print(f"- {reason}", soft_wrap=True, markup=False)
 
 
 def draw(study: dict, path: Path) -> None:

@@ -107,6 +107,8 @@ class OnnxRuntime:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             options.log_severity_level = 3
+            # Its idle threads would spin through the other contenders' turns.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             model = self._model(case)
             self._case, self._session = case, onnxruntime.InferenceSession(model, options)
         return self._bind(case, inputs)
