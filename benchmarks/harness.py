@@ -303,6 +303,7 @@ def draw(study: dict, path: Path) -> None:
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axis.invert_yaxis()
+    axis.margins(y=0.01)
     axis.set_xlim(left=0)
     axis.set_xlabel("K and V read, as a share of the machine's streaming-read bandwidth")
     axis.grid(axis="x", alpha=0.3)
