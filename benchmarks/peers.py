@@ -58,6 +58,21 @@ class Sdpa:
         )
 
 
+class SdpaFolded:
+    """scaled_dot_product_attention told of groups by hand: a KV head's query heads passed as its query rows."""
+
+    name = "sdpa-folded"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+        group = case.heads // case.kv_heads
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = q.reshape(q.shape[0], case.kv_heads, group, case.head_dim)
+            return F.scaled_dot_product_attention(rows, k, v).reshape(q.shape)
+
+        return by_sequence(case, inputs, attention)
+
+
 class FlexAttention:
     """torch.nn.attention.flex_attention, compiled for the case; compiling is not timed."""
 
@@ -193,6 +208,7 @@ class OnnxRuntime:
 ALL = [
     LeanAttention(),
     Sdpa(),
+    SdpaFolded(),
     FlexAttention(),
     OnnxRuntime(),
     FixedSplit(1),

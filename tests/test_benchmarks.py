@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks import cpu_decode
 from benchmarks.harness import Case, draw, print_table, run_study
-from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa
+from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ], ids=lambda case: case.id)  # fmt: skip
 def test_contenders_agree_and_results_are_kept(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "new" / "study.json"
-    contenders = [LeanAttention(), Sdpa(), FixedSplit(1), FixedSplit(4), OnnxRuntime()]
+    contenders = [LeanAttention(), Sdpa(), SdpaFolded(), FixedSplit(1), FixedSplit(4), OnnxRuntime()]
     study = run_study([case], contenders, output, seconds=0.001)
     assert json.loads(output.read_text()) == study
     results = study["cases"][case.id]["contenders"]

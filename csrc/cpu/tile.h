@@ -5,7 +5,6 @@
 // strides, batches or threads.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -65,11 +64,6 @@ struct TileRoutine {
   // Writes row / l in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, void* out);
 };
-
-// Bytes of a packed query row for any routine.
-inline constexpr size_t packed_query_bytes(int64_t padded_head_dim) {
-  return static_cast<size_t>(padded_head_dim) * sizeof(float);
-}
 
 // The best routine of this machine that is not above the instruction set named by the environment
 // variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if the name

@@ -120,11 +120,12 @@ struct Strip {
           k[i] = load(static_cast<const T*>(k_rows[token]) + column,
                       static_cast<const T*>(k_rows[token + kPairs]) + column);
         }
-        // In kStepsPerLine steps each token's line is asked for once.
+        // Every kStepsPerLine steps each token's line is asked for once (twice, if they are more than the
+        // tokens).
         const int phase = column / kColumns % kStepsPerLine;
 #pragma GCC unroll 16
         for (int i = 0; i < 2 * kGroup; i += kStepsPerLine) {
-          const int token = kRoundTokens * first / (2 * kPairs) + i + phase;
+          const int token = 2 * first + (i + phase) % (2 * kGroup);
           __builtin_prefetch(static_cast<const T*>(next_rows[token]) + column, 0, 2);
         }
 #pragma GCC unroll 16
