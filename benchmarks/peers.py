@@ -59,7 +59,7 @@ class Sdpa:
 
 
 class SdpaFolded:
-    """scaled_dot_product_attention told of groups by hand: a KV head's query heads passed as its query rows."""
+    """The same with groups folded by hand: the query heads of a KV head passed as its query rows."""
 
     name = "sdpa-folded"
 
