@@ -156,7 +156,8 @@ struct Strip {
                   const RowSpan* spans) {
     const F scale = S::set1(t.scale);
     F begin = S::zero(), end = S::set1(static_cast<float>(run.tokens)), index = S::zero();
-    if (spans != nullptr || tokens != run.tokens) {
+    const bool masked = spans != nullptr || tokens != run.tokens;
+    if (masked) {
       float lanes[3][S::kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < S::kLanes; ++i) {
@@ -169,7 +170,6 @@ struct Strip {
       end = S::load(lanes[1]);
       index = S::load(lanes[2]);
     }
-    const bool masked = spans != nullptr || tokens != run.tokens;
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(head_dim);
