@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -15,7 +16,20 @@
 #include <vector>
 
 #include "cpu/decode.h"
+#include "cuda/decode.h"
 #include "params.h"
+
+#if defined(LEAN_WITH_CUDA)
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+// The tests' emulated device takes CPU tensors under a name of its own.
+#if defined(LEAN_EMULATED)
+#define LEAN_LIBRARY lean_attn_emulated
+#else
+#define LEAN_LIBRARY lean_attn
+#endif
 
 namespace lean {
 namespace {
@@ -201,6 +215,48 @@ DecodeCall prepare_decode(const Tensor& q, const Tensor& k_cache, const Tensor& 
   return call;
 }
 
+#if defined(LEAN_WITH_CUDA) || defined(LEAN_EMULATED)
+void decode_on_cuda(const Tensor& q, const DecodeParams& params) {
+  if (params.dtype == DType::float32) fail("decode: q is Float; on cuda it must be Half or BFloat16");
+  const int device = q.is_cpu() ? 0 : q.get_device_index();
+  Tensor workspace = torch::stable::new_empty(q, {0}, ScalarType::Byte);
+  const auto allocate = [&](int64_t bytes) {
+    workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+    return workspace.mutable_data_ptr();
+  };
+#if defined(LEAN_EMULATED)
+  cuda::decode(params, device, nullptr, allocate);
+#else
+  // Looked up: a torch without CUDA, which this library also runs in, does not have it.
+  using CurrentStream = AOTITorchError (*)(int32_t, void**);
+  static const auto current_stream =
+      reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  if (current_stream == nullptr || current_stream(device, &stream) != 0) {
+    fail("decode: this torch has no current CUDA stream");
+  }
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::decode(params, device, stream, allocate);
+#endif
+}
+#else
+void decode_on_cuda(const Tensor& q, const DecodeParams&) {
+  fail("decode: q is on ", device_of(q), "; this build of lean_attention runs on cpu only");
+}
+#endif
+
+void run_decode(const Tensor& q, const DecodeParams& params) {
+#if defined(LEAN_EMULATED)
+  decode_on_cuda(q, params);
+#else
+  if (q.is_cpu()) {
+    cpu::decode(params);
+  } else {
+    decode_on_cuda(q, params);
+  }
+#endif
+}
+
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const OptionalTensor& seq_lens, const OptionalTensor& block_table,
                                   const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
@@ -215,11 +271,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   reject("softcap", softcap != 0.0);
   const DecodeCall call =
       prepare_decode(q, k_cache, v_cache, seq_lens, scale, causal, window_left, window_right, num_ctas);
-  if (call.out.numel() > 0) {
-    if (!q.is_cpu())
-      fail("decode: q is on ", device_of(q), "; this build of lean_attention runs on cpu only");
-    cpu::decode(call.params);
-  }
+  if (call.out.numel() > 0) run_decode(q, call.params);
   return {call.out, call.lse};
 }
 
@@ -285,7 +337,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
 }  // namespace
 }  // namespace lean
 
-STABLE_TORCH_LIBRARY(lean_attn, m) {
+STABLE_TORCH_LIBRARY(LEAN_LIBRARY, m) {
   m.def(
       "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None, Tensor? "
       "block_table=None, "
@@ -299,13 +351,13 @@ STABLE_TORCH_LIBRARY(lean_attn, m) {
   m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lean_attn, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(LEAN_LIBRARY, CPU, m) {
   m.impl("decode", TORCH_BOX(&lean::decode));
   m.impl("decode_fixed_split", TORCH_BOX(&lean::decode_fixed_split));
   m.impl("merge_states", TORCH_BOX(&lean::merge_states));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lean_attn, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(LEAN_LIBRARY, CUDA, m) {
   m.impl("decode", TORCH_BOX(&lean::decode));
   m.impl("merge_states", TORCH_BOX(&lean::merge_states));
 }

@@ -1,0 +1,123 @@
+// Chooses a kernel and a grid, lays out the workspace, and launches.
+#include "cuda/decode.h"
+
+#include <algorithm>
+#include <atomic>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+
+#include "cuda/fix_up.h"
+#include "cuda/kernels.h"
+
+namespace lean::cuda {
+namespace {
+
+// A CTA that gets fewer LeanTiles costs more than it saves. Not yet measured on a GPU.
+constexpr int64_t kMinTilesPerCta = 2;
+
+constexpr int kMaxDevices = 64;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return ceil_div(n, multiple) * multiple;
+}
+
+// The kernel that wastes least: rows beyond 16 in tiles of 32 where there are such, else in more row blocks.
+const Kernel& choose_kernel(const DecodeParams& p) {
+  const int64_t rows = p.group() * p.visibility.q_len;
+  const Kernel* best = nullptr;
+  const auto padding = [&](const Kernel& k) { return k.head_dim + k.head_dim_v; };
+  for (const Kernel& k : kernels_of(p.dtype)) {
+    if (k.head_dim < p.head_dim || k.head_dim_v < p.head_dim_v) continue;
+    if (k.rows > kTileRows && rows <= kTileRows) continue;
+    if (best == nullptr || padding(k) < padding(*best) ||
+        (padding(k) == padding(*best) && k.rows > best->rows)) {
+      best = &k;
+    }
+  }
+  if (best == nullptr) {
+    std::ostringstream message;
+    message << "decode: no CUDA kernel for head_dim " << p.head_dim << " and head_dim_v " << p.head_dim_v;
+    throw std::invalid_argument(message.str());
+  }
+  return *best;
+}
+
+// CTAs of the kernel that the device holds at a time.
+int64_t resident_ctas(const Kernel& kernel, int device) {
+  if (device >= kMaxDevices) throw std::runtime_error("lean_attention: more devices than it knows");
+  std::atomic<int64_t>& cached = kernel.resident_ctas[device];
+  if (const int64_t known = cached.load(std::memory_order_relaxed)) return known;
+  const hw::DeviceFacts facts = hw::device_facts(device);
+  if (facts.capability < 80) {
+    std::ostringstream message;
+    message << "decode: cuda:" << device << " has compute capability " << facts.capability / 10 << "."
+            << facts.capability % 10 << "; the kernels need 8.0 (Ampere) or newer";
+    throw std::runtime_error(message.str());
+  }
+  const int64_t ctas = int64_t{facts.sms} * hw::ctas_per_sm(kernel.function, kThreads, kernel.shared_bytes);
+  if (ctas == 0) {
+    std::ostringstream message;
+    message << "decode: an SM of cuda:" << device << " cannot hold the kernel's " << kernel.shared_bytes
+            << " bytes of shared memory";
+    throw std::runtime_error(message.str());
+  }
+  cached.store(ctas, std::memory_order_relaxed);
+  return ctas;
+}
+
+// A number that no other launch of this process has, and that memory holds by chance only once in 2^44.
+uint64_t new_nonce() {
+  static std::atomic<uint64_t> counter = [] {
+    std::random_device random;
+    return (uint64_t{random()} << 32) | random();
+  }();
+  for (;;) {
+    const uint64_t nonce = counter.fetch_add(1, std::memory_order_relaxed) << kTicketBits;
+    if (nonce != 0) return nonce;
+  }
+}
+
+bool aligned_rows(const void* base, std::initializer_list<int64_t> strides) {
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
+  return std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride % 8 == 0; });
+}
+
+}  // namespace
+
+void decode(const DecodeParams& p, int device, void* stream,
+            const std::function<void*(int64_t)>& allocate) {
+  const Kernel& kernel = choose_kernel(p);
+  // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
+  // lengths leave at once. A range per LeanTile is all that can be of use.
+  const Geometry geometry{p.num_kv_heads, p.group(), kernel.rows, kernel.tile_tokens, p.visibility};
+  const int64_t most_tiles = p.batch * geometry.sequence_tiles({p.max_len, 0});
+  int64_t ctas = std::min(p.num_ctas, most_tiles);
+  if (p.num_ctas == 0) ctas = useful_ctas(most_tiles, resident_ctas(kernel, device), kMinTilesPerCta);
+  if (ctas > kMaxCtas) {
+    std::ostringstream message;
+    message << "decode: num_ctas is " << p.num_ctas << "; on cuda it must be at most " << kMaxCtas;
+    throw std::invalid_argument(message.str());
+  }
+  resident_ctas(kernel, device);  // checks the device and allows the shared memory
+
+  const int64_t flags_at = 128, partials_at = round_up(flags_at + ctas * sizeof(uint64_t), 128);
+  const int64_t partial_floats = round_up(kernel.partial_floats, 32);
+  char* memory = static_cast<char*>(
+      hw::allocate_workspace(allocate, partials_at + ctas * partial_floats * sizeof(float)));
+  const Workspace workspace{
+      .ticket = reinterpret_cast<uint64_t*>(memory),
+      .flags = reinterpret_cast<uint64_t*>(memory + flags_at),
+      .partials = reinterpret_cast<float*>(memory + partials_at),
+      .partial_floats = partial_floats,
+      .nonce = new_nonce(),
+  };
+  const bool aligned =
+      aligned_rows(p.k_cache, {p.k_batch_stride, p.k_token_stride, p.k_head_stride}) &&
+      aligned_rows(p.v_cache, {p.v_batch_stride, p.v_token_stride, p.v_head_stride});
+  hw::launch(kernel.function,
+             DecodeArguments{p, workspace, p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned}, ctas, kThreads,
+             kernel.shared_bytes, stream);
+}
+
+}  // namespace lean::cuda

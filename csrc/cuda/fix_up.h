@@ -1,0 +1,64 @@
+// How the CTAs of a launch meet: tickets, partial states and their flags, in a workspace that needs no
+// preparation.
+//
+// Memory. The workspace comes from an allocator and holds anything at all. Every launch has a nonce that no
+// other launch of the process has had; a flag is up when it holds the nonce, and the ticket word is in use
+// when its high bits do. Garbage takes part only if it equals a 64-bit (for tickets: 44-bit) nonce that was
+// drawn at random. A captured graph repeats its nonce, so a launch leaves behind no flag that is up (the
+// host lowers each one it has seen) and a ticket count of zero. Two launches at once have two workspaces.
+//
+// Progress. A host block waits for CTAs of higher ranges only. Ranges are handed out from the last to the
+// first in the order in which CTAs take tickets, so a CTA waits only for CTAs that took theirs earlier: those
+// are running or done, whichever CTAs are resident and whatever else the GPU runs. And a CTA publishes before
+// it waits: its one partial belongs to the first segment of its range, and hosting comes after. So of all
+// unfinished CTAs the one with the earliest ticket never waits for an unfinished one, and the launch ends.
+#pragma once
+
+#include "cuda/hardware.h"
+
+namespace lean::cuda {
+
+// Tickets count in the low bits of their word, which bounds the grid.
+constexpr int kTicketBits = 20;
+constexpr int64_t kMaxCtas = (int64_t{1} << kTicketBits) - 1;
+
+struct Workspace {
+  uint64_t* ticket;
+  uint64_t* flags;         // one per CTA
+  float* partials;         // per CTA: output [rows, head_dim_v], m [rows], l [rows]
+  int64_t partial_floats;  // from one CTA's to the next
+  uint64_t nonce;          // its low kTicketBits are zero, the others are not
+
+  LEAN_DEVICE float* partial(int64_t cta) const { return partials + cta * partial_floats; }
+};
+
+// 0 for the first CTA of the launch to ask, then 1, and so on up to num_ctas - 1, each once. By one thread of
+// every CTA. Relaxed: the word's own modification order is all that is used.
+LEAN_DEVICE int64_t take_ticket(const Workspace& w, int64_t num_ctas) {
+  constexpr uint64_t kCount = (uint64_t{1} << kTicketBits) - 1;
+  const uint64_t seen = hw::load_relaxed(w.ticket);
+  // At most one of these succeeds: after it the high bits are the nonce until the launch ends.
+  if ((seen & ~kCount) != w.nonce) hw::compare_exchange_relaxed(w.ticket, seen, w.nonce);
+  const int64_t ticket = static_cast<int64_t>(hw::fetch_add_relaxed(w.ticket, 1) & kCount);
+  // The last one leaves the word as a replay wants to find it.
+  if (ticket == num_ctas - 1) hw::store_relaxed(w.ticket, w.nonce);
+  return ticket;
+}
+
+// By one thread, after a block barrier that follows all threads' stores of the partial. The barrier orders
+// those stores before this one, and release makes both visible together to who acquires.
+LEAN_DEVICE void announce(const Workspace& w, int64_t cta) {
+  hw::store_release(w.flags + cta, w.nonce);
+}
+
+// By one thread, before a block barrier that precedes all threads' loads of the partial. Lowering the flag
+// needs no order: in this launch nobody raises it again, and the next one begins after this one.
+LEAN_DEVICE void await(const Workspace& w, int64_t cta) {
+  for (unsigned nanoseconds = 32; hw::load_acquire(w.flags + cta) != w.nonce;
+       nanoseconds = nanoseconds < 512 ? nanoseconds * 2 : nanoseconds) {
+    hw::pause(nanoseconds);
+  }
+  hw::store_relaxed(w.flags + cta, 0);
+}
+
+}  // namespace lean::cuda

@@ -1,0 +1,215 @@
+// The hardware, as the kernels see it: everything below plain arithmetic goes through these few functions.
+//
+// Compiled by nvcc they are intrinsics and PTX. Compiled by a host compiler, tests/emulation puts a twin of
+// this interface on the include path that runs each CUDA thread as a fiber, so that the kernels' logic is
+// tested where there is no GPU.
+#pragma once
+
+#if !defined(__CUDACC__)
+
+#include "emulated_hardware.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+
+#include <cstdint>
+#include <cuda/atomic>
+#include <stdexcept>
+#include <string>
+
+#define LEAN_DEVICE __device__ __forceinline__
+#define LEAN_KERNEL(threads, min_ctas) __global__ void __launch_bounds__(threads, min_ctas)
+#define LEAN_KERNEL_PARAMETER const __grid_constant__
+
+namespace lean::hw {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+using Float4 = float4;
+
+constexpr int kWarpThreads = 32;
+
+LEAN_DEVICE int thread_index() {
+  return static_cast<int>(threadIdx.x);
+}
+LEAN_DEVICE int64_t num_ctas() {
+  return gridDim.x;
+}
+LEAN_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+LEAN_DEVICE void sync_block() {
+  __syncthreads();
+}
+LEAN_DEVICE void sync_warp() {
+  __syncwarp();
+}
+
+// Collectives of a whole warp.
+LEAN_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+LEAN_DEVICE int64_t shuffle_up(int64_t value, int lanes) {
+  return __shfl_up_sync(0xffffffffu, static_cast<long long>(value), lanes);
+}
+LEAN_DEVICE bool any(bool value) {
+  return __any_sync(0xffffffffu, value);
+}
+
+// Copies 16 bytes to shared memory, or writes 16 zero bytes there and reads nothing. They arrive when the
+// thread that asked has waited for them; other threads see them after a barrier with it.
+LEAN_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+  __pipeline_memcpy_async(shared, global, 16, valid ? 0 : 16);
+}
+// Closes the group of the copies since the last call (of this thread).
+LEAN_DEVICE void commit_copies() {
+  __pipeline_commit();
+}
+// Waits for all groups but the last `kPending`.
+template <int kPending>
+LEAN_DEVICE void wait_copies() {
+  __pipeline_wait_prior(kPending);
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory (PTX ldmatrix.x4): lane i passes the address of
+// row i % 8 of matrix i / 8; lane 4 g + t receives elements (g, 2t) and (g, 2t + 1) of matrix j in r[j], or
+// of the matrices' transposes.
+LEAN_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+LEAN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// c += a b for a 16 x 16, b 16 x 8, c 16 x 8 (PTX mma.m16n8k16, fp32 accumulation). Lane 4 g + t holds
+//   a[0]: (g, 2t..2t+1)  a[1]: (g + 8, 2t..)  a[2]: (g, 2t + 8..)  a[3]: (g + 8, 2t + 8..)
+//   b0: (2t..2t+1, g)    b1: (2t + 8.., g)
+//   c[0..1]: (g, 2t..2t+1)  c[2..3]: (g + 8, 2t..2t+1)
+template <class T>
+LEAN_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+LEAN_DEVICE void multiply_add<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+LEAN_DEVICE void multiply_add<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to T, the first in the low half.
+template <class T>
+LEAN_DEVICE uint32_t pack(float low, float high);
+template <>
+LEAN_DEVICE uint32_t pack<Half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+LEAN_DEVICE uint32_t pack<BFloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Words in global memory that CTAs tell each other things through.
+using DeviceWord = ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_device>;
+
+LEAN_DEVICE uint64_t load_relaxed(uint64_t* word) {
+  return DeviceWord(*word).load(::cuda::memory_order_relaxed);
+}
+LEAN_DEVICE uint64_t load_acquire(uint64_t* word) {
+  return DeviceWord(*word).load(::cuda::memory_order_acquire);
+}
+LEAN_DEVICE void store_relaxed(uint64_t* word, uint64_t value) {
+  DeviceWord(*word).store(value, ::cuda::memory_order_relaxed);
+}
+LEAN_DEVICE void store_release(uint64_t* word, uint64_t value) {
+  DeviceWord(*word).store(value, ::cuda::memory_order_release);
+}
+LEAN_DEVICE uint64_t fetch_add_relaxed(uint64_t* word, uint64_t value) {
+  return DeviceWord(*word).fetch_add(value, ::cuda::memory_order_relaxed);
+}
+LEAN_DEVICE void compare_exchange_relaxed(uint64_t* word, uint64_t expected, uint64_t desired) {
+  DeviceWord(*word).compare_exchange_strong(expected, desired, ::cuda::memory_order_relaxed);
+}
+LEAN_DEVICE void pause(unsigned nanoseconds) {
+  __nanosleep(nanoseconds);
+}
+
+// Plain accesses to global memory that other CTAs write or read in the same launch; ordered by the words
+// above and by nothing else.
+template <class V>
+LEAN_DEVICE V load_shared_between_ctas(const V* from) {
+  return *from;
+}
+template <class V>
+LEAN_DEVICE void store_shared_between_ctas(V* to, V value) {
+  *to = value;
+}
+
+// ---- From the host.
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("lean_attention: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+struct DeviceFacts {
+  int sms;
+  int capability;  // 10 * major + minor
+};
+inline DeviceFacts device_facts(int device) {
+  int sms = 0, major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "reading the number of SMs");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "reading the capability");
+  return {sms, 10 * major + minor};
+}
+
+// CTAs of the kernel that an SM of the current device holds; allows it its shared memory.
+template <class Arguments>
+int ctas_per_sm(void (*kernel)(Arguments), int threads, int shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "allowing the kernel its shared memory");
+  int ctas = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, function, threads, shared_bytes),
+        "reading the occupancy");
+  return ctas;
+}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), Arguments arguments, int64_t ctas, int threads, int shared_bytes,
+            void* stream) {
+  void* pointers[] = {&arguments};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(ctas)),
+                         dim3(threads), pointers, shared_bytes, static_cast<cudaStream_t>(stream)),
+        "launching the kernel");
+}
+
+// `allocate` has memory that the stream of the launch may use until the op returns.
+template <class Allocate>
+void* allocate_workspace(const Allocate& allocate, int64_t bytes) {
+  return allocate(bytes);
+}
+
+}  // namespace lean::hw
+
+#endif

@@ -1,0 +1,145 @@
+// The twin of csrc/cuda/hardware.h on the emulated device; that file documents the functions.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "device.h"
+
+#define LEAN_DEVICE inline
+#define LEAN_KERNEL(threads, min_ctas) void
+#define LEAN_KERNEL_PARAMETER const
+
+namespace lean::hw {
+
+using emulation::Collective;
+using emulation::Device;
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+constexpr int kWarpThreads = emulation::kWarpLanes;
+
+inline int thread_index() {
+  return Device::get().thread();
+}
+inline int64_t num_ctas() {
+  return Device::get().num_ctas();
+}
+inline char* shared_memory() {
+  return Device::get().shared_memory();
+}
+inline void sync_block() {
+  Device::get().sync_block();
+}
+inline void sync_warp() {
+  Device::get().collective(Collective::sync_warp, nullptr);
+}
+inline float shuffle_xor(float value, int mask) {
+  emulation::FloatExchange exchange{value, mask};
+  Device::get().collective(Collective::shuffle_xor, &exchange);
+  return exchange.value;
+}
+inline int64_t shuffle_up(int64_t value, int lanes) {
+  emulation::IntExchange exchange{value, lanes};
+  Device::get().collective(Collective::shuffle_up, &exchange);
+  return exchange.value;
+}
+inline bool any(bool value) {
+  Device::get().collective(Collective::any, &value);
+  return value;
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+  Device::get().copy_async(shared, valid ? global : nullptr);
+}
+inline void commit_copies() {
+  Device::get().commit_copies();
+}
+template <int kPending>
+inline void wait_copies() {
+  Device::get().wait_copies(kPending);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  emulation::MatrixLoad load{r, row};
+  Device::get().collective(Collective::load_matrices, &load);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulation::MatrixLoad load{r, row};
+  Device::get().collective(Collective::load_transposed, &load);
+}
+template <class T>
+inline float bits_to_float(uint16_t bits) {
+  return static_cast<float>(T(bits, T::from_bits()));
+}
+template <class T>
+inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::MatrixProduct product{c, a, {b0, b1}, &bits_to_float<T>};
+  Device::get().collective(Collective::multiply_add, &product);
+}
+template <class T>
+inline uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(T(low).x) | static_cast<uint32_t>(T(high).x) << 16;
+}
+
+inline uint64_t load_relaxed(uint64_t* word) {
+  return Device::get().load(word, false);
+}
+inline uint64_t load_acquire(uint64_t* word) {
+  return Device::get().load(word, true);
+}
+inline void store_relaxed(uint64_t* word, uint64_t value) {
+  Device::get().store(word, value, false);
+}
+inline void store_release(uint64_t* word, uint64_t value) {
+  Device::get().store(word, value, true);
+}
+inline uint64_t fetch_add_relaxed(uint64_t* word, uint64_t value) {
+  return Device::get().fetch_add(word, value);
+}
+inline void compare_exchange_relaxed(uint64_t* word, uint64_t expected, uint64_t desired) {
+  Device::get().compare_exchange(word, expected, desired);
+}
+inline void pause(unsigned) {
+  Device::get().pause();
+}
+
+template <class V>
+inline V load_shared_between_ctas(const V* from) {
+  Device::get().watch_load(from, sizeof(V));
+  return *from;
+}
+template <class V>
+inline void store_shared_between_ctas(V* to, V value) {
+  Device::get().watch_store(to, sizeof(V));
+  *to = value;
+}
+
+struct DeviceFacts {
+  int sms;
+  int capability;
+};
+inline DeviceFacts device_facts(int) {
+  return {Device::get().options().sms, 80};
+}
+template <class Arguments>
+int ctas_per_sm(void (*)(Arguments), int, int) {
+  return Device::get().options().ctas_per_sm;
+}
+template <class Arguments>
+void launch(void (*kernel)(Arguments), Arguments arguments, int64_t ctas, int threads, int shared_bytes, void*) {
+  Device::get().launch([=] { kernel(arguments); }, ctas, threads, shared_bytes);
+}
+template <class Allocate>
+void* allocate_workspace(const Allocate&, int64_t bytes) {
+  return Device::get().allocate_workspace(bytes);
+}
+
+}  // namespace lean::hw

@@ -1,0 +1,212 @@
+"""The CUDA kernels: on the emulated device everywhere, and the same tests on a GPU where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import lean_attention
+from lean_attention import reference
+from tests.emulation import load
+from tests.helpers import Case, assert_close, make_inputs
+from tests.test_decode import CASES
+
+F16, BF16 = torch.float16, torch.bfloat16
+Decode = Callable[..., tuple[Tensor, Tensor]]
+
+SMALL_CASES = [
+    dataclasses.replace(case, dtype=BF16 if case.dtype == torch.float32 else case.dtype) for case in CASES
+]
+
+
+def decode_emulated(**arguments) -> tuple[Tensor, Tensor]:
+    return torch.ops.lean_attn_emulated.decode(**arguments)
+
+
+def decode_on_gpu(**arguments) -> tuple[Tensor, Tensor]:
+    moved = {
+        name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
+    out, lse = lean_attention.decode(**moved)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def decode(request: pytest.FixtureRequest) -> Decode:
+    if request.param == "gpu":
+        return decode_on_gpu
+    seed = random.randrange(2**32)
+    print(f"emulated device: seed={seed}")
+    load().configure(seed=seed, resident_ctas=1 + seed % 7, sms=1 + seed % 5)
+    return decode_emulated
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+@pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
+def test_matches_the_definition(case: Case, layout: str, decode: Decode) -> None:
+    inputs = make_inputs(case, layout)
+    assert_close(case, inputs, *decode(**inputs, **case.options()))
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2, 3, 5, 16, 61, 500, 2**40])
+def test_every_grid_gives_the_result(num_ctas: int, decode: Decode) -> None:
+    case = Case(F16, lens=(700, 0, 129, 64), heads=6, kv_heads=2, q_len=2)
+    inputs = make_inputs(case)
+    assert_close(case, inputs, *decode(**inputs, num_ctas=num_ctas))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_every_kernel(head_dim: int, rows: int, decode: Decode) -> None:
+    for dtype in (F16, BF16):
+        case = Case(dtype, lens=(333, 15), heads=rows, kv_heads=1, head_dim=head_dim)
+        inputs = make_inputs(case)
+        assert_close(case, inputs, *decode(**inputs, num_ctas=3))
+
+
+def test_random_interleavings() -> None:
+    """One result, whatever the order in which 200 launches' CTAs, warps and lanes advance."""
+    emulated, shapes = load(), random.Random()
+    case = Case(BF16, lens=(900, 0, 65, 300), heads=6, kv_heads=2, head_dim=64, q_len=2)
+    inputs = make_inputs(case)
+    first = None
+    for _ in range(200):
+        seed = shapes.randrange(2**32)
+        emulated.configure(seed=seed, resident_ctas=shapes.randint(1, 12))
+        out, lse = decode_emulated(**inputs, num_ctas=11)
+        if first is None:
+            assert_close(case, inputs, out, lse)
+            first = out, lse
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1]), f"emulated device: seed={seed}"
+
+
+def test_two_launches_at_once() -> None:
+    emulated = load()
+    cases = [
+        Case(BF16, lens=(900, 65), heads=4, kv_heads=2, head_dim=64),
+        Case(F16, lens=(40, 700), heads=3, kv_heads=1, head_dim=80),
+    ]
+    for seed in range(20):
+        emulated.configure(seed=seed, resident_ctas=1 + seed % 6, deferred=True)
+        inputs = [make_inputs(case) for case in cases]
+        results = [decode_emulated(**i, num_ctas=7) for i in inputs]
+        emulated.run()
+        for case, arguments, result in zip(cases, inputs, results, strict=True):
+            assert_close(case, arguments, *result)
+
+
+def test_replays_with_changing_lengths() -> None:
+    """What a captured CUDA graph does: the same arguments and workspace, other lengths and queries."""
+    emulated = load()
+    emulated.configure(seed=11, resident_ctas=3)
+    case = Case(BF16, lens=(600, 20, 300), heads=4, kv_heads=2, head_dim=64)
+    inputs = make_inputs(case)
+    for cache in (inputs["k_cache"], inputs["v_cache"]):
+        cache.copy_(torch.randn(cache.shape))
+    out, lse = decode_emulated(**inputs)
+    for _ in range(100):
+        lens = torch.randint(0, 601, (3,), dtype=torch.int32)
+        inputs["seq_lens"].copy_(lens)
+        inputs["q"].normal_()
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        emulated.replay()
+        assert_close(dataclasses.replace(case, lens=tuple(lens.tolist())), inputs, out, lse)
+
+
+def test_the_launch_does_not_depend_on_lengths() -> None:
+    """One launch, and a grid from shapes alone: the property that makes captured graphs right."""
+    emulated, grids = load(), set()
+    for lens in ((5000, 5000), (0, 0), (1, 4999)):
+        emulated.configure(seed=1)
+        inputs = make_inputs(Case(BF16, lens=(5000, 5000), heads=2, kv_heads=1, head_dim=64))
+        inputs["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
+        decode_emulated(**inputs)
+        assert emulated.launches() == 1
+        grids.add(emulated.last_grid())
+    assert len(grids) == 1
+
+
+def test_whole_cache_without_lengths(decode: Decode) -> None:
+    case = Case(BF16, lens=(333, 333), heads=8, kv_heads=2)
+    inputs = make_inputs(case)
+    inputs["k_cache"] = inputs["k_cache"][:, :333]
+    inputs["v_cache"] = inputs["v_cache"][:, :333]
+    inputs["seq_lens"] = None
+    assert_close(case, inputs, *decode(**inputs))
+
+
+@pytest.mark.parametrize("pad", [8, 1, 2])
+def test_strides_are_layout(pad: int, decode: Decode) -> None:
+    """K and V in one pool, rows that begin at multiples of 16 bytes (pad 8) and not (pads 1 and 2)."""
+    case = Case(F16, lens=(200, 31), heads=4, kv_heads=2, head_dim=64)
+    inputs = make_inputs(case)
+    tokens = inputs["k_cache"].shape[1]
+    pool = torch.full((2, tokens, 2, 4, 64 + pad), torch.nan, dtype=F16)
+    views = {**inputs, "k_cache": pool[:, :, 0, ::2, :64], "v_cache": pool[:, :, 1, ::2, pad:]}
+    for name in ("k_cache", "v_cache"):
+        views[name].copy_(inputs[name])
+    assert_close(case, inputs, *decode(**views))
+
+
+def test_more_than_two_to_the_31_elements_by_strides() -> None:
+    load().configure(seed=1)
+    stride = 2**32
+    storage = torch.empty(stride + 64, dtype=F16)
+    k = torch.as_strided(storage, (1, 2, 1, 64), (0, stride, 64, 1))
+    k.copy_(torch.randn(1, 2, 1, 64))
+    q = torch.randn(1, 1, 1, 64, dtype=F16)
+    inputs = {"q": q, "k_cache": k, "v_cache": k, "seq_lens": torch.tensor([2], dtype=torch.int32)}
+    assert_close(Case(F16, lens=(2,), heads=1, kv_heads=1, head_dim=64), inputs, *decode_emulated(**inputs))
+
+
+def test_many_sequences(decode: Decode) -> None:
+    lens = torch.randint(0, 40, (4096,)).tolist()
+    lens[1234] = 3000
+    case = Case(BF16, lens=tuple(lens), heads=2, kv_heads=1, head_dim=8)
+    inputs = make_inputs(case)
+    out, lse = decode(**inputs, num_ctas=13)
+    picked = torch.tensor([0, 1, 1233, 1234, 1235, 4095])
+    subset = {name: tensor[picked] for name, tensor in inputs.items()}
+    few = dataclasses.replace(case, lens=tuple(lens[i] for i in picked))
+    assert_close(few, subset, out[picked], lse[picked])
+
+
+def test_lengths_out_of_range_are_clamped(decode: Decode) -> None:
+    inputs = make_inputs(Case(BF16, lens=(64, 64, 64), heads=2, kv_heads=1, head_dim=64))
+    for cache in (inputs["k_cache"], inputs["v_cache"]):
+        cache.copy_(torch.randn(cache.shape))
+    max_len = inputs["k_cache"].shape[1]
+    clamped = {**inputs, "seq_lens": torch.tensor([0, max_len, 7], dtype=torch.int32)}
+    inputs["seq_lens"] = torch.tensor([-5, 2**31 - 1, 7], dtype=torch.int32)
+    for a, b in zip(decode(**inputs), decode(**clamped), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["k_cache", "v_cache"])
+def test_non_finite_values_in_use_propagate(value: float, where: str, decode: Decode) -> None:
+    inputs = make_inputs(Case(BF16, lens=(300, 100), heads=4, kv_heads=2, head_dim=64))
+    inputs[where][0, 257, 1, 3] = value
+    inputs["q"][..., 3].abs_()
+    out, lse = decode(**inputs, num_ctas=5)
+    want, want_lse = reference.decode(**inputs)
+    for got, ref in ((out, want), (lse, want_lse)):
+        assert torch.equal(got.isnan(), ref.isnan())
+        assert torch.equal(got == torch.inf, ref == torch.inf)
+        assert torch.equal(got == -torch.inf, ref == -torch.inf)
+
+
+def test_errors(decode: Decode) -> None:
+    inputs = make_inputs(Case(torch.float32, lens=(64,), head_dim=64))
+    with pytest.raises(ValueError, match="q is Float; on cuda it must be Half or BFloat16"):
+        decode(**inputs)
+    small = {name: t[..., :8].half() if t.dim() == 4 else t for name, t in inputs.items()}
+    small["k_cache"] = small["v_cache"] = small["k_cache"][:, :1].expand(1, 2**31 - 1, 2, 8)
+    with pytest.raises(ValueError, match=r"num_ctas is 16777216; on cuda it must be at most 1048575"):
+        decode(**small, num_ctas=2**24)
