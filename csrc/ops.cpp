@@ -227,13 +227,17 @@ void decode_on_cuda(const Tensor& q, const DecodeParams& params) {
 #if defined(LEAN_EMULATED)
   cuda::decode(params, device, nullptr, allocate);
 #else
-  // Looked up: a torch without CUDA, which this library also runs in, does not have it.
+  // Looked up in the library that has it: this one also loads beside a torch without CUDA.
   using CurrentStream = AOTITorchError (*)(int32_t, void**);
-  static const auto current_stream =
-      reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const auto current_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
   void* stream = nullptr;
   if (current_stream == nullptr || current_stream(device, &stream) != 0) {
-    fail("decode: this torch has no current CUDA stream");
+    throw std::runtime_error("decode: this torch gives no current CUDA stream");
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   cuda::decode(params, device, stream, allocate);
@@ -241,7 +245,8 @@ void decode_on_cuda(const Tensor& q, const DecodeParams& params) {
 }
 #else
 void decode_on_cuda(const Tensor& q, const DecodeParams&) {
-  fail("decode: q is on ", device_of(q), "; this build of lean_attention runs on cpu only");
+  fail("decode: q is on ", device_of(q), "; this build of lean_attention runs on cpu only (built "
+       "without CUDA: no toolkit was found, or LEAN_ATTENTION_CUDA=0)");
 }
 #endif
 

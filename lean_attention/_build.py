@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,10 +27,50 @@ COMPILE_FLAGS = [
 ]
 
 
-def sources() -> list[str]:
+# Compute capabilities that an ahead-of-time build has machine code for, where TORCH_CUDA_ARCH_LIST does not
+# say: Ampere, Ada, Hopper, Blackwell. The last one's PTX serves what comes after.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+
+CUDA_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden,-fPIC",
+    "-DLEAN_WITH_CUDA",
+]
+
+
+def sources(cuda: bool = False) -> list[str]:
     """Source files of the core, relative to the repository root."""
     csrc = ROOT / "csrc"
-    return sorted(str(path.relative_to(ROOT)) for path in csrc.rglob("*.cpp"))
+    found = [*csrc.rglob("*.cpp"), *(csrc.rglob("*.cu") if cuda else ())]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def cuda_toolkit() -> Path | None:
+    """The CUDA toolkit to build with: CUDA_HOME, else that of the nvcc on the PATH, else the usual place.
+
+    LEAN_ATTENTION_CUDA=0 builds without CUDA, =1 insists on it.
+
+    Raises RuntimeError where LEAN_ATTENTION_CUDA=1 and there is none.
+    """
+    wanted = os.environ.get("LEAN_ATTENTION_CUDA", "")
+    if wanted == "0":
+        return None
+    places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parent.parent)
+    places += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    for place in places:
+        if (place / "bin" / "nvcc").is_file() and (place / "lib64" / "libcudart_static.a").is_file():
+            return place
+    if wanted == "1":
+        tried = ", ".join(map(str, places))
+        raise RuntimeError(
+            "lean_attention: LEAN_ATTENTION_CUDA=1, and no CUDA toolkit (bin/nvcc and "
+            f"lib64/libcudart_static.a) is in any of {tried}; set CUDA_HOME"
+        )
+    return None
 
 
 def include_dirs() -> list[str]:

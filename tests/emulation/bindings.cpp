@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -50,7 +51,8 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
     std::vector<lean::emulation::MatrixLoad> loads(r.size());
     void* arguments[lean::emulation::kWarpLanes];
     for (size_t lane = 0; lane < r.size(); ++lane) {
-      loads[lane] = {r[lane].data(), rows[lane].data()};
+      loads[lane].r = r[lane].data();
+      std::copy(rows[lane].begin(), rows[lane].end(), loads[lane].row);
       arguments[lane] = &loads[lane];
     }
     lean::emulation::complete(transposed ? lean::emulation::Collective::load_transposed

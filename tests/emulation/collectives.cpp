@@ -39,7 +39,7 @@ void load_matrices(void* const (&arguments)[kWarpLanes], bool transposed) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t elements[8][8];
     for (int row = 0; row < 8; ++row) {
-      std::memcpy(elements[row], argument<MatrixLoad>(arguments, matrix * 8 + row).row, 16);
+      std::memcpy(elements[row], argument<MatrixLoad>(arguments, matrix * 8 + row).row, sizeof elements[row]);
     }
     for (int lane = 0; lane < kWarpLanes; ++lane) {
       const int g = lane / 4, t = lane % 4 * 2;

@@ -176,7 +176,7 @@ struct IntExchange {
 };
 struct MatrixLoad {
   uint32_t* r;
-  const void* row;
+  uint16_t row[8];  // read when its lane arrives: the collective orders no memory
 };
 struct MatrixProduct {
   float* c;

@@ -68,11 +68,13 @@ inline void wait_copies() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  emulation::MatrixLoad load{r, row};
+  emulation::MatrixLoad load{r, {}};
+  std::memcpy(load.row, row, sizeof load.row);
   Device::get().collective(Collective::load_matrices, &load);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  emulation::MatrixLoad load{r, row};
+  emulation::MatrixLoad load{r, {}};
+  std::memcpy(load.row, row, sizeof load.row);
   Device::get().collective(Collective::load_transposed, &load);
 }
 template <class T>

@@ -98,10 +98,11 @@ def test_stale_flags_are_caught() -> None:
     emulated = load()
     emulated.configure(seed=3, fault=emulated.Fault.flags_stay_up)
     inputs = make_inputs(CASE)
-    torch.ops.lean_attn_emulated.decode(**inputs, num_ctas=9)
+    outputs = torch.ops.lean_attn_emulated.decode(**inputs, num_ctas=9)  # held: replays write there
     with pytest.raises(RuntimeError, match="reads what no CTA has stored"):
         for _ in range(20):
             emulated.replay()
+    assert len(outputs) == 2
 
 
 @pytest.mark.parametrize("fault", ["short_copy_wait", "no_warp_barrier", "no_block_barrier"])
