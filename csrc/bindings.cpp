@@ -9,6 +9,7 @@
 
 #include "cpu/stream_read.h"
 #include "cpu/tile.h"
+#include "cuda/decode.h"
 #include "schedule.h"
 #include "softmax_state.h"
 
@@ -44,6 +45,20 @@ std::vector<SegmentRow> segments_of(const Geometry& geometry, const std::vector<
                         grid.cta_of(s.output_end - 1));
     }
   }
+  return rows;
+}
+
+// (dtype, head_dim, head_dim_v, rows, threads, shared bytes, bytes in flight) of every CUDA kernel in this
+// build.
+using KernelRow = std::tuple<std::string, int, int, int, int, int, int>;
+std::vector<KernelRow> cuda_kernels() {
+  std::vector<KernelRow> rows;
+#if defined(LEAN_WITH_CUDA)
+  for (const cuda::KernelFacts& k : cuda::kernel_facts()) {
+    rows.emplace_back(k.dtype == DType::float16 ? "float16" : "bfloat16", k.head_dim, k.head_dim_v, k.rows,
+                      k.threads, k.shared_bytes, k.bytes_in_flight);
+  }
+#endif
   return rows;
 }
 
@@ -105,5 +120,6 @@ PYBIND11_MODULE(_C, m) {
         return lean::cpu::stream_read(reinterpret_cast<const void*>(address), bytes);
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_kernels", &lean::cuda_kernels);
   m.def("compiler", &lean::compiler);
 }

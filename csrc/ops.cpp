@@ -245,7 +245,8 @@ void decode_on_cuda(const Tensor& q, const DecodeParams& params) {
 }
 #else
 void decode_on_cuda(const Tensor& q, const DecodeParams&) {
-  fail("decode: q is on ", device_of(q), "; this build of lean_attention runs on cpu only (built "
+  fail("decode: q is on ", device_of(q),
+       "; this build of lean_attention runs on cpu only (built "
        "without CUDA: no toolkit was found, or LEAN_ATTENTION_CUDA=0)");
 }
 #endif
@@ -333,7 +334,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
   params.out = out.mutable_data_ptr();
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (!out.is_cpu()) {
-    fail("merge_states: outs[0] is on ", device_of(out), "; this build of lean_attention runs on cpu only");
+    fail("merge_states: outs[0] is on ", device_of(out), "; it runs on cpu only, not yet on cuda");
   }
   cpu::merge_states(params);
   return {out, lse};

@@ -94,7 +94,8 @@ def build_in_place() -> object:
     directory = Path(cpp_extension._get_build_directory("lean_attention_C", verbose=False))
     _refuse_stale_lock(directory / "lock")
     print(
-        f"lean_attention: building the compiled core in {directory} (once; about a minute)",
+        f"lean_attention: building the compiled core in {directory} (once; about a minute; for the "
+        "CPU only: pip install --no-build-isolation . builds the CUDA kernels too)",
         file=sys.stderr,
     )
     return cpp_extension.load(

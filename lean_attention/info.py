@@ -17,13 +17,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 def describe() -> str:
     """One fact per line."""
     chosen = ", ".join(f"{core.chosen_instruction_set(dtype)} for {dtype}" for dtype in DTYPES)
+    kernels = len(core.cuda_kernels())
     forced = os.environ.get("LEAN_ATTENTION_CPU")
     facts = {
         "lean_attention": __version__,
         "torch": f"{torch.__version__} (the core runs with any from 2.10 on)",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "core": core.__file__,
-        "backends": "cpu",
+        "backends": "cpu" + (f", cuda ({kernels} kernels)" if kernels else " (built without CUDA)"),
         "instruction sets": f"this machine runs {core.instruction_sets().replace(' ', ', ')}",
         "in use": chosen + (f" (LEAN_ATTENTION_CPU={forced})" if forced else ""),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",

@@ -33,8 +33,9 @@ def decode(
     The definition of the result is :func:`lean_attention.reference.decode`.
 
     Args:
-        q: ``[batch, q_len, num_heads, head_dim]``, float32, float16 or bfloat16. Query token ``i`` sits at
-            position ``seq_len - q_len + i`` of its sequence: the new tokens are in the cache already.
+        q: ``[batch, q_len, num_heads, head_dim]``, float16, bfloat16 or, on a CPU, float32. Query token
+            ``i`` sits at position ``seq_len - q_len + i`` of its sequence: the new tokens are in the cache
+            already.
         k_cache: ``[batch, max_len, num_kv_heads, head_dim]``, q's dtype and device. ``num_heads`` must be a
             multiple of ``num_kv_heads``: head ``h`` reads KV head ``h // (num_heads // num_kv_heads)``.
         v_cache: ``[batch, max_len, num_kv_heads, head_dim_v]``.
@@ -61,8 +62,8 @@ def decode(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device, stride or value; on a CPU also a
-            length out of range.
-        RuntimeError: the result was asked for its gradient.
+            length out of range (on CUDA, where lengths are not looked at before the launch, it is clamped).
+        RuntimeError: the result was asked for its gradient; or the GPU cannot run the kernels.
     """
     tensors = (
         q,

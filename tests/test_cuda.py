@@ -29,9 +29,7 @@ def decode_emulated(**arguments) -> tuple[Tensor, Tensor]:
 
 
 def decode_on_gpu(**arguments) -> tuple[Tensor, Tensor]:
-    moved = {
-        name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()
-    }
+    moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     out, lse = lean_attention.decode(**moved)
     return out.cpu(), lse.cpu()
 
@@ -210,3 +208,44 @@ def test_errors(decode: Decode) -> None:
     small["k_cache"] = small["v_cache"] = small["k_cache"][:, :1].expand(1, 2**31 - 1, 2, 8)
     with pytest.raises(ValueError, match=r"num_ctas is 16777216; on cuda it must be at most 1048575"):
         decode(**small, num_ctas=2**24)
+
+
+@pytest.mark.gpu
+def test_two_streams_on_a_gpu() -> None:
+    cases = [Case(BF16, lens=(9000, 65)), Case(F16, lens=(40, 7000), head_dim=80)]
+    inputs = [{name: t.cuda() for name, t in make_inputs(case).items()} for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    want = [lean_attention.decode(**arguments) for arguments in inputs]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        got = []
+        for stream, arguments in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(lean_attention.decode(**arguments))
+        torch.cuda.synchronize()
+        for (out, lse), (want_out, want_lse) in zip(got, want, strict=True):
+            assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
+
+
+@pytest.mark.gpu
+def test_a_thousand_graph_replays_on_a_gpu() -> None:
+    case = Case(BF16, lens=(6000, 20, 3000), heads=8, kv_heads=2)
+    inputs = make_inputs(case)
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = torch.randn(inputs[name].shape, dtype=BF16)
+    on_gpu = {name: t.cuda() for name, t in inputs.items()}
+    lean_attention.decode(**on_gpu)  # warm: attributes are set outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = lean_attention.decode(**on_gpu)
+    for replay in range(1000):
+        lens = torch.randint(0, 6001, (3,), dtype=torch.int32)
+        on_gpu["seq_lens"].copy_(lens)
+        out.fill_(torch.nan)
+        graph.replay()
+        if replay % 20 == 0:
+            now = {**inputs, "seq_lens": lens}
+            assert_close(dataclasses.replace(case, lens=tuple(lens.tolist())), now, out.cpu(), lse.cpu())
+        else:
+            assert out.isfinite().all()

@@ -165,7 +165,8 @@ class Decode {
       tiles += geometry_.sequence_tiles(length_of(b));
     }
     sequence_begin_[p_.batch] = tiles;
-    grid_ = {p_.num_ctas > 0 ? p_.num_ctas : choose_ctas(tiles), tiles};
+    // More ranges than LeanTiles would only be empty ones.
+    grid_ = {p_.num_ctas > 0 ? std::min(p_.num_ctas, tiles) : choose_ctas(tiles), tiles};
   }
 
   int64_t choose_ctas(int64_t tiles) const {

@@ -85,8 +85,7 @@ bool aligned_rows(const void* base, std::initializer_list<int64_t> strides) {
 
 }  // namespace
 
-void decode(const DecodeParams& p, int device, void* stream,
-            const std::function<void*(int64_t)>& allocate) {
+void decode(const DecodeParams& p, int device, void* stream, const std::function<void*(int64_t)>& allocate) {
   const Kernel& kernel = choose_kernel(p);
   // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
   // lengths leave at once. A range per LeanTile is all that can be of use.
@@ -112,12 +111,20 @@ void decode(const DecodeParams& p, int device, void* stream,
       .partial_floats = partial_floats,
       .nonce = new_nonce(),
   };
-  const bool aligned =
-      aligned_rows(p.k_cache, {p.k_batch_stride, p.k_token_stride, p.k_head_stride}) &&
-      aligned_rows(p.v_cache, {p.v_batch_stride, p.v_token_stride, p.v_head_stride});
-  hw::launch(kernel.function,
-             DecodeArguments{p, workspace, p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned}, ctas, kThreads,
-             kernel.shared_bytes, stream);
+  const bool aligned = aligned_rows(p.k_cache, {p.k_batch_stride, p.k_token_stride, p.k_head_stride}) &&
+                       aligned_rows(p.v_cache, {p.v_batch_stride, p.v_token_stride, p.v_head_stride});
+  hw::launch(kernel.function, DecodeArguments{p, workspace, p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
+             ctas, kThreads, kernel.shared_bytes, stream);
+}
+
+std::vector<KernelFacts> kernel_facts() {
+  std::vector<KernelFacts> facts;
+  for (const DType dtype : {DType::float16, DType::bfloat16}) {
+    for (const Kernel& k : kernels_of(dtype)) {
+      facts.push_back({dtype, k.head_dim, k.head_dim_v, k.rows, kThreads, k.shared_bytes, k.bytes_in_flight});
+    }
+  }
+  return facts;
 }
 
 }  // namespace lean::cuda

@@ -26,6 +26,8 @@ struct DecodeArguments {
 template <class Config>
 struct SharedState {
   int64_t ticket;
+  Grid grid;
+  int64_t cta;
   int64_t warp_tiles[kWarps];
   int64_t sequence;
   int64_t sequence_begin;
@@ -82,7 +84,8 @@ class DecodeCta {
 
   LEAN_DEVICE SegmentWalk& walk() { return *reinterpret_cast<SegmentWalk*>(shared_.walk); }
 
-  // Sets cta_, grid_ and the walk; false where this CTA has nothing to do.
+  // Sets grid, cta and the walk; false where this CTA has nothing to do. They live in shared memory: the loop
+  // over tokens needs the registers.
   LEAN_DEVICE bool find_range() {
     if (thread_ == 0) shared_.ticket = take_ticket(a_.workspace, hw::num_ctas());
     const int64_t per_thread = ceil_div(p_.batch, kThreads), first = thread_ * per_thread;
@@ -106,20 +109,25 @@ class DecodeCta {
     } else {
       total = p_.batch * geometry_.sequence_tiles(length_of(0));
     }
-    grid_ = {useful_ctas(total, hw::num_ctas(), a_.min_tiles_per_cta), total};
-    // Ranges go from the last to the first in the order in which CTAs arrive; see take_ticket.
-    cta_ = grid_.num_ctas - 1 - shared_.ticket;
-    if (cta_ < 0) return false;
-    find_sequence(grid_.range(cta_).begin, first, lesser(first + per_thread, p_.batch), sum);
+    const Grid grid{useful_ctas(total, hw::num_ctas(), a_.min_tiles_per_cta), total};
+    // Ranges go from the last to the first in the order in which CTAs arrive; see fix_up.h.
+    const int64_t cta = grid.num_ctas - 1 - shared_.ticket;
+    if (cta < 0) return false;
+    if (thread_ == 0) {
+      shared_.grid = grid;
+      shared_.cta = cta;
+    }
+    find_sequence(grid.range(cta), first, lesser(first + per_thread, p_.batch), sum);
     return true;
   }
 
-  // Starts the walk at LeanTile `tile`, in the one thread whose sequences [first, end) hold it; `end_tile` is
-  // one past the last LeanTile of those.
-  LEAN_DEVICE void find_sequence(int64_t tile, int64_t first, int64_t end, int64_t end_tile) {
+  // Starts the walk of `range`, in the one thread whose sequences [first, end) hold its first LeanTile;
+  // `end_tile` is one past the last LeanTile of those.
+  LEAN_DEVICE void find_sequence(LeanRange range, int64_t first, int64_t end, int64_t end_tile) {
+    const int64_t tile = range.begin;
     if (!p_.seq_lens) {
       const int64_t tiles = geometry_.sequence_tiles(length_of(0));
-      if (thread_ == 0) start_walk(tile / tiles, tile / tiles * tiles);
+      if (thread_ == 0) start_walk(range, tile / tiles, tile / tiles * tiles);
       return;
     }
     if (tile >= end_tile) return;
@@ -127,15 +135,15 @@ class DecodeCta {
     for (int64_t b = end - 1; b >= first; --b) {
       begin_tile -= geometry_.sequence_tiles(length_of(b));
       if (begin_tile <= tile) {
-        start_walk(b, begin_tile);
+        start_walk(range, b, begin_tile);
         return;
       }
     }
   }
 
-  LEAN_DEVICE void start_walk(int64_t sequence, int64_t sequence_begin) {
-    walk() = SegmentWalk(geometry_, grid_.range(cta_), sequence, sequence_begin,
-                         [this](int64_t b) { return length_of(b); });
+  LEAN_DEVICE void start_walk(LeanRange range, int64_t sequence, int64_t sequence_begin) {
+    walk() =
+        SegmentWalk(geometry_, range, sequence, sequence_begin, [this](int64_t b) { return length_of(b); });
   }
 
   // Row `row` of the output tile is query token row / group of query head row % group.
@@ -168,7 +176,8 @@ class DecodeCta {
     if (!segment.is_host()) {
       publish();
     } else {
-      const int64_t last_peer = segment.has_peers() ? grid_.cta_of(segment.output_end - 1) : cta_;
+      const int64_t last_peer =
+          segment.has_peers() ? shared_.grid.cta_of(segment.output_end - 1) : shared_.cta;
       write(segment, last_peer);
     }
   }
@@ -181,8 +190,8 @@ class DecodeCta {
       Chunk elements{};
       if (row < rows_ && chunk * 8 < p_.head_dim) {
         const auto* from = static_cast<const uint16_t*>(p_.q) + segment.sequence * p_.q_batch_stride +
-                        query_token(row) * p_.q_token_stride +
-                        (segment.kv_head * p_.group() + query_head(row)) * p_.q_head_stride + chunk * 8;
+                           query_token(row) * p_.q_token_stride +
+                           (segment.kv_head * p_.group() + query_head(row)) * p_.q_head_stride + chunk * 8;
         for (int e = 0; e < 8; ++e) elements.bits[e] = from[e];
       }
       *reinterpret_cast<Chunk*>(query_ + Config::QRows::offset(row, chunk)) = elements;
@@ -238,12 +247,19 @@ class DecodeCta {
                               int64_t dims) {
     constexpr int kChunks = Panels::Rows::chunks;
     static_assert(kStepTokens * kChunks % hw::kWarpThreads == 0);
+    // Where a warp copies whole rows at a time, one lane's chunks lie one below the other: the address moves
+    // on by adding, which takes fewer registers than products that the compiler keeps from step to step.
+    constexpr bool kWholeRows = hw::kWarpThreads % kChunks == 0;
+    constexpr int kRowsAtOnce = hw::kWarpThreads / kChunks;
+    const uint16_t* next = from + (token + lane_ / kChunks) * token_stride + first_dim + lane_ % kChunks * 8;
 #pragma unroll
     for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
       const int index = i * hw::kWarpThreads + lane_, row = index / kChunks, chunk = index % kChunks;
       const int dim = first_dim + chunk * 8;
       const bool valid = token + row < tokens_ && dim < dims;
-      const uint16_t* source = valid ? from + (token + row) * token_stride + dim : from;
+      if constexpr (!kWholeRows) next = from + (token + row) * token_stride + dim;
+      const uint16_t* source = valid ? next : from;
+      if constexpr (kWholeRows) next += kRowsAtOnce * token_stride;
       char* target = to + Panels::Rows::offset(row, chunk);
       if (a_.aligned) {
         hw::copy_async(target, source, valid);
@@ -318,8 +334,7 @@ class DecodeCta {
 #pragma unroll
     for (int kk = 0; kk < kSteps; ++kk) {
       uint32_t b[4];  // tokens 0-7: dims 0-7, 8-15; tokens 8-15: dims 0-7, 8-15
-      hw::load_matrices(
-          b, panel + KPanels::Rows::offset(lane_ % 8 + lane_ / 16 * 8, kk * 2 + lane_ / 8 % 2));
+      hw::load_matrices(b, panel + KPanels::Rows::offset(lane_ % 8 + lane_ / 16 * 8, kk * 2 + lane_ / 8 % 2));
 #pragma unroll
       for (int rt = 0; rt < Config::row_tiles; ++rt) {
         if constexpr (Config::query_in_registers) {
@@ -349,7 +364,7 @@ class DecodeCta {
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int(&span)[2] = row_span_[rt * 2 + half];
+        const int (&span)[2] = row_span_[rt * 2 + half];
         float maximum = kMinusInfinity;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -480,7 +495,7 @@ class DecodeCta {
   static constexpr int kQuads = Config::head_dim_v / 4;  // of columns
 
   LEAN_DEVICE void publish() {
-    float* partial = a_.workspace.partial(cta_);
+    float* partial = a_.workspace.partial(shared_.cta);
     for (int i = thread_; i < rows_ * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
       hw::store_shared_between_ctas(
@@ -493,24 +508,24 @@ class DecodeCta {
       hw::store_shared_between_ctas(m + Config::rows + thread_, shared_.l[0][thread_]);
     }
     hw::sync_block();
-    if (thread_ == 0) announce(a_.workspace, cta_);
+    if (thread_ == 0) announce(a_.workspace, shared_.cta);
   }
 
-  // Merges the partial states of the CTAs (cta_, last_peer] in ascending order, so that results do not depend
-  // on who was faster, and writes the output tile.
+  // Merges the partial states of the CTAs after this one, up to last_peer, in ascending order, so that
+  // results do not depend on who was faster, and writes the output tile.
   LEAN_DEVICE void write(const Segment& segment, int64_t last_peer) {
-    for (int64_t peer = cta_ + 1 + thread_; peer <= last_peer; peer += kThreads) {
+    for (int64_t peer = shared_.cta + 1 + thread_; peer <= last_peer; peer += kThreads) {
       await(a_.workspace, peer);
     }
     hw::sync_block();
     if (thread_ < rows_) {
       const SoftmaxState own{shared_.merged_m[thread_], shared_.l[0][thread_]};
       SoftmaxState merged = own;
-      for (int64_t peer = cta_ + 1; peer <= last_peer; ++peer) {
+      for (int64_t peer = shared_.cta + 1; peer <= last_peer; ++peer) {
         const float* m = a_.workspace.partial(peer) + Config::rows * Config::head_dim_v + thread_;
-        merged = merge(merged, {hw::load_shared_between_ctas(m),
-                                hw::load_shared_between_ctas(m + Config::rows)})
-                     .state;
+        merged =
+            merge(merged, {hw::load_shared_between_ctas(m), hw::load_shared_between_ctas(m + Config::rows)})
+                .state;
       }
       for (int w = 0; w < kWarps; ++w) shared_.m[w][thread_] *= rescale(own.m, merged.m);
       shared_.merged_m[thread_] = merged.m;
@@ -525,7 +540,7 @@ class DecodeCta {
       if (column >= p_.head_dim_v) continue;
       const float merged_m = shared_.merged_m[row];
       hw::Float4 sum = merged_output(row, column);
-      for (int64_t peer = cta_ + 1; peer <= last_peer; ++peer) {
+      for (int64_t peer = shared_.cta + 1; peer <= last_peer; ++peer) {
         const float* partial = a_.workspace.partial(peer);
         add(sum,
             rescale(hw::load_shared_between_ctas(partial + Config::rows * Config::head_dim_v + row),
@@ -556,8 +571,6 @@ class DecodeCta {
   char* const ring_;
   char* const query_;
   SharedState<Config>& shared_;
-  Grid grid_;
-  int64_t cta_;
 
   // Of the segment in hand.
   const uint16_t* k_;  // row of its first token
@@ -576,7 +589,8 @@ class DecodeCta {
 };
 
 template <class Config>
-LEAN_KERNEL(kThreads, 2) decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
+LEAN_KERNEL(kThreads, 2)
+decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
   DecodeCta<Config>(arguments).run();
 }
 

@@ -16,6 +16,7 @@ struct Kernel {
   int64_t tile_tokens;
   int shared_bytes;
   int64_t partial_floats;
+  int bytes_in_flight;
   void (*function)(DecodeArguments);
   std::atomic<int64_t>* resident_ctas;  // per device; 0: not asked yet
 };
@@ -36,6 +37,7 @@ Kernel make_kernel() {
           Config::tile_tokens,
           shared_bytes<Config>(),
           Config::partial_floats,
+          kWarps * (Config::slots - 1) * Config::slot_bytes,
           &decode_kernel<Config>,
           resident_ctas};
 }

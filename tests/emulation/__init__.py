@@ -2,8 +2,8 @@
 
 :func:`load` builds them once into torch's extension cache (about a minute) and registers
 ``torch.ops.lean_attn_emulated``, which takes CPU tensors and runs them through the CUDA backend.
-LEAN_ATTENTION_EMULATION_SANITIZE=1 builds with AddressSanitizer and UBSan; `make emulation-sanitized` does, and
-preloads what they need.
+LEAN_ATTENTION_EMULATION_SANITIZE=1 builds with AddressSanitizer and UBSan; `make sanitize` does, and preloads
+what they need.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
       .value("flags_stay_up", Fault::flags_stay_up)
       .value("short_copy_wait", Fault::short_copy_wait)
       .value("no_warp_barrier", Fault::no_warp_barrier)
-      .value("no_block_barrier", Fault::no_block_barrier)
       .finalize();
   m.def(
       "configure",
@@ -39,8 +38,8 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
     std::vector<lean::emulation::MatrixProduct> products(c.size());
     void* arguments[lean::emulation::kWarpLanes];
     for (size_t lane = 0; lane < c.size(); ++lane) {
-      products[lane] = {c[lane].data(), a[lane].data(), {b[lane][0], b[lane][1]},
-                        &lean::hw::bits_to_float<lean::hw::Half>};
+      products[lane] = {
+          c[lane].data(), a[lane].data(), {b[lane][0], b[lane][1]}, &lean::hw::bits_to_float<lean::hw::Half>};
       arguments[lane] = &products[lane];
     }
     lean::emulation::complete(lean::emulation::Collective::multiply_add, arguments);

@@ -20,7 +20,8 @@ void any(void* const (&arguments)[kWarpLanes]) {
 void shuffle_xor(void* const (&arguments)[kWarpLanes]) {
   float values[kWarpLanes];
   for (int lane = 0; lane < kWarpLanes; ++lane) {
-    values[lane] = argument<FloatExchange>(arguments, lane ^ argument<FloatExchange>(arguments, lane).mask).value;
+    values[lane] =
+        argument<FloatExchange>(arguments, lane ^ argument<FloatExchange>(arguments, lane).mask).value;
   }
   for (int lane = 0; lane < kWarpLanes; ++lane) argument<FloatExchange>(arguments, lane).value = values[lane];
 }

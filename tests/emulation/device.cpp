@@ -15,7 +15,7 @@
 namespace lean::emulation {
 namespace {
 
-constexpr size_t kStackBytes = LEAN_ASAN ? 512 * 1024 : 128 * 1024;
+constexpr size_t kStackBytes = LEAN_ASAN ? 256 * 1024 : 64 * 1024;
 
 // Rounds of the scheduler in which only spinning threads ran, after which a launch counts as hung.
 constexpr int kMaxIdleRounds = 2000;
@@ -82,7 +82,8 @@ void Device::execute() {
     if (idle > kMaxIdleRounds) {
       failure_ = "no CTA advances: the launch hangs";
       for (const Fiber& f : cta.fibers) {
-        if (f.status == Fiber::Status::at_warp) failure_ = "a warp collective waits for lanes that do not come";
+        if (f.status == Fiber::Status::at_warp)
+          failure_ = "a warp collective waits for lanes that do not come";
       }
     }
     if (cta.done == cta.launch->threads) {
@@ -92,6 +93,11 @@ void Device::execute() {
         for (Fiber& f : cta.fibers) free_stacks_.push_back(std::move(f.stack));
         return true;
       });
+    }
+  }
+  for (auto& cta : resident_) {  // of a launch that failed
+    for (Fiber& f : cta->fibers) {
+      if (f.stack) free_stacks_.push_back(std::move(f.stack));
     }
   }
   resident_.clear();
@@ -117,7 +123,8 @@ void Device::start_ctas() {
     cta->launch = &launch;
     cta->fibers.resize(launch.threads);
     cta->warps.resize(launch.threads / kWarpLanes);
-    cta->shared = {static_cast<char*>(std::aligned_alloc(128, (launch.shared_bytes + 127) / 128 * 128)), std::free};
+    cta->shared = {static_cast<char*>(std::aligned_alloc(128, (launch.shared_bytes + 127) / 128 * 128)),
+                   std::free};
     std::memset(cta->shared.get(), kPoison, launch.shared_bytes);
     cta->clock[cta->id] = 1;
     ++launch.next_cta;
@@ -133,10 +140,9 @@ bool Device::advance(Cta& cta, int warp) {
     bool any = false;
     for (int lane = 0; lane < kWarpLanes && failure_.empty(); ++lane) {
       Fiber& f = cta.fibers[warp * kWarpLanes + lane];
-      const bool ready =
-          f.status == Fiber::Status::ready || f.status == Fiber::Status::paused ||
-          (f.status == Fiber::Status::at_warp && cta.warps[warp].generation > f.waits_for) ||
-          (f.status == Fiber::Status::at_block && cta.generation > f.waits_for);
+      const bool ready = f.status == Fiber::Status::ready || f.status == Fiber::Status::paused ||
+                         (f.status == Fiber::Status::at_warp && cta.warps[warp].generation > f.waits_for) ||
+                         (f.status == Fiber::Status::at_block && cta.generation > f.waits_for);
       if (!ready) continue;
       const bool paused = f.status == Fiber::Status::paused;
       resume(cta, warp * kWarpLanes + lane);
@@ -155,18 +161,17 @@ void Device::resume(Cta& cta, int thread) {
   fiber_ = &cta.fibers[thread];
   Fiber& f = *fiber_;
   f.status = Fiber::Status::ready;
+  if (!f.stack && !free_stacks_.empty()) {
+    f.stack = std::move(free_stacks_.back());
+    free_stacks_.pop_back();
+  }
+  if (!f.stack) f.stack.reset(new char[kStackBytes]);
 #if LEAN_ASAN
-  if (!f.stack) f.stack = std::make_unique<char[]>(kStackBytes);
   __sanitizer_start_switch_fiber(&scheduler_fake_stack_, f.stack.get(), kStackBytes);
 #endif
   if (_setjmp(scheduler_) == 0) {
     if (f.started) _longjmp(f.jump, 1);
     f.started = true;
-    if (!f.stack && !free_stacks_.empty()) {
-      f.stack = std::move(free_stacks_.back());
-      free_stacks_.pop_back();
-    }
-    if (!f.stack) f.stack.reset(new char[kStackBytes]);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStackBytes;
@@ -240,7 +245,6 @@ void Device::collective(Collective which, void* arguments) {
 }
 
 void Device::sync_block() {
-  if (options_.fault == Fault::no_block_barrier) return;
   if (++cta_->arrived == cta_->launch->threads) {
     cta_->arrived = 0;
     ++cta_->generation;

@@ -1,5 +1,5 @@
-// A GPU in one host thread: every CUDA thread is a fiber, warps and CTAs advance in a seeded random order, and
-// what hardware leaves undefined is made to hurt.
+// A GPU in one host thread: every CUDA thread is a fiber, warps and CTAs advance in a seeded random order,
+// and what hardware leaves undefined is made to hurt.
 //
 //   - Fewer CTAs may be resident than the grid has; a CTA leaves its slot only when it is done.
 //   - Shared memory begins as NaN for each CTA; the target of an asynchronous copy is NaN until the thread
@@ -34,7 +34,6 @@ enum class Fault {
   flags_stay_up,      // the store that lowers a flag is lost
   short_copy_wait,    // waiting for copies leaves one group more pending
   no_warp_barrier,
-  no_block_barrier,
 };
 
 struct Options {
@@ -46,7 +45,15 @@ struct Options {
   Fault fault = Fault::none;
 };
 
-enum class Collective { sync_warp, any, shuffle_xor, shuffle_up, load_matrices, load_transposed, multiply_add };
+enum class Collective {
+  sync_warp,
+  any,
+  shuffle_xor,
+  shuffle_up,
+  load_matrices,
+  load_transposed,
+  multiply_add
+};
 
 struct Copy {
   void* to;
@@ -61,7 +68,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   ucontext_t context;
   jmp_buf jump;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;                // AddressSanitizer's
   std::vector<std::vector<Copy>> copies{1};  // groups; the last is open
 };
 

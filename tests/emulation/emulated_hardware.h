@@ -136,7 +136,8 @@ int ctas_per_sm(void (*)(Arguments), int, int) {
   return Device::get().options().ctas_per_sm;
 }
 template <class Arguments>
-void launch(void (*kernel)(Arguments), Arguments arguments, int64_t ctas, int threads, int shared_bytes, void*) {
+void launch(void (*kernel)(Arguments), Arguments arguments, int64_t ctas, int threads, int shared_bytes,
+            void*) {
   Device::get().launch([=] { kernel(arguments); }, ctas, threads, shared_bytes);
 }
 template <class Allocate>
