@@ -239,13 +239,10 @@ def test_a_thousand_graph_replays_on_a_gpu() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = lean_attention.decode(**on_gpu)
-    for replay in range(1000):
+    for _ in range(1000):
         lens = torch.randint(0, 6001, (3,), dtype=torch.int32)
         on_gpu["seq_lens"].copy_(lens)
         out.fill_(torch.nan)
         graph.replay()
-        if replay % 20 == 0:
-            now = {**inputs, "seq_lens": lens}
-            assert_close(dataclasses.replace(case, lens=tuple(lens.tolist())), now, out.cpu(), lse.cpu())
-        else:
-            assert out.isfinite().all()
+        now = {**inputs, "seq_lens": lens}
+        assert_close(dataclasses.replace(case, lens=tuple(lens.tolist())), now, out.cpu(), lse.cpu())

@@ -29,8 +29,6 @@ struct SharedState {
   Grid grid;
   int64_t cta;
   int64_t warp_tiles[kWarps];
-  int64_t sequence;
-  int64_t sequence_begin;
   bool more;
   Segment segment;
   alignas(SegmentWalk) char walk[sizeof(SegmentWalk)];

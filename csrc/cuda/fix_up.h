@@ -12,6 +12,8 @@
 // are running or done, whichever CTAs are resident and whatever else the GPU runs. And a CTA publishes before
 // it waits: its one partial belongs to the first segment of its range, and hosting comes after. So of all
 // unfinished CTAs the one with the earliest ticket never waits for an unfinished one, and the launch ends.
+// Where the grid is larger than the work, the CTAs of the last tickets have no range and leave at once; no
+// host waits for them.
 #pragma once
 
 #include "cuda/hardware.h"

@@ -26,11 +26,13 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
       .finalize();
   m.def(
       "configure",
-      [](uint64_t seed, int resident_ctas, int sms, int ctas_per_sm, bool deferred, Fault fault) {
-        Device::get().configure(Options{seed, resident_ctas, sms, ctas_per_sm, deferred, fault});
+      [](uint64_t seed, int resident_ctas, int sms, int ctas_per_sm, int capability, bool deferred,
+         Fault fault) {
+        Device::get().configure(Options{seed, resident_ctas, sms, ctas_per_sm, capability, deferred, fault});
       },
       py::kw_only(), py::arg("seed"), py::arg("resident_ctas") = 4, py::arg("sms") = 3,
-      py::arg("ctas_per_sm") = 2, py::arg("deferred") = false, py::arg("fault") = Fault::none);
+      py::arg("ctas_per_sm") = 2, py::arg("capability") = 80, py::arg("deferred") = false,
+      py::arg("fault") = Fault::none);
   // A warp's matrix collectives by themselves: fragments in, fragments out, a row per lane.
   m.def("multiply_add", [](const std::vector<std::array<uint32_t, 4>>& a,
                            const std::vector<std::array<uint32_t, 2>>& b) {
@@ -58,6 +60,28 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
                                          : lean::emulation::Collective::load_matrices,
                               arguments);
     return r;
+  });
+  m.def("shuffle_xor", [](std::array<float, lean::emulation::kWarpLanes> values, int mask) {
+    lean::emulation::FloatExchange exchanges[lean::emulation::kWarpLanes];
+    void* arguments[lean::emulation::kWarpLanes];
+    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) {
+      exchanges[lane] = {values[lane], mask};
+      arguments[lane] = &exchanges[lane];
+    }
+    lean::emulation::complete(lean::emulation::Collective::shuffle_xor, arguments);
+    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) values[lane] = exchanges[lane].value;
+    return values;
+  });
+  m.def("shuffle_up", [](std::array<int64_t, lean::emulation::kWarpLanes> values, int lanes) {
+    lean::emulation::IntExchange exchanges[lean::emulation::kWarpLanes];
+    void* arguments[lean::emulation::kWarpLanes];
+    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) {
+      exchanges[lane] = {values[lane], lanes};
+      arguments[lane] = &exchanges[lane];
+    }
+    lean::emulation::complete(lean::emulation::Collective::shuffle_up, arguments);
+    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) values[lane] = exchanges[lane].value;
+    return values;
   });
   m.def("run", [] { Device::get().run(); });
   m.def("replay", [] { Device::get().replay(); });

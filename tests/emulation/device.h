@@ -41,6 +41,7 @@ struct Options {
   int resident_ctas = 4;  // slots
   int sms = 3;
   int ctas_per_sm = 2;
+  int capability = 80;
   bool deferred = false;  // launches wait for run(), and then interleave
   Fault fault = Fault::none;
 };

@@ -129,7 +129,7 @@ struct DeviceFacts {
   int capability;
 };
 inline DeviceFacts device_facts(int) {
-  return {Device::get().options().sms, 80};
+  return {Device::get().options().sms, Device::get().options().capability};
 }
 template <class Arguments>
 int ctas_per_sm(void (*)(Arguments), int, int) {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -59,6 +62,26 @@ def test_matrix_load_fragments(transposed: bool) -> None:
         for lane in range(32):
             row, column = lane // 4, lane % 4 * 2
             assert got[lane][matrix] == pair(int(of[row, column]), int(of[row, column + 1]))
+
+
+@pytest.mark.parametrize("distance", [1, 2, 4, 8, 16])
+def test_shuffles(distance: int) -> None:
+    """PTX ISA, shfl.sync: .bfly reads lane ^ b; .up reads lane - b, and the own value below lane b."""
+    lanes = list(range(32))
+    assert load().shuffle_xor(lanes, distance) == [lane ^ distance for lane in lanes]
+    assert load().shuffle_up(lanes, distance) == [
+        lane - distance if lane >= distance else lane for lane in lanes
+    ]
+
+
+def test_an_old_gpu_is_named() -> None:
+    """In a process of its own: what is known of a device is kept."""
+    code = (
+        "import torch; from tests.emulation import load; load().configure(seed=1, capability=75); "
+        "q = torch.zeros(1, 1, 1, 64).half(); torch.ops.lean_attn_emulated.decode(q, q, q)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "compute capability 7.5; the kernels need 8.0 (Ampere) or newer" in result.stderr
 
 
 # One output over many CTAs, several outputs, peers of peers.
