@@ -1,5 +1,5 @@
 // The compiled kernels: one table per dtype, each in a translation unit of its own so that they compile side
-// by side.
+// by side. nvcc 13.0 takes some 17 s and 0.7 GB per table and architecture.
 #pragma once
 
 #include <atomic>
