@@ -219,10 +219,10 @@ DecodeCall prepare_decode(const Tensor& q, const Tensor& k_cache, const Tensor& 
 void decode_on_cuda(const Tensor& q, const DecodeParams& params) {
   if (params.dtype == DType::float32) fail("decode: q is Float; on cuda it must be Half or BFloat16");
   const int device = q.is_cpu() ? 0 : q.get_device_index();
-  Tensor workspace = torch::stable::new_empty(q, {0}, ScalarType::Byte);
+  OptionalTensor workspace;  // until the launch is queued
   const auto allocate = [&](int64_t bytes) {
     workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-    return workspace.mutable_data_ptr();
+    return workspace->mutable_data_ptr();
   };
 #if defined(LEAN_EMULATED)
   cuda::decode(params, device, nullptr, allocate);

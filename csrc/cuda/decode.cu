@@ -16,8 +16,6 @@ namespace {
 // A CTA that gets fewer LeanTiles costs more than it saves. Not yet measured on a GPU.
 constexpr int64_t kMinTilesPerCta = 2;
 
-constexpr int kMaxDevices = 64;
-
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return ceil_div(n, multiple) * multiple;
 }
@@ -91,14 +89,14 @@ void decode(const DecodeParams& p, int device, void* stream, const std::function
   // lengths leave at once. A range per LeanTile is all that can be of use.
   const Geometry geometry{p.num_kv_heads, p.group(), kernel.rows, kernel.tile_tokens, p.visibility};
   const int64_t most_tiles = p.batch * geometry.sequence_tiles({p.max_len, 0});
-  int64_t ctas = std::min(p.num_ctas, most_tiles);
-  if (p.num_ctas == 0) ctas = useful_ctas(most_tiles, resident_ctas(kernel, device), kMinTilesPerCta);
+  const int64_t resident = resident_ctas(kernel, device);  // also checks the device
+  const int64_t ctas =
+      p.num_ctas > 0 ? std::min(p.num_ctas, most_tiles) : useful_ctas(most_tiles, resident, kMinTilesPerCta);
   if (ctas > kMaxCtas) {
     std::ostringstream message;
     message << "decode: num_ctas is " << p.num_ctas << "; on cuda it must be at most " << kMaxCtas;
     throw std::invalid_argument(message.str());
   }
-  resident_ctas(kernel, device);  // checks the device and allows the shared memory
 
   const int64_t flags_at = 128, partials_at = round_up(flags_at + ctas * sizeof(uint64_t), 128);
   const int64_t partial_floats = round_up(kernel.partial_floats, 32);

@@ -9,6 +9,8 @@
 
 namespace lean::cuda {
 
+constexpr int kMaxDevices = 64;
+
 struct Kernel {
   int head_dim;
   int head_dim_v;
@@ -30,7 +32,7 @@ inline std::span<const Kernel> kernels_of(DType dtype) {
 
 template <class Config>
 Kernel make_kernel() {
-  static std::atomic<int64_t> resident_ctas[64];
+  static std::atomic<int64_t> resident_ctas[kMaxDevices];
   return {Config::head_dim,
           Config::head_dim_v,
           Config::rows,

@@ -5,14 +5,38 @@
 
 #include <algorithm>
 #include <array>
-#include <vector>
 
 #include "emulated_hardware.h"
 
 namespace py = pybind11;
-using lean::emulation::Device;
-using lean::emulation::Fault;
-using lean::emulation::Options;
+using namespace lean::emulation;
+
+namespace {
+
+template <class T>
+using PerLane = std::array<T, kWarpLanes>;
+
+// Completes a collective whose lane i comes with argument_of(i); returns the arguments as it leaves them.
+template <class Argument, class ArgumentOf>
+PerLane<Argument> complete(Collective which, const ArgumentOf& argument_of) {
+  PerLane<Argument> arguments;
+  void* pointers[kWarpLanes];
+  for (int lane = 0; lane < kWarpLanes; ++lane) {
+    arguments[lane] = argument_of(lane);
+    pointers[lane] = &arguments[lane];
+  }
+  lean::emulation::complete(which, pointers);
+  return arguments;
+}
+
+template <class Exchange>
+auto values_of(const PerLane<Exchange>& exchanges) {
+  PerLane<decltype(Exchange::value)> values;
+  for (int lane = 0; lane < kWarpLanes; ++lane) values[lane] = exchanges[lane].value;
+  return values;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(lean_attention_emulated, m) {
   py::native_enum<Fault>(m, "Fault", "enum.Enum")
@@ -33,55 +57,34 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
       py::kw_only(), py::arg("seed"), py::arg("resident_ctas") = 4, py::arg("sms") = 3,
       py::arg("ctas_per_sm") = 2, py::arg("capability") = 80, py::arg("deferred") = false,
       py::arg("fault") = Fault::none);
-  // A warp's matrix collectives by themselves: fragments in, fragments out, a row per lane.
-  m.def("multiply_add", [](const std::vector<std::array<uint32_t, 4>>& a,
-                           const std::vector<std::array<uint32_t, 2>>& b) {
-    std::vector<std::array<float, 4>> c(lean::emulation::kWarpLanes);
-    std::vector<lean::emulation::MatrixProduct> products(c.size());
-    void* arguments[lean::emulation::kWarpLanes];
-    for (size_t lane = 0; lane < c.size(); ++lane) {
-      products[lane] = {
+  // A warp's collectives by themselves, a row per lane.
+  m.def("multiply_add", [](const PerLane<std::array<uint32_t, 4>>& a,
+                           const PerLane<std::array<uint32_t, 2>>& b) {
+    PerLane<std::array<float, 4>> c{};
+    complete<MatrixProduct>(Collective::multiply_add, [&](int lane) {
+      return MatrixProduct{
           c[lane].data(), a[lane].data(), {b[lane][0], b[lane][1]}, &lean::hw::bits_to_float<lean::hw::Half>};
-      arguments[lane] = &products[lane];
-    }
-    lean::emulation::complete(lean::emulation::Collective::multiply_add, arguments);
+    });
     return c;
   });
-  m.def("load_matrices", [](const std::vector<std::array<uint16_t, 8>>& rows, bool transposed) {
-    std::vector<std::array<uint32_t, 4>> r(lean::emulation::kWarpLanes);
-    std::vector<lean::emulation::MatrixLoad> loads(r.size());
-    void* arguments[lean::emulation::kWarpLanes];
-    for (size_t lane = 0; lane < r.size(); ++lane) {
-      loads[lane].r = r[lane].data();
-      std::copy(rows[lane].begin(), rows[lane].end(), loads[lane].row);
-      arguments[lane] = &loads[lane];
-    }
-    lean::emulation::complete(transposed ? lean::emulation::Collective::load_transposed
-                                         : lean::emulation::Collective::load_matrices,
-                              arguments);
+  m.def("load_matrices", [](const PerLane<std::array<uint16_t, 8>>& rows, bool transposed) {
+    PerLane<std::array<uint32_t, 4>> r{};
+    complete<MatrixLoad>(transposed ? Collective::load_transposed : Collective::load_matrices, [&](int lane) {
+      MatrixLoad load{r[lane].data(), {}};
+      std::copy(rows[lane].begin(), rows[lane].end(), load.row);
+      return load;
+    });
     return r;
   });
-  m.def("shuffle_xor", [](std::array<float, lean::emulation::kWarpLanes> values, int mask) {
-    lean::emulation::FloatExchange exchanges[lean::emulation::kWarpLanes];
-    void* arguments[lean::emulation::kWarpLanes];
-    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) {
-      exchanges[lane] = {values[lane], mask};
-      arguments[lane] = &exchanges[lane];
-    }
-    lean::emulation::complete(lean::emulation::Collective::shuffle_xor, arguments);
-    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) values[lane] = exchanges[lane].value;
-    return values;
+  m.def("shuffle_xor", [](const PerLane<float>& values, int mask) {
+    const auto after = complete<FloatExchange>(Collective::shuffle_xor,
+                                               [&](int lane) { return FloatExchange{values[lane], mask}; });
+    return values_of(after);
   });
-  m.def("shuffle_up", [](std::array<int64_t, lean::emulation::kWarpLanes> values, int lanes) {
-    lean::emulation::IntExchange exchanges[lean::emulation::kWarpLanes];
-    void* arguments[lean::emulation::kWarpLanes];
-    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) {
-      exchanges[lane] = {values[lane], lanes};
-      arguments[lane] = &exchanges[lane];
-    }
-    lean::emulation::complete(lean::emulation::Collective::shuffle_up, arguments);
-    for (int lane = 0; lane < lean::emulation::kWarpLanes; ++lane) values[lane] = exchanges[lane].value;
-    return values;
+  m.def("shuffle_up", [](const PerLane<int64_t>& values, int lanes) {
+    const auto after = complete<IntExchange>(Collective::shuffle_up,
+                                             [&](int lane) { return IntExchange{values[lane], lanes}; });
+    return values_of(after);
   });
   m.def("run", [] { Device::get().run(); });
   m.def("replay", [] { Device::get().replay(); });

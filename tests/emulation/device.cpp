@@ -33,7 +33,6 @@ void Device::configure(const Options& options) {
   options_ = options;
   random_.seed(options.seed);
   queue_.clear();
-  for (const auto& [memory, bytes] : workspaces_) std::free(memory);
   workspaces_.clear();
   last_ = {};
   launches_ = 0;
@@ -42,7 +41,7 @@ void Device::configure(const Options& options) {
 void* Device::allocate_workspace(int64_t bytes) {
   char* memory = static_cast<char*>(std::malloc(bytes));
   std::memset(memory, kPoison, bytes);
-  workspaces_.emplace_back(memory, bytes);
+  workspaces_.emplace_back(memory, std::free);
   return memory;
 }
 
@@ -53,18 +52,14 @@ void Device::launch(std::function<void()> kernel, int64_t ctas, int threads, int
   if (!options_.deferred) run();
 }
 
-void Device::run() {
-  execute();
-}
-
 void Device::replay() {
   queue_.push_back(last_);
-  execute();
+  run();
 }
 
 // ---- Scheduling.
 
-void Device::execute() {
+void Device::run() {
   failure_.clear();
   stored_.clear();  // the launches before are done
   released_.clear();
@@ -89,7 +84,6 @@ void Device::execute() {
     if (cta.done == cta.launch->threads) {
       std::erase_if(resident_, [&](const auto& r) {
         if (r.get() != &cta) return false;
-        --cta.launch->running;
         for (Fiber& f : cta.fibers) free_stacks_.push_back(std::move(f.stack));
         return true;
       });
@@ -128,7 +122,6 @@ void Device::start_ctas() {
     std::memset(cta->shared.get(), kPoison, launch.shared_bytes);
     cta->clock[cta->id] = 1;
     ++launch.next_cta;
-    ++launch.running;
     resident_.push_back(std::move(cta));
   }
 }

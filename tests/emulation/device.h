@@ -88,7 +88,6 @@ struct Launch {
   int threads;
   int shared_bytes;
   int64_t next_cta = 0;
-  int64_t running = 0;
 };
 
 struct Cta {
@@ -111,7 +110,7 @@ class Device {
   const Options& options() const { return options_; }
 
   void launch(std::function<void()> kernel, int64_t ctas, int threads, int shared_bytes);
-  void run();     // what is deferred
+  void run();     // all that is queued
   void replay();  // the last launch again, as a captured graph would: same arguments, same workspace
   void* allocate_workspace(int64_t bytes);
   int64_t launches() const { return launches_; }
@@ -136,7 +135,6 @@ class Device {
 
  private:
   [[noreturn]] void fail(const std::string& what);
-  void execute();
   void start_ctas();
   bool advance(Cta& cta, int warp);
   void resume(Cta& cta, int thread);
@@ -151,7 +149,7 @@ class Device {
   Launch last_{};
   std::vector<std::unique_ptr<Cta>> resident_;
   std::vector<std::unique_ptr<char[]>> free_stacks_;
-  std::vector<std::pair<char*, int64_t>> workspaces_;
+  std::vector<std::unique_ptr<char, void (*)(void*)>> workspaces_;
   struct Stored {
     int64_t cta;
     uint64_t event;
