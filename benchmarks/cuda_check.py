@@ -41,6 +41,7 @@ class Kernel:
     head_dim: int
     head_dim_v: int
     rows: int
+    quantised: bool  # its caches
     registers: int
     stack: int
     counts: dict[str, int]
@@ -88,17 +89,17 @@ def compile_kernels(nvcc: str, arch: str, dtype: str, folder: Path) -> list[Kern
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
     resources = dict(re.findall(r"Function (\w+):\s*\n\s*(.*)", dump("-res-usage")))
-    facts = {row[:4]: row[4:] for row in core.cuda_kernels()}
+    facts = {row[:5]: row[5:] for row in core.cuda_kernels()}
     kernels = []
     for function in dump("-sass").split("Function : ")[1:]:
         name = function.split(None, 1)[0]
-        dims = re.search(r"Li(\d+)ELi(\d+)ELi(\d+)E", name)
+        dims = re.search(r"Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", name)
         if dims is None or "decode_kernel" not in name:
             continue
         usage = dict(re.findall(r"(\w+):(\d+)", resources[name]))
-        head_dim, head_dim_v, row_tiles = map(int, dims.groups())
-        rows = 16 * row_tiles
-        threads, shared_bytes, in_flight = facts[(dtype, head_dim, head_dim_v, rows)]
+        head_dim, head_dim_v, row_tiles, element_bytes = map(int, dims.groups())
+        rows, quantised = 16 * row_tiles, element_bytes == 1
+        threads, shared_bytes, in_flight = facts[(dtype, head_dim, head_dim_v, rows, quantised)]
         counts = {key: len(re.findall(rf"\b{key}\b", function)) for key in (*WANTED, *SPILLS)}
         kernels.append(
             Kernel(
@@ -107,6 +108,7 @@ def compile_kernels(nvcc: str, arch: str, dtype: str, folder: Path) -> list[Kern
                 head_dim,
                 head_dim_v,
                 rows,
+                quantised,
                 int(usage["REG"]),
                 int(usage["STACK"]),
                 counts,
@@ -117,7 +119,7 @@ def compile_kernels(nvcc: str, arch: str, dtype: str, folder: Path) -> list[Kern
         )
     if len(kernels) != sum(key[0] == dtype for key in facts):
         sys.exit(f"cuda-check: {cubin.name} has {len(kernels)} kernels, the table of {dtype} others")
-    return sorted(kernels, key=lambda k: (k.head_dim, k.head_dim_v, k.rows))
+    return sorted(kernels, key=lambda k: (k.quantised, k.head_dim, k.head_dim_v, k.rows))
 
 
 def main() -> None:
@@ -134,17 +136,37 @@ def main() -> None:
         )
         kernels = [kernel for result in results for kernel in result]
     table = Table(title="CUDA kernels as compiled (nothing was run)")
-    names = ("sm", "dtype", "head_dim", "rows", "registers", "shared KB", "CTAs/SM", "KB in flight/SM")
+    names = (
+        "sm",
+        "dtype",
+        "cache",
+        "head_dim",
+        "rows",
+        "registers",
+        "shared KB",
+        "CTAs/SM",
+        "KB in flight/SM",
+    )
     for name in (*names, *WANTED, "spills"):
         table.add_column(name, justify="right")
     problems = []
     for k in kernels:
         dims = str(k.head_dim) if k.head_dim == k.head_dim_v else f"{k.head_dim}/{k.head_dim_v}"
-        cells = [k.arch, k.dtype, dims, k.rows, k.registers, f"{k.shared_bytes / 1024:.1f}", k.ctas_per_sm]
+        cache = "8 bits" if k.quantised else "16 bits"
+        cells = [
+            k.arch,
+            k.dtype,
+            cache,
+            dims,
+            k.rows,
+            k.registers,
+            f"{k.shared_bytes / 1024:.1f}",
+            k.ctas_per_sm,
+        ]
         cells += [f"{k.ctas_per_sm * k.bytes_in_flight / 1024:.0f}"]
         cells += [k.counts[name] for name in WANTED] + [sum(k.counts[name] for name in SPILLS)]
         table.add_row(*map(str, cells))
-        problems += [f"sm_{k.arch} {k.dtype} {dims} rows {k.rows}: {p}" for p in k.problems()]
+        problems += [f"sm_{k.arch} {k.dtype} {cache} {dims} rows {k.rows}: {p}" for p in k.problems()]
     Console(width=130).print(table)
     if problems:
         sys.exit("cuda-check:\n" + "\n".join(problems))

@@ -48,15 +48,15 @@ std::vector<SegmentRow> segments_of(const Geometry& geometry, const std::vector<
   return rows;
 }
 
-// (dtype, head_dim, head_dim_v, rows, threads, shared bytes, bytes in flight) of every CUDA kernel in this
-// build.
-using KernelRow = std::tuple<std::string, int, int, int, int, int, int>;
+// (dtype, head_dim, head_dim_v, rows, quantised caches, threads, shared bytes, bytes in flight) of every CUDA
+// kernel in this build.
+using KernelRow = std::tuple<std::string, int, int, int, bool, int, int, int>;
 std::vector<KernelRow> cuda_kernels() {
   std::vector<KernelRow> rows;
 #if defined(LEAN_WITH_CUDA)
   for (const cuda::KernelFacts& k : cuda::kernel_facts()) {
     rows.emplace_back(k.dtype == DType::float16 ? "float16" : "bfloat16", k.head_dim, k.head_dim_v, k.rows,
-                      k.threads, k.shared_bytes, k.bytes_in_flight);
+                      k.quantised, k.threads, k.shared_bytes, k.bytes_in_flight);
   }
 #endif
   return rows;
@@ -78,21 +78,21 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<lean::Geometry>(m, "Geometry")
       .def(py::init([](int64_t num_kv_heads, int64_t group, int64_t rows_per_block, int64_t tile_tokens,
-                       int64_t q_len, int64_t window_left, int64_t window_right) {
+                       int64_t window_left, int64_t window_right) {
              return lean::Geometry{
-                 num_kv_heads, group, rows_per_block, tile_tokens, {q_len, window_left, window_right}};
+                 num_kv_heads, group, rows_per_block, tile_tokens, {window_left, window_right}};
            }),
            py::kw_only(), py::arg("num_kv_heads"), py::arg("group"), py::arg("rows_per_block"),
-           py::arg("tile_tokens"), py::arg("q_len"), py::arg("window_left"), py::arg("window_right"))
-      .def("sequence_tiles", [](const lean::Geometry& g, int64_t tokens,
-                                int64_t leftpad) { return g.sequence_tiles({tokens, leftpad}); })
-      .def("segments",
-           [](const lean::Geometry& geometry, const std::vector<std::pair<int64_t, int64_t>>& lengths,
-              int64_t num_ctas, int64_t first_cta, int64_t end_cta) {
-             std::vector<lean::SequenceLength> list;
-             for (const auto& [tokens, leftpad] : lengths) list.push_back({tokens, leftpad});
-             return lean::segments_of(geometry, list, num_ctas, first_cta, end_cta);
-           });
+           py::arg("tile_tokens"), py::arg("window_left"), py::arg("window_right"))
+      .def("sequence_tiles", [](const lean::Geometry& g, int64_t tokens, int64_t leftpad,
+                                int64_t q_len) { return g.sequence_tiles({tokens, leftpad, q_len}); })
+      .def("segments", [](const lean::Geometry& geometry,
+                          const std::vector<std::tuple<int64_t, int64_t, int64_t>>& lengths, int64_t num_ctas,
+                          int64_t first_cta, int64_t end_cta) {
+        std::vector<lean::SequenceLength> list;
+        for (const auto& [tokens, leftpad, q_len] : lengths) list.push_back({tokens, leftpad, q_len});
+        return lean::segments_of(geometry, list, num_ctas, first_cta, end_cta);
+      });
   m.def("lean_range", [](int64_t cta, int64_t num_ctas, int64_t total_tiles) {
     const lean::LeanRange range = lean::Grid{num_ctas, total_tiles}.range(cta);
     return std::pair{range.begin, range.end};
@@ -121,5 +121,14 @@ PYBIND11_MODULE(_C, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("cuda_kernels", &lean::cuda_kernels);
+  // Of the current device, which is `device`.
+  m.def("take_cuda_error", [](int device) {
+#if defined(LEAN_WITH_CUDA)
+    return lean::cuda::take_error(device);
+#else
+    (void)device;
+    return std::string();
+#endif
+  });
   m.def("compiler", &lean::compiler);
 }

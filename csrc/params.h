@@ -7,39 +7,128 @@
 
 namespace lean {
 
-enum class DType : int32_t { float32, float16, bfloat16 };
+enum class DType : int32_t { float32, float16, bfloat16, float8_e4m3, float8_e5m2, int8 };
 
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::float32 ? 4 : dtype == DType::float16 || dtype == DType::bfloat16 ? 2 : 1;
+}
+
+// What the rows of a quantised cache are multiplied by: float32, with a stride of 0 in each dimension that it
+// is broadcast over.
+struct Scales {
+  const float* data = nullptr;  // null: all are 1
+  int64_t sequence_stride = 0, block_stride = 0, token_stride = 0, head_stride = 0;
+
+  // The tokens of one sequence and head differ.
+  LEAN_HOST_DEVICE constexpr bool per_token() const { return block_stride != 0 || token_stride != 0; }
+  LEAN_HOST_DEVICE constexpr float at(int64_t sequence, int64_t block, int64_t slot, int64_t head) const {
+    return data ? data[sequence * sequence_stride + block * block_stride + slot * token_stride +
+                       head * head_stride]
+                : 1.0f;
+  }
+};
+
+// The caches are blocks of block_size token slots. A paged sequence has a list of blocks in block_table; a
+// contiguous cache is one block per slot of the batch, as long as max_len, and a sequence has one of them.
+//
 // Strides are in elements and named after the dimension that they step over; the last dimension of
-// q and of the caches is contiguous.
+// q and of the caches is contiguous. Query tokens [b, i] of a packed q are its tokens cu_seqlens_q[b] + i,
+// and its batch stride is 0; the same holds for out, lse and the rows of tree_mask.
 struct DecodeParams {
-  const void* q;            // [batch, q_len, num_heads, head_dim]
-  const void* k_cache;      // [batch, max_len, num_kv_heads, head_dim]
-  const void* v_cache;      // [batch, max_len, num_kv_heads, head_dim_v]
-  const int32_t* seq_lens;  // [batch], or null: every sequence has max_len tokens
-  void* out;                // [batch, q_len, num_heads, head_dim_v], contiguous
-  float* lse;               // [batch, num_heads, q_len], contiguous, natural log
-  DType dtype;              // of q, k_cache, v_cache and out
+  const void* q;                   // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
+  const void* k_cache;             // [num_blocks, block_size, num_kv_heads, head_dim]
+  const void* v_cache;             // [num_blocks, block_size, num_kv_heads, head_dim_v]
+  const int32_t* seq_lens;         // [batch] or [batch, num_kv_heads]; null: every sequence is full
+  const int32_t* block_table;      // [batch, max_blocks] or [batch, num_kv_heads, max_blocks]; null: no pages
+  const int32_t* cache_batch_idx;  // [batch], the sequence's slot; null: its index in the batch
+  const int32_t* cache_leftpad;    // [batch] or null
+  const int32_t* cu_seqlens_q;     // [batch + 1], where q is packed; else null
+  const bool* tree_mask;           // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
+  const float* alibi_slopes;       // [batch, num_heads] or null
+  const float* sinks;              // [num_heads] or null
+  Scales k_scale, v_scale;
+  void* out;          // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
+  float* lse;         // [batch, num_heads, q_len] or [num_heads, total_q], natural log
+  DType dtype;        // of q and out
+  DType cache_dtype;  // the same, or a quantised one
   int64_t batch;
+  int64_t query_tokens;  // q_len, or total_q
   int64_t num_heads;
-  int64_t max_len;
+  int64_t num_kv_heads;
   int64_t head_dim;
   int64_t head_dim_v;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t max_blocks;    // of a sequence
+  int64_t tree_columns;  // q_len, or the most new tokens that tree_mask describes
   int64_t q_batch_stride, q_token_stride, q_head_stride;
-  int64_t k_batch_stride, k_token_stride, k_head_stride;
-  int64_t v_batch_stride, v_token_stride, v_head_stride;
-  int64_t seq_lens_stride;
-  float scale;  // of q.k, before the softmax
-  int64_t num_kv_heads;
-  Visibility visibility;  // q_len and which tokens a query token sees
-  int64_t num_ctas;       // 0: the backend chooses
+  int64_t k_block_stride, k_token_stride, k_head_stride;
+  int64_t v_block_stride, v_token_stride, v_head_stride;
+  int64_t out_batch_stride, out_token_stride, out_head_stride;
+  int64_t lse_batch_stride, lse_head_stride;
+  int64_t seq_lens_batch_stride, seq_lens_head_stride;
+  int64_t table_batch_stride, table_head_stride;
+  int64_t tree_batch_stride, tree_row_stride;
+  int64_t alibi_batch_stride;
+  bool lengths_per_head;
+  float scale;    // of q.k, before the softmax
+  float softcap;  // scores become softcap * tanh(score / softcap); 0: they stay
+  Visibility visibility;
+  int64_t num_ctas;  // 0: the backend chooses
 
-  constexpr int64_t group() const { return num_heads / num_kv_heads; }
+  LEAN_HOST_DEVICE constexpr int64_t group() const { return num_heads / num_kv_heads; }
+
+  // Tokens that a sequence may have.
+  LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
+
+  // Sequences of the schedule: each KV head is one where it has a length of its own.
+  LEAN_HOST_DEVICE constexpr int64_t heads_per_sequence() const {
+    return lengths_per_head ? 1 : num_kv_heads;
+  }
+  LEAN_HOST_DEVICE constexpr int64_t sequences() const { return batch * num_kv_heads / heads_per_sequence(); }
+  LEAN_HOST_DEVICE constexpr Geometry geometry(int64_t rows_per_block, int64_t tile_tokens) const {
+    return {heads_per_sequence(), group(), rows_per_block, tile_tokens, visibility};
+  }
+  // The schedule's segment with its place in the batch.
+  LEAN_HOST_DEVICE constexpr Segment in_batch(Segment s) const {
+    if (lengths_per_head) {
+      s.kv_head = s.sequence % num_kv_heads;
+      s.sequence /= num_kv_heads;
+    }
+    return s;
+  }
+
+  // What a caller's numbers say, and what is made of them: brought into range, so that nothing outside a
+  // tensor is read or written.
+  LEAN_HOST_DEVICE constexpr int64_t given_tokens(int64_t b, int64_t kv_head) const {
+    return seq_lens ? seq_lens[b * seq_lens_batch_stride + kv_head * seq_lens_head_stride] : capacity();
+  }
+  LEAN_HOST_DEVICE constexpr int64_t given_leftpad(int64_t b) const {
+    return cache_leftpad ? cache_leftpad[b] : 0;
+  }
+  LEAN_HOST_DEVICE constexpr int64_t given_block(int64_t b, int64_t kv_head, int64_t index) const {
+    return block_table       ? block_table[b * table_batch_stride + kv_head * table_head_stride + index]
+           : cache_batch_idx ? cache_batch_idx[b]
+                             : b;
+  }
+  LEAN_HOST_DEVICE constexpr int64_t first_query(int64_t b) const {
+    return cu_seqlens_q ? greater(0, lesser(cu_seqlens_q[b], query_tokens)) : 0;
+  }
+  LEAN_HOST_DEVICE constexpr SequenceLength length_at(int64_t b, int64_t kv_head) const {
+    return {greater(0, lesser(given_tokens(b, kv_head), capacity())), greater(0, given_leftpad(b)),
+            cu_seqlens_q ? greater(0, first_query(b + 1) - first_query(b)) : query_tokens};
+  }
+  LEAN_HOST_DEVICE constexpr SequenceLength length_of(int64_t sequence) const {
+    return lengths_per_head ? length_at(sequence / num_kv_heads, sequence % num_kv_heads)
+                            : length_at(sequence, 0);
+  }
+  LEAN_HOST_DEVICE constexpr bool is_block(int64_t block) const { return block >= 0 && block < num_blocks; }
 };
 
 // Partial attention states to merge: outs[i] and lses[i] are the i-th state of every row.
 struct MergeParams {
   const void* const* outs;   // num_states x [batch, q_len, num_heads, head_dim_v], contiguous
-  const float* const* lses;  // num_states x [batch, num_heads, q_len], contiguous, natural log
+  const float* const* lses;  // num_states x [batch, num_heads, q_len], contiguous
   void* out;                 // [batch, q_len, num_heads, head_dim_v], contiguous
   float* lse;                // [batch, num_heads, q_len], contiguous
   DType dtype;               // of outs and out
@@ -48,6 +137,7 @@ struct MergeParams {
   int64_t q_len;
   int64_t num_heads;
   int64_t head_dim_v;
+  float log2_base;  // of the base of lses and lse
 };
 
 }  // namespace lean

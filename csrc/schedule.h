@@ -48,7 +48,6 @@ struct TokenSpan {
 // (bottom-right aligned) and sees positions [position - window_left, position + window_right] of
 // the sequence. A negative window is unbounded; causal attention is window_right = 0.
 struct Visibility {
-  int64_t q_len;
   int64_t window_left;
   int64_t window_right;
 };
@@ -57,11 +56,12 @@ struct Visibility {
 struct SequenceLength {
   int64_t tokens;   // cached tokens, the new ones included
   int64_t leftpad;  // leading tokens that no row may see
+  int64_t q_len;    // query tokens; with none the sequence has no output tile
 };
 
 LEAN_HOST_DEVICE constexpr TokenSpan visible_tokens(const Visibility& v, SequenceLength length,
                                                     int64_t first_query, int64_t last_query) {
-  const int64_t offset = length.tokens - v.q_len;
+  const int64_t offset = length.tokens - length.q_len;
   const int64_t begin =
       v.window_left < 0 ? length.leftpad : greater(length.leftpad, offset + first_query - v.window_left);
   const int64_t end =
@@ -71,24 +71,26 @@ LEAN_HOST_DEVICE constexpr TokenSpan visible_tokens(const Visibility& v, Sequenc
 
 // The shape of the work, lengths aside. The query rows of a KV head (its `group` query heads times
 // q_len query tokens, token-major) are packed as rows and cut into row blocks; one row block of one
-// KV head of one sequence is an output tile.
+// KV head of one sequence is an output tile. Where every KV head has a length of its own, each counts as a
+// sequence of one head.
 struct Geometry {
-  int64_t num_kv_heads;
+  int64_t num_kv_heads;    // of a sequence
   int64_t group;           // query heads per KV head
   int64_t rows_per_block;  // rows that share one pass over K and V
   int64_t tile_tokens;     // tokens of a LeanTile
   Visibility visibility;
 
-  LEAN_HOST_DEVICE constexpr int64_t rows() const { return group * visibility.q_len; }
-  LEAN_HOST_DEVICE constexpr int64_t row_blocks() const { return ceil_div(rows(), rows_per_block); }
-  LEAN_HOST_DEVICE constexpr int64_t block_rows(int64_t row_block) const {
-    return lesser(rows_per_block, rows() - row_block * rows_per_block);
+  LEAN_HOST_DEVICE constexpr int64_t row_blocks(int64_t q_len) const {
+    return ceil_div(group * q_len, rows_per_block);
+  }
+  LEAN_HOST_DEVICE constexpr int64_t block_rows(int64_t q_len, int64_t row_block) const {
+    return lesser(rows_per_block, group * q_len - row_block * rows_per_block);
   }
   // Tokens that any row of the block sees.
   LEAN_HOST_DEVICE constexpr TokenSpan block_span(SequenceLength length, int64_t row_block) const {
     const int64_t first_row = row_block * rows_per_block;
     return visible_tokens(visibility, length, first_row / group,
-                          (first_row + block_rows(row_block) - 1) / group);
+                          (first_row + block_rows(length.q_len, row_block) - 1) / group);
   }
   // At least one LeanTile, so that an output tile that sees nothing still has an owner.
   LEAN_HOST_DEVICE constexpr int64_t block_tiles(TokenSpan span) const {
@@ -96,7 +98,7 @@ struct Geometry {
   }
   LEAN_HOST_DEVICE constexpr int64_t head_tiles(SequenceLength length) const {
     int64_t tiles = 0;
-    for (int64_t block = 0; block < row_blocks(); ++block) {
+    for (int64_t block = 0; block < row_blocks(length.q_len); ++block) {
       tiles += block_tiles(block_span(length, block));
     }
     return tiles;
@@ -194,12 +196,14 @@ class SegmentWalk {
   template <class LengthOf>
   LEAN_HOST_DEVICE constexpr void advance(int64_t output_end, const LengthOf& length_of) {
     output_begin_ = output_end;
-    if (++row_block_ < geometry_.row_blocks()) return;
+    if (++row_block_ < geometry_.row_blocks(length_.q_len)) return;
     row_block_ = 0;
     if (++kv_head_ < geometry_.num_kv_heads) return;
     kv_head_ = 0;
-    ++sequence_;
-    if (next_ < end_) length_ = length_of(sequence_);
+    if (next_ >= end_) return;
+    do {
+      length_ = length_of(++sequence_);
+    } while (length_.q_len == 0);
   }
 
   Geometry geometry_;
@@ -209,7 +213,7 @@ class SegmentWalk {
   int64_t kv_head_ = 0;
   int64_t row_block_ = 0;
   int64_t output_begin_ = 0;
-  SequenceLength length_{0, 0};
+  SequenceLength length_{0, 0, 0};
 };
 
 // Tokens of a LeanTile (section 4.2 of the paper measures these as best on GPUs; the CPU keeps

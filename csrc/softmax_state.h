@@ -59,9 +59,9 @@ LEAN_HOST_DEVICE inline float log_sum_exp(SoftmaxState s) {
   return s.l == 0.0f ? kMinusInfinity : (s.m + log2f(s.l)) * kLn2;
 }
 
-// The state whose normalised output has this natural log-sum-exp.
-LEAN_HOST_DEVICE inline SoftmaxState from_log_sum_exp(float lse) {
-  return {lse * kLog2e, lse == kMinusInfinity ? 0.0f : 1.0f};
+// The state whose normalised output has this log-sum-exp, to the base whose log2 is given.
+LEAN_HOST_DEVICE inline SoftmaxState from_log_sum_exp(float lse, float log2_base = kLog2e) {
+  return {lse * log2_base, lse == kMinusInfinity ? 0.0f : 1.0f};
 }
 
 }  // namespace lean

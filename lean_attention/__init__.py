@@ -2,7 +2,16 @@
 
 from lean_attention import reference
 from lean_attention._version import __version__
-from lean_attention.ops import decode, merge_states
+from lean_attention.ops import append_kv, check_errors, decode, merge_states
 from lean_attention.schedule import Schedule, Segment
 
-__all__ = ["Schedule", "Segment", "__version__", "decode", "merge_states", "reference"]
+__all__ = [
+    "Schedule",
+    "Segment",
+    "__version__",
+    "append_kv",
+    "check_errors",
+    "decode",
+    "merge_states",
+    "reference",
+]

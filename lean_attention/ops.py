@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lean_attention._core import core  # noqa: F401  (loads the ops)
+from lean_attention._core import core
 
 
 def decode(
@@ -19,6 +21,10 @@ def decode(
     cache_leftpad: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window_left: int = -1,
@@ -35,34 +41,59 @@ def decode(
     Args:
         q: ``[batch, q_len, num_heads, head_dim]``, float16, bfloat16 or, on a CPU, float32. Query token
             ``i`` sits at position ``seq_len - q_len + i`` of its sequence: the new tokens are in the cache
-            already.
-        k_cache: ``[batch, max_len, num_kv_heads, head_dim]``, q's dtype and device. ``num_heads`` must be a
-            multiple of ``num_kv_heads``: head ``h`` reads KV head ``h // (num_heads // num_kv_heads)``.
-        v_cache: ``[batch, max_len, num_kv_heads, head_dim_v]``.
-        seq_lens: ``[batch]`` int32 on q's device: tokens in use, the new ones included, from 0 to
-            ``max_len``. What lies beyond is never read. ``None``: all ``max_len`` tokens.
+            already. With ``cu_seqlens_q``: ``[total_q, num_heads, head_dim]``.
+        k_cache: ``[batch, max_len, num_kv_heads, head_dim]`` on q's device, or, with ``block_table``,
+            ``[num_blocks, block_size, num_kv_heads, head_dim]``. In q's dtype, or quantised: float8_e4m3fn,
+            float8_e5m2 or int8. ``num_heads`` must be a multiple of ``num_kv_heads``: head ``h`` reads KV
+            head ``h // (num_heads // num_kv_heads)``.
+        v_cache: the same, with a last dimension of ``head_dim_v``.
+        seq_lens: ``[batch]`` int32 on q's device: tokens in use, the new ones included, from 0 to what the
+            cache holds. What lies beyond is never read. ``None``: all of it. With ``block_table`` also
+            ``[batch, num_kv_heads]``: a length of each KV head's own.
+        block_table: ``[batch, max_blocks]`` int32, or ``[batch, num_kv_heads, max_blocks]``: token ``t`` of a
+            sequence lies in slot ``t % block_size`` of block ``block_table[sequence, t // block_size]``. Any
+            block size; entries beyond a sequence's length may hold anything; blocks may be shared.
+        cache_batch_idx: ``[batch]`` int32: the slot of the cache, along its first dimension, that a sequence
+            has; without it sequence ``b`` has slot ``b``. Not with ``block_table``.
+        cache_leftpad: ``[batch]`` int32: leading tokens that no row sees. Lengths and positions count them.
+        alibi_slopes: ``[num_heads]`` or ``[batch, num_heads]`` float32: a score at a distance of ``d`` tokens
+            loses ``slope * d`` (after the softcap).
+        sinks: ``[num_heads]`` float32: a logit that joins the denominator of the softmax, and has no value.
+        k_scale, v_scale: float32, what the rows of quantised caches are multiplied by: a scalar,
+            ``[num_kv_heads]``, ``[batch, num_kv_heads]``, or one per row, in the shape of the cache without
+            its last dimension; any dimension may be 1. int8 caches must have them.
+        cu_seqlens_q: ``[batch + 1]`` int32: sequence ``b`` has query tokens ``cu_seqlens_q[b]`` to
+            ``cu_seqlens_q[b + 1] - 1`` of a packed q. Those from the last entry on belong to no sequence and
+            come out as rows that see nothing.
+        tree_mask: bool, ``[q_len, q_len]``, ``[batch, q_len, q_len]`` or, with ``cu_seqlens_q``,
+            ``[total_q, max_q_len]``: which of its sequence's new tokens a query token sees, in place of the
+            causal rule. It sees all older ones. Not with ``window_left``, ``alibi_slopes`` or
+            ``causal=False``.
         scale: factor of ``q @ k``; ``None``: ``head_dim ** -0.5``.
         causal: a query token sees no later position than its own. Rows before the start of the sequence
             (where ``q_len > seq_len``) see nothing.
         window_left, window_right: a token at position ``p`` sees ``p - window_left`` to
-            ``p + window_right``; -1 is unbounded. Tokens that no row sees are not read.
+            ``p + window_right``; -1 is unbounded. Tokens that no row sees are not read. ``causal`` puts 0 in
+            the place of ``window_right``.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0: they stay.
         num_ctas: lean ranges to cut the work into; 0 lets the backend choose. The result depends on it in
             rounding only, and is bitwise the same for the same inputs and ``num_ctas``.
-        block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sinks, softcap: not yet supported;
-            given, they raise.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
-    ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, without a copy. ``head_dim`` and
-    ``head_dim_v`` are multiples of 8 up to 256 and may differ.
+    ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
+    block, dim]`` likewise, without a copy. ``head_dim`` and ``head_dim_v`` are multiples of 8 up to 512 and
+    may differ.
 
     Returns:
         ``(out, lse)``: ``out`` is ``[batch, q_len, num_heads, head_dim_v]`` in q's dtype; ``lse`` is
-        ``[batch, num_heads, q_len]``, float32, the natural log-sum-exp of each row's scaled scores. A row
-        that sees nothing gives zeros and ``-inf``.
+        ``[batch, num_heads, q_len]``, float32, the natural logarithm of the softmax's denominator (sinks
+        included). With ``cu_seqlens_q`` they are ``[total_q, num_heads, head_dim_v]`` and ``[num_heads,
+        total_q]``. A row that sees nothing gives zeros and ``-inf`` (with a sink: zeros and the sink).
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device, stride or value; on a CPU also a
-            length out of range (on CUDA, where lengths are not looked at before the launch, it is clamped).
+        ValueError: an argument has the wrong shape, dtype, device, stride or value, or two cannot be
+            combined. On a CPU also a length or an index out of range; on CUDA, where the host does not look
+            at them, they are brought into range and :func:`check_errors` tells of them.
         RuntimeError: the result was asked for its gradient; or the GPU cannot run the kernels.
     """
     tensors = (
@@ -75,6 +106,10 @@ def decode(
         cache_leftpad,
         alibi_slopes,
         sinks,
+        k_scale,
+        v_scale,
+        cu_seqlens_q,
+        tree_mask,
     )
     options = {
         name: value
@@ -102,16 +137,17 @@ def _call(op, *tensors, **options):
         return op(*tensors, **options)
 
 
-# decode_fixed_split is decode by FlashAttention-2's and FlashDecoding's schedules, for benchmarks only.
-@torch.library.register_fake("lean_attn::decode_fixed_split")
-@torch.library.register_fake("lean_attn::decode")
-def _fake_decode(q, k_cache, v_cache, seq_lens=None, block_table=None, **_options):
+def _fake_attention(q, k_cache, v_cache, packed: bool):
     # The kernel checks everything; these are the mistakes that would make nonsense of a trace.
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, tensor, rank in (
+        ("q", q, 3 if packed else 4),
+        ("k_cache", k_cache, 4),
+        ("v_cache", v_cache, 4),
+    ):
         torch._check_value(
-            tensor.dim() == 4,
-            lambda name=name, tensor=tensor: (
-                f"decode: {name} has shape {list(tensor.shape)}; it must have 4 dimensions"
+            tensor.dim() == rank,
+            lambda name=name, tensor=tensor, rank=rank: (
+                f"decode: {name} has shape {list(tensor.shape)}; it must have {rank} dimensions"
             ),
         )
         torch._check_value(
@@ -120,34 +156,148 @@ def _fake_decode(q, k_cache, v_cache, seq_lens=None, block_table=None, **_option
                 f"decode: {name} is on {tensor.device}, q on {q.device}; they must be on the same device"
             ),
         )
-    batch, q_len, num_heads, _head_dim = q.shape
-    out = q.new_empty(batch, q_len, num_heads, v_cache.shape[3])
-    lse = q.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+    out = q.new_empty(*q.shape[:-1], v_cache.shape[3])
+    lse = q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32)
     return out, lse
 
 
-def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("lean_attn::decode")
+def _(
+    q,
+    k_cache,
+    v_cache,
+    seq_lens=None,
+    block_table=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    alibi_slopes=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+    cu_seqlens_q=None,
+    tree_mask=None,
+    **_options,
+):
+    return _fake_attention(q, k_cache, v_cache, cu_seqlens_q is not None)
+
+
+# decode_fixed_split is decode by FlashAttention-2's and FlashDecoding's schedules, for benchmarks only.
+@torch.library.register_fake("lean_attn::decode_fixed_split")
+def _(q, k_cache, v_cache, seq_lens=None, **_options):
+    return _fake_attention(q, k_cache, v_cache, False)
+
+
+def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e) -> tuple[Tensor, Tensor]:
     """Merges attention over disjoint sets of tokens into attention over their union.
 
     Args:
-        outs: partial outputs, each ``[batch, q_len, num_heads, head_dim_v]``.
-        lses: their natural log-sum-exps, each ``[batch, num_heads, q_len]``, float32. A state of ``-inf``
-            (nothing seen) weighs nothing, whatever its output holds.
+        outs: partial outputs, each ``[batch, q_len, num_heads, head_dim_v]`` or ``[total_q, num_heads,
+            head_dim_v]``.
+        lses: their log-sum-exps, each ``[batch, num_heads, q_len]`` or ``[num_heads, total_q]``, float32. A
+            state of ``-inf`` (nothing seen) weighs nothing, whatever its output holds.
+        base: of the logarithms in ``lses``, and in the result: 2 for states that come from FlashInfer.
 
     Returns:
         ``(out, lse)`` as from :func:`decode`.
 
     Raises:
-        ValueError: no state is given, or shapes, dtypes or devices differ.
+        ValueError: no state is given, shapes, dtypes or devices differ, or base is not above 1.
     """
     if not outs:  # nothing that the dispatcher could choose a backend by
         raise ValueError("merge_states: outs is empty; there must be at least one state")
-    return _call(torch.ops.lean_attn.merge_states.default, outs, lses)
+    options = {} if base == math.e else {"base": base}
+    return _call(torch.ops.lean_attn.merge_states.default, outs, lses, **options)
 
 
 @torch.library.register_fake("lean_attn::merge_states")
-def _(outs, lses):
+def _(outs, lses, *, base=math.e):
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    cache_batch_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    q: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+) -> None:
+    """Writes new keys and values at the end of each sequence, in place, rotated by their positions if asked.
+
+    Args:
+        k_cache, v_cache, block_table, cache_batch_idx: as in :func:`decode`; changed in place.
+        k: ``[batch, tokens, num_kv_heads, head_dim]``, or ``[total, num_kv_heads, head_dim]`` with
+            ``cu_seqlens``, in the cache's dtype (a quantised cache takes quantised tokens).
+        v: the same, with a last dimension of ``head_dim_v``.
+        seq_lens: ``[batch]`` int32, tokens in the cache before: new token ``i`` of sequence ``b`` goes to
+            position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new tokens.
+        cu_seqlens: ``[batch + 1]`` int32: sequence ``b`` has tokens ``cu_seqlens[b]`` to
+            ``cu_seqlens[b + 1] - 1`` of packed k, v and q.
+        q: queries of the new tokens, with any number of heads: rotated in place, by the same positions.
+        rotary_cos, rotary_sin: ``[max_position, rotary_dim / 2]``, in k's dtype or float32. The first
+            ``rotary_dim`` dims of k (and q) are rotated, the others stay.
+        rotary_interleaved: dims 2i and 2i + 1 are a pair (GPT-J), else i and i + rotary_dim / 2 (Llama).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or stride; on a CPU also a token that
+            would go outside the cache, before anything is written (on CUDA it is not written, and
+            :func:`check_errors` tells of it).
+    """
+    torch.ops.lean_attn.append_kv.default(
+        k_cache,
+        v_cache,
+        k,
+        v,
+        seq_lens,
+        block_table,
+        cache_batch_idx,
+        cu_seqlens,
+        q,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+    )
+
+
+@torch.library.register_fake("lean_attn::append_kv")
+def _(k_cache, v_cache, k, v, seq_lens, *_tensors, **_options):
+    return None
+
+
+def check_errors(device: torch.device | int | None = None) -> None:
+    """Raises if a CUDA kernel has met a length or an index out of range since the last call.
+
+    On a GPU lengths, block tables and slots are read by the kernels, without a synchronisation: a number out
+    of range is brought into range, and the first one is kept. This waits for the device and tells of it. The
+    CPU backend raises at once, so there this never raises.
+
+    Args:
+        device: one device; ``None``: every GPU.
+
+    Raises:
+        ValueError: names the argument, the sequence and the value.
+    """
+    if not torch.cuda.is_available() or not core.cuda_kernels():
+        return
+    if device is None:
+        indices = range(torch.cuda.device_count())
+    else:
+        chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if chosen.type != "cuda":
+            return
+        indices = [torch.cuda.current_device() if chosen.index is None else chosen.index]
+    for index in indices:
+        with torch.cuda.device(index):
+            message = core.take_cuda_error(index)
+        if message:
+            raise ValueError(f"{message} [cuda:{index}]")
 
 
 def _no_gradient(op_name: str):

@@ -11,49 +11,168 @@ def decode(
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor | None = None,
+    block_table: Tensor | None = None,
     *,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window_left: int = -1,
     window_right: int = -1,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """What `lean_attention.decode` computes. Shapes as there; results are float64.
+    """What `lean_attention.decode` computes. Shapes as there; the arithmetic and the results are in `dtype`.
 
     A score that is NaN or +inf makes its whole row NaN. With several query tokens, a NaN in a token that
     only some rows see may reach the other rows of that sequence.
     """
-    batch, q_len, num_heads, head_dim = q.shape
-    max_len, num_kv_heads = k_cache.shape[1:3]
+    num_heads, head_dim = q.shape[-2:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     scale = head_dim**-0.5 if scale is None else scale
-    out = q.new_zeros(batch, q_len, num_heads, v_cache.shape[3], dtype=torch.float64)
-    lse = q.new_full((batch, num_heads, q_len), -torch.inf, dtype=torch.float64)
+    k_scale, v_scale = (_row_scales(s, k_cache, block_table is not None) for s in (k_scale, v_scale))
+    out = q.new_zeros(*q.shape[:-1], v_cache.shape[3], dtype=dtype)
+    batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    if cu_seqlens_q is None:
+        lse = q.new_full((batch, num_heads, q.shape[1]), -torch.inf, dtype=dtype)
+    else:
+        lse = q.new_full((num_heads, len(q)), -torch.inf, dtype=dtype)
+    sinks = None if sinks is None else sinks.to(dtype)
+
     for b in range(batch):
-        seq_len = max_len if seq_lens is None else int(seq_lens[b])
-        keys = k_cache[b, :seq_len].double().repeat_interleave(group, dim=1)  # token, head, dim
-        values = v_cache[b, :seq_len].double().repeat_interleave(group, dim=1)
-        for i in range(q_len):
-            position = seq_len - q_len + i
-            last = position if causal else seq_len if window_right < 0 else position + window_right
-            first = 0 if window_left < 0 else max(0, position - window_left)
-            seen = slice(first, max(first, min(seq_len, last + 1)))
-            if seen.start >= seen.stop:
-                continue
-            scores = scale * torch.einsum("hd,thd->ht", q[b, i].double(), keys[seen])
-            m = scores.amax(dim=1, keepdim=True)
-            if (m == -torch.inf).all():
-                continue
-            weights = torch.exp(scores - m)
-            l = weights.sum(dim=1)  # noqa: E741  (the paper's name)
-            out[b, i] = torch.einsum("ht,thd->hd", weights, values[seen]) / l[:, None]
-            lse[b, :, i] = m[:, 0] + torch.log(l)
+        if cu_seqlens_q is None:
+            queries, outputs, lses = q[b], out[b], lse[b]
+            tree = tree_mask if tree_mask is None or tree_mask.dim() == 2 else tree_mask[b]
+        else:
+            own = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+            queries, outputs, lses = q[own], out[own], lse[:, own]
+            tree = None if tree_mask is None else tree_mask[own]
+        q_len = len(queries)
+        for kv_head in range(num_kv_heads):
+            # The sequence's tokens: where each lies in the cache.
+            if block_table is None:
+                seq_len = block_size if seq_lens is None else int(seq_lens[b])
+                slots = torch.arange(seq_len)
+                blocks = torch.full_like(slots, b if cache_batch_idx is None else int(cache_batch_idx[b]))
+            else:
+                table = block_table[b] if block_table.dim() == 2 else block_table[b, kv_head]
+                if seq_lens is None:
+                    seq_len = len(table) * block_size
+                else:
+                    seq_len = int(seq_lens[b] if seq_lens.dim() == 1 else seq_lens[b, kv_head])
+                blocks = table[torch.arange(seq_len) // block_size].long()
+                blocks = blocks.clamp(0, len(k_cache) - 1)  # those that no token is seen of may hold anything
+                slots = torch.arange(seq_len) % block_size
+            at = (blocks, slots, kv_head)
+            keys = k_cache[at].to(dtype) * k_scale(b, *at).to(dtype)
+            values = v_cache[at].to(dtype) * v_scale(b, *at).to(dtype)
+
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            for i in range(q_len):
+                # Which of them this query token sees.
+                position = seq_len - q_len + i
+                token = torch.arange(seq_len)
+                seen = token >= (0 if cache_leftpad is None else int(cache_leftpad[b]))
+                if window_left >= 0:
+                    seen &= token >= position - window_left
+                if tree is not None:
+                    new = token - (seq_len - q_len)
+                    seen &= (new < 0) | tree[i][new.clamp(min=0)]
+                elif causal:
+                    seen &= token <= position
+                elif window_right >= 0:
+                    seen &= token <= position + window_right
+
+                scores = scale * (queries[i, heads].to(dtype) @ keys[seen].T)  # head, token
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if alibi_slopes is not None:
+                    slopes = alibi_slopes[heads] if alibi_slopes.dim() == 1 else alibi_slopes[b, heads]
+                    scores = scores - slopes.to(dtype)[:, None] * (position - token[seen]).abs()
+                seen_values = values[seen]
+                if sinks is not None:  # a logit without a value
+                    scores = torch.cat([scores, sinks[heads, None]], dim=1)
+                    seen_values = torch.cat([seen_values, seen_values.new_zeros(1, seen_values.shape[1])])
+                if scores.shape[1] == 0:
+                    continue
+                m = scores.amax(dim=1, keepdim=True)
+                weights = torch.exp(scores - m.masked_fill(m == -torch.inf, 0.0))
+                l = weights.sum(dim=1)  # noqa: E741  (the paper's name)
+                outputs[i, heads] = (weights @ seen_values) / l.masked_fill(l == 0, 1.0)[:, None]
+                lses[heads, i] = m[:, 0] + torch.log(l)
     return out, lse
 
 
-def merge_states(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _row_scales(scales: Tensor | None, cache: Tensor, paged: bool):
+    """The scale of each row (batch index, block, slot, KV head) of a quantised cache."""
+
+    def look_up(b: int, blocks: Tensor, slots: Tensor, kv_head: int) -> Tensor:
+        if scales is None:
+            return torch.ones(len(blocks), 1)
+        if scales.dim() == 2:  # per sequence and head
+            return scales.expand(max(b + 1, len(scales)), cache.shape[2])[b, kv_head].expand(len(blocks), 1)
+        return scales.expand(cache.shape[:3])[blocks, slots, kv_head, None]
+
+    return look_up
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    cache_batch_idx: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+) -> None:
+    """What `lean_attention.append_kv` writes into the caches."""
+    block_size = k_cache.shape[1]
+    for b in range(len(k)):
+        for i in range(k.shape[1]):
+            position = int(seq_lens[b]) + i
+            if block_table is None:
+                at = (b if cache_batch_idx is None else int(cache_batch_idx[b]), position)
+            else:
+                at = (int(block_table[b, position // block_size]), position % block_size)
+            new = k[b, i]
+            if rotary_cos is not None:
+                new = rotate(new, rotary_cos[position], rotary_sin[position], rotary_interleaved)
+            k_cache[at] = new.to(k_cache.dtype)
+            v_cache[at] = v[b, i]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of the last dimension, in float64; `cos` and `sin` have half the rotated dims."""
+    x, cos, sin = x.double(), cos.double(), sin.double()
+    half = cos.shape[-1]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        a, b = rotated[..., ::2], rotated[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = rotated[..., :half], rotated[..., half:]
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def merge_states(
+    outs: list[Tensor], lses: list[Tensor], *, base: float = 2.718281828459045
+) -> tuple[Tensor, Tensor]:
     """What `lean_attention.merge_states` computes, in float64."""
     out = torch.stack(outs).double()  # state, batch, token, head, dim
-    lse = torch.stack(lses).double()  # state, batch, head, token
+    to_natural = torch.log(torch.tensor(base, dtype=torch.float64))
+    lse = torch.stack(lses).double() * to_natural  # state, batch, head, token
     merged = torch.logsumexp(lse, dim=0)
     weights = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - merged)).transpose(-1, -2)[..., None]
-    return torch.where(weights == 0, 0.0, weights * out).sum(dim=0), merged
+    return torch.where(weights == 0, 0.0, weights * out).sum(dim=0), merged / to_natural

@@ -57,10 +57,11 @@ class Schedule:
         num_kv_heads: KV heads.
         num_ctas: CTAs (threads) of the grid, from 1 to any number.
         group: query heads per KV head.
-        q_len: query tokens per sequence.
+        q_len: query tokens per sequence: one number, or one per sequence.
         head_dim: decides the tokens of a LeanTile, unless `tile_tokens` does.
         tile_tokens: tokens of a LeanTile.
         rows_per_block: query rows (`group * q_len` in all) that share one pass over K and V.
+        leftpad: leading tokens of each sequence that no row sees; none where it is empty.
         window_left, window_right: visible tokens beside the query's position; -1 is unbounded and causal
             attention is `window_right=0`.
 
@@ -72,21 +73,36 @@ class Schedule:
     num_kv_heads: int
     num_ctas: int
     group: int = 1
-    q_len: int = 1
+    q_len: int | Sequence[int] = 1
     head_dim: int = 128
     tile_tokens: int = 0
     rows_per_block: int = 64
+    leftpad: Sequence[int] = ()
     window_left: int = -1
     window_right: int = 0
     _geometry: core.Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_kv_heads", "num_ctas", "group", "q_len", "head_dim", "rows_per_block"):
+        for name in ("num_kv_heads", "num_ctas", "group", "head_dim", "rows_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Schedule: {name} is {getattr(self, name)}; it must be at least 1")
         for b, length in enumerate(self.seq_lens):
             if length < 0:
                 raise ValueError(f"Schedule: seq_lens[{b}] is {length}; it must be at least 0")
+        for name in ("q_len", "leftpad"):
+            values = getattr(self, name)
+            if isinstance(values, int):
+                if values < 1:
+                    raise ValueError(f"Schedule: {name} is {values}; it must be at least 1")
+                continue
+            if len(values) not in (0, len(self.seq_lens)) or (name == "q_len" and not values):
+                raise ValueError(
+                    f"Schedule: {name} has {len(values)} entries, seq_lens {len(self.seq_lens)}; "
+                    "there must be as many"
+                )
+            for b, value in enumerate(values):
+                if value < 0:
+                    raise ValueError(f"Schedule: {name}[{b}] is {value}; it must be at least 0")
         if self.tile_tokens < 0:
             raise ValueError(f"Schedule: tile_tokens is {self.tile_tokens}; it must be at least 1")
         if self.tile_tokens == 0:
@@ -96,7 +112,6 @@ class Schedule:
             group=self.group,
             rows_per_block=self.rows_per_block,
             tile_tokens=self.tile_tokens,
-            q_len=self.q_len,
             window_left=self.window_left,
             window_right=self.window_right,
         )
@@ -105,7 +120,13 @@ class Schedule:
     @property
     def total_tiles(self) -> int:
         """LeanTiles of the whole batch."""
-        return sum(self._geometry.sequence_tiles(length, 0) for length in self.seq_lens)
+        return sum(self._geometry.sequence_tiles(*length) for length in self._lengths())
+
+    def _lengths(self) -> list[tuple[int, int, int]]:
+        """Tokens, leftpad and q_len of each sequence."""
+        batch = len(self.seq_lens)
+        q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else self.q_len
+        return list(zip(self.seq_lens, self.leftpad or [0] * batch, q_lens, strict=True))
 
     def lean_range(self, cta: int) -> tuple[int, int]:
         """LeanTiles [begin, end) of the batch that a CTA takes."""
@@ -118,10 +139,9 @@ class Schedule:
         end_cta = self.num_ctas if end_cta is None else end_cta
         if not 0 <= first_cta <= end_cta <= self.num_ctas:
             raise ValueError(f"segments: CTAs [{first_cta}, {end_cta}) are not within [0, {self.num_ctas})")
-        if not self.seq_lens:
+        if not self.total_tiles:
             return []
-        lengths = [(length, 0) for length in self.seq_lens]
-        rows = self._geometry.segments(lengths, self.num_ctas, first_cta, end_cta)
+        rows = self._geometry.segments(self._lengths(), self.num_ctas, first_cta, end_cta)
         return [Segment(*row) for row in rows]
 
     def __str__(self) -> str:

@@ -69,50 +69,33 @@ def make_inputs(case: Case, layout: str = "tokens_first") -> dict[str, Tensor]:
     }
 
 
-def plain_decode(inputs: dict[str, Tensor], dtype: torch.dtype, **options) -> Tensor:
-    """The same sum, written plainly in one dtype: what a user of PyTorch would get without a kernel."""
-    q, k_cache, v_cache = inputs["q"], inputs["k_cache"], inputs["v_cache"]
-    q_len, num_heads, head_dim = q.shape[1:]
-    group = num_heads // k_cache.shape[2]
-    out = q.new_zeros(*q.shape[:3], v_cache.shape[3])
-    for b in range(q.shape[0]):
-        seq_len = k_cache.shape[1] if inputs["seq_lens"] is None else int(inputs["seq_lens"][b])
-        keys = k_cache[b, :seq_len].repeat_interleave(group, dim=1).to(dtype)
-        values = v_cache[b, :seq_len].repeat_interleave(group, dim=1).to(dtype)
-        seen = torch.zeros(q_len, seq_len, dtype=torch.bool)
-        for i in range(q_len):
-            position = seq_len - q_len + i
-            right = 0 if options["causal"] else options["window_right"]
-            first = 0 if options["window_left"] < 0 else max(0, position - options["window_left"])
-            last = seq_len - 1 if right < 0 else position + right
-            seen[i, first : max(0, last + 1)] = True
-        scale = head_dim**-0.5 if options["scale"] is None else options["scale"]
-        scores = torch.einsum("qhd,thd->hqt", q[b].to(dtype), keys) * scale
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
-        out[b] = torch.einsum("hqt,thd->qhd", weights, values)
-    return out
-
-
 def assert_close(case: Case, inputs: dict[str, Tensor], out: Tensor, lse: Tensor) -> None:
+    assert_same(str(case), {**inputs, **case.options()}, out, lse)
+
+
+def assert_same(name: str, arguments: dict, out: Tensor, lse: Tensor) -> None:
     """At most twice the error of the plain sum in the same dtype, against float64."""
-    options = case.options()
-    want, want_lse = reference.decode(**inputs, **options)
-    assert out.shape == want.shape, f"{case}: out has shape {out.shape}, the reference {want.shape}"
-    assert out.dtype == case.dtype
+    arguments = {key: value for key, value in arguments.items() if key != "num_ctas"}
+    dtype = arguments["q"].dtype
+    want, want_lse = reference.decode(**arguments)
+    assert out.shape == want.shape, f"{name}: out has shape {out.shape}, the reference {want.shape}"
+    assert out.dtype == dtype
     assert lse.dtype == torch.float32
-    assert out.isfinite().all(), f"{case}: {(~out.isfinite()).sum()} elements are not finite"
+    assert out.isfinite().all(), f"{name}: {(~out.isfinite()).sum()} elements are not finite"
     error = (out.double() - want).abs()
-    plain = (plain_decode(inputs, case.dtype, **options).double() - want).abs().max()
-    absolute = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}[case.dtype]
+    # What a user of PyTorch would get without a kernel: the same sum, written plainly in one dtype.
+    plain_out, _ = reference.decode(**arguments, dtype=dtype)
+    plain = (plain_out.double() - want).abs().max()
+    absolute = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}[dtype]
     limit = 2 * plain + absolute
     if error.numel() and not error.max() <= limit:
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         raise AssertionError(
-            f"{case}: out{list(where)} is {out[where]}, the reference {want[where]:.6g}; error "
-            f"{error.max():.3g} exceeds {limit:.3g} (plain {case.dtype}: {plain:.3g})"
+            f"{name}: out{list(where)} is {out[where]}, the reference {want[where]:.6g}; error "
+            f"{error.max():.3g} exceeds {limit:.3g} (plain {dtype}: {plain:.3g})"
         )
-    assert torch.equal(lse == -torch.inf, want_lse == -torch.inf), f"{case}: rows that see nothing"
+    assert torch.equal(lse == -torch.inf, want_lse == -torch.inf), f"{name}: rows that see nothing"
     finite = want_lse.isfinite()
     lse_error = (lse.double() - want_lse)[finite].abs()
     lse_limit = 2e-6 * (1 + want_lse[finite].abs())
-    assert (lse_error <= lse_limit).all(), f"{case}: lse is off by {lse_error.max():.3g}"
+    assert (lse_error <= lse_limit).all(), f"{name}: lse is off by {lse_error.max():.3g}"

@@ -13,7 +13,8 @@ from torch import Tensor
 import lean_attention
 from lean_attention import reference
 from tests.emulation import load
-from tests.helpers import Case, assert_close, make_inputs
+from tests.helpers import Case, assert_close, assert_same, make_inputs
+from tests.matrix import FeatureCase, all_pairs, make_arguments
 from tests.test_decode import CASES
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -49,6 +50,17 @@ def decode(request: pytest.FixtureRequest) -> Decode:
 def test_matches_the_definition(case: Case, layout: str, decode: Decode) -> None:
     inputs = make_inputs(case, layout)
     assert_close(case, inputs, *decode(**inputs, **case.options()))
+
+
+SMALL_PAIRS = all_pairs(
+    dtype=[BF16, F16], lens=[(150, 1, 0), (63, 65, 64), (200, 3, 33)], query=[1, 3, 9, "packed"]
+)
+
+
+@pytest.mark.parametrize("case", SMALL_PAIRS, ids=str)
+def test_pairs_of_features(case: FeatureCase, decode: Decode) -> None:
+    arguments = make_arguments(case)
+    assert_same(str(case), arguments, *decode(**arguments))
 
 
 @pytest.mark.parametrize("num_ctas", [1, 2, 3, 5, 16, 61, 500, 2**40])

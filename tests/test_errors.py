@@ -18,12 +18,29 @@ def arguments(**changes) -> dict:
     return {**good, **changes}
 
 
+def I32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+TREE = torch.ones(1, 1, dtype=torch.bool)
+PACKED = {"q": torch.randn(3, 8, 64)}
+PAGED = {
+    "k_cache": torch.randn(5, 16, 2, 64),
+    "v_cache": torch.randn(5, 16, 2, 64),
+    "block_table": I32(0, 1, 2, 3).view(2, 2),
+    "seq_lens": I32(21, 3),
+}
+INT8 = {name: torch.ones(2, 50, 2, 64, dtype=torch.int8) for name in ("k_cache", "v_cache")}
+
 BAD = [
     ({"q": torch.randn(2, 8, 64)}, r"q has shape \[2, 8, 64\]; it must have 4 dimensions, \[batch, q_len"),
     ({"k_cache": torch.randn(50, 2, 64)}, r"k_cache has shape \[50, 2, 64\]"),
     ({"v_cache": torch.randn(2, 50, 2, 64, 1)}, r"v_cache has shape \[2, 50, 2, 64, 1\]"),
     ({"k_cache": torch.randn(2, 50, 2, 64).half()}, "k_cache is Half; it must be Float, like q"),
-    ({"v_cache": torch.randn(2, 50, 2, 64).bfloat16()}, "v_cache is BFloat16; it must be Float, like q"),
+    (
+        {"v_cache": torch.randn(2, 50, 2, 64).bfloat16()},
+        "v_cache is BFloat16; it must be Float, like k_cache",
+    ),
     ({"q": torch.randn(2, 1, 8, 64).double()}, "q is Double; it must be Float, Half or BFloat16"),
     ({"q": torch.ones(2, 1, 8, 64, dtype=torch.int32)}, "q is Int; it must be Float, Half or BFloat16"),
     ({"q": torch.randn(2, 1, 7, 64)}, "q has 7 heads, k_cache 2; the first must be a multiple of the second"),
@@ -32,11 +49,11 @@ BAD = [
     ({"q": torch.randn(2, 1, 8, 72)}, "k_cache has head_dim 64, q has 72; they must be equal"),
     (
         {"q": torch.randn(2, 1, 8, 60), "k_cache": torch.randn(2, 50, 2, 60)},
-        "head_dim is 60; it must be a multiple of 8 from 8 to 256",
+        "head_dim is 60; it must be a multiple of 8 from 8 to 512",
     ),
     (
-        {"q": torch.randn(2, 1, 8, 264), "k_cache": torch.randn(2, 50, 2, 264)},
-        "head_dim is 264; it must be a multiple of 8 from 8 to 256",
+        {"q": torch.randn(2, 1, 8, 520), "k_cache": torch.randn(2, 50, 2, 520)},
+        "head_dim is 520; it must be a multiple of 8 from 8 to 512",
     ),
     ({"v_cache": torch.randn(2, 50, 2, 12)}, "head_dim_v is 12; it must be a multiple of 8"),
     ({"q": torch.randn(3, 1, 8, 64)}, "k_cache has shape .*dimension 0 must be 3, the batch size of q"),
@@ -64,12 +81,63 @@ BAD = [
     ({"window_left": -2}, r"window_left is -2; it must be -1 \(unbounded\) or at least 0"),
     ({"window_right": -7}, "window_right is -7"),
     ({"num_ctas": -1}, "num_ctas is -1; it must be positive, or 0 to choose"),
-    ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, "block_table is not yet supported"),
-    ({"cache_batch_idx": torch.zeros(2, dtype=torch.int32)}, "cache_batch_idx is not yet supported"),
-    ({"cache_leftpad": torch.zeros(2, dtype=torch.int32)}, "cache_leftpad is not yet supported"),
-    ({"alibi_slopes": torch.zeros(8)}, "alibi_slopes is not yet supported"),
-    ({"sinks": torch.zeros(8)}, "sinks is not yet supported"),
-    ({"softcap": 30.0}, "softcap is not yet supported"),
+    ({"cache_batch_idx": I32(2, 0, 1)}, r"cache_batch_idx has shape \[3\]; its dimension 0 must be 2"),
+    ({"cache_batch_idx": torch.tensor([0, 1])}, "cache_batch_idx is Long; it must be Int"),
+    ({"cache_batch_idx": I32(0, 2)}, r"cache_batch_idx\[1\] is 2; it must be from 0 to 1, the slots"),
+    ({"cache_leftpad": I32(0, -3)}, r"cache_leftpad\[1\] is -3; it must be at least 0"),
+    ({"alibi_slopes": torch.zeros(7)}, r"alibi_slopes has shape \[7\]; its dimension 0 must be 8"),
+    ({"alibi_slopes": torch.zeros(8).half()}, "alibi_slopes is Half; it must be Float"),
+    ({"alibi_slopes": torch.zeros(3, 8)}, r"alibi_slopes has shape \[3, 8\]; its dimension 0 must be 2"),
+    ({"sinks": torch.zeros(2, 8)}, r"sinks has shape \[2, 8\]; it must have 1 dimensions, \[num_heads\]"),
+    ({"softcap": -1.0}, "softcap is -1; it must be positive and finite, or 0 for none"),
+    ({"softcap": float("inf")}, "softcap is inf"),
+    ({"k_scale": torch.tensor(1.0)}, "k_scale is given, but the caches are Float; scales are for quantised"),
+    ({"tree_mask": torch.ones(1, 1)}, "tree_mask is Float; it must be Bool"),
+    ({"tree_mask": TREE, "window_left": 4}, "tree_mask cannot be combined with window_left"),
+    ({"tree_mask": TREE, "causal": False}, "tree_mask cannot be combined with causal=False"),
+    ({"tree_mask": TREE, "alibi_slopes": torch.ones(8)}, "tree_mask cannot be combined with alibi_slopes"),
+    ({"tree_mask": TREE.expand(2, 2)}, r"tree_mask has shape \[2, 2\]; its dimension 0 must be 1"),
+    ({"cu_seqlens_q": I32(0, 1, 2)}, r"q has shape \[2, 1, 8, 64\]; it must have 3 dimensions, \[total_q"),
+    ({**PACKED, "cu_seqlens_q": I32(1, 2, 3)}, r"cu_seqlens_q\[0\] is 1; it must be 0"),
+    ({**PACKED, "cu_seqlens_q": I32(0, 2, 1)}, r"cu_seqlens_q\[2\] is 1; it must be from 2"),
+    ({**PACKED, "cu_seqlens_q": I32(0, 2, 4)}, r"cu_seqlens_q\[2\] is 4; .* to 3, the tokens of q"),
+    ({**PACKED, "cu_seqlens_q": torch.empty(0, dtype=torch.int32)}, "cu_seqlens_q is empty"),
+    (
+        {**PACKED, "cu_seqlens_q": I32(0, 1, 3), "tree_mask": torch.ones(3, 1, dtype=torch.bool)},
+        "sequence 1 has 2 query tokens by cu_seqlens_q; tree_mask has columns for 1",
+    ),
+    ({**PAGED, "block_table": I32(0, 1)}, r"block_table has shape \[2\]; it must have 2 dimensions"),
+    ({**PAGED, "block_table": torch.zeros(2, 2)}, "block_table is Float; it must be Int"),
+    ({**PAGED, "block_table": torch.zeros(3, 2).int()}, r"block_table has shape \[3, 2\]; its dimension 0"),
+    (
+        {**PAGED, "block_table": torch.zeros(2, 3, 2).int()},
+        r"block_table .* dimension 1 must be 2, the num_kv",
+    ),
+    (
+        {**PAGED, "block_table": I32(0, 5, 1, 0).view(2, 2)},
+        r"block_table\[0, 1\] is 5; it must be from 0 to 4",
+    ),
+    (
+        {**PAGED, "seq_lens": I32(21, 33)},
+        r"seq_lens\[1\] is 33; it must be from 0 to 32, .* row of block_table",
+    ),
+    (
+        {**PAGED, "seq_lens": torch.ones(2, 3).int()},
+        r"seq_lens has shape \[2, 3\]; its dimension 1 must be 2",
+    ),
+    ({**PAGED, "cache_batch_idx": I32(0, 1)}, "cache_batch_idx cannot be combined with block_table"),
+    (
+        {"seq_lens": torch.ones(2, 2).int()},
+        r"seq_lens has shape \[2, 2\]; it must have 1 dimensions, \[batch",
+    ),
+    ({**INT8}, "k_scale is missing; int8 caches need it"),
+    (
+        {**INT8, "k_scale": torch.ones(3)},
+        r"k_scale has shape \[3\]; its dimension 0 must be 2, 1 or the num_kv",
+    ),
+    ({**INT8, "k_scale": torch.ones(2).half()}, "k_scale is Half; it must be Float"),
+    ({**INT8, "k_scale": torch.ones(2, 50, 2, 1)}, r"k_scale has shape \[2, 50, 2, 1\]; it must be a scalar"),
+    ({**INT8, "v_cache": torch.randn(2, 50, 2, 64)}, "v_cache is Float; it must be Char, like k_cache"),
 ]
 
 
@@ -95,10 +163,11 @@ BAD_MERGES = [
     ([], [], "outs is empty; there must be at least one state"),
     ([], [LSE], "outs is empty; there must be at least one state"),
     ([OUT], [LSE, LSE], "outs has 1 tensors, lses 2"),
-    ([OUT[0]], [LSE], r"outs\[0\] has shape \[1, 4, 16\]"),
+    ([OUT[0]], [LSE], r"lses\[0\] has shape \[2, 4, 1\]; it must have 2 dimensions"),
     ([OUT, OUT.half()], [LSE, LSE], r"outs\[1\] is Half; it must be Float, like outs\[0\]"),
     ([OUT, OUT[..., :8]], [LSE, LSE], r"outs\[1\] has shape \[2, 1, 4, 8\]; its dimension 3 must be 16"),
     ([OUT], [LSE.double()], r"lses\[0\] is Double; it must be Float"),
+    ([OUT], [LSE[0]], r"lses\[0\] has shape \[4, 1\]; it must have 3 dimensions"),
     ([OUT], [LSE.transpose(1, 2)], r"lses\[0\] has shape \[2, 1, 4\]; its dimension 1 must be 4"),
 ]
 
@@ -107,3 +176,9 @@ BAD_MERGES = [
 def test_merge_states(outs: list, lses: list, message: str) -> None:
     with pytest.raises(ValueError, match=f"merge_states: {message}"):
         lean_attention.merge_states(outs, lses)
+
+
+@pytest.mark.parametrize("base", [1.0, -2.0, float("nan"), float("inf")])
+def test_merge_states_base(base: float) -> None:
+    with pytest.raises(ValueError, match=r"merge_states: base is .*; it must be a finite number above 1"):
+        lean_attention.merge_states([OUT], [LSE], base=base)

@@ -11,14 +11,26 @@ from hypothesis import strategies as st
 from lean_attention import Schedule
 from lean_attention._core import core
 
-lengths = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 3000)), min_size=1, max_size=12)
+sequences = st.tuples(
+    st.one_of(st.integers(0, 40), st.integers(0, 3000)), st.integers(0, 6), st.integers(0, 200)
+)
+
+
+def build(sequences: list[tuple[int, int, int]], ragged: bool, padded: bool, **options) -> Schedule:
+    """Sequences of (tokens, query tokens, leftpad); one of them has query tokens."""
+    lens, q_lens, pads = map(list, zip(*sequences, strict=True))
+    q_lens[0] = max(1, q_lens[0])
+    return Schedule(lens, q_len=q_lens if ragged else q_lens[0], leftpad=pads if padded else (), **options)
+
+
 schedules = st.builds(
-    Schedule,
-    seq_lens=lengths,
+    build,
+    st.lists(sequences, min_size=1, max_size=12),
+    ragged=st.booleans(),
+    padded=st.booleans(),
     num_kv_heads=st.integers(1, 5),
     num_ctas=st.one_of(st.integers(1, 20), st.integers(1, 2000)),
     group=st.integers(1, 9),
-    q_len=st.integers(1, 6),
     tile_tokens=st.sampled_from([1, 16, 64, 128]),
     rows_per_block=st.sampled_from([1, 4, 16, 64]),
     window_left=st.integers(-1, 300),
@@ -26,25 +38,28 @@ schedules = st.builds(
 )
 
 
+def q_len(s: Schedule, sequence: int) -> int:
+    return s.q_len if isinstance(s.q_len, int) else s.q_len[sequence]
+
+
 def visible_tokens(s: Schedule, sequence: int, row: int) -> set[int]:
     """Written from the words of the definition, token by token."""
     length = s.seq_lens[sequence]
-    position = length - s.q_len + row // s.group
+    position = length - q_len(s, sequence) + row // s.group
     return {
         token
-        for token in range(length)
+        for token in range(s.leftpad[sequence] if s.leftpad else 0, length)
         if (s.window_left < 0 or token >= position - s.window_left)
         and (s.window_right < 0 or token <= position + s.window_right)
     }
 
 
 def output_tiles(s: Schedule) -> list[tuple[int, int, int]]:
-    blocks = -(-s.group * s.q_len // s.rows_per_block)
     return [
         (b, head, block)
         for b in range(len(s.seq_lens))
         for head in range(s.num_kv_heads)
-        for block in range(blocks)
+        for block in range(-(-s.group * q_len(s, b) // s.rows_per_block))
     ]
 
 
@@ -96,7 +111,7 @@ def test_one_host_per_output_and_one_partial_per_cta(s: Schedule) -> None:
 def test_tiles_cover_what_rows_see_and_no_more(s: Schedule) -> None:
     for (b, _, block), group in groupby(s.segments(), key=lambda x: x.output_tile):
         read = {t for piece in group for t in range(piece.first_token, piece.end_token)}
-        rows = range(block * s.rows_per_block, min((block + 1) * s.rows_per_block, s.group * s.q_len))
+        rows = range(block * s.rows_per_block, min((block + 1) * s.rows_per_block, s.group * q_len(s, b)))
         seen = set().union(*(visible_tokens(s, b, row) for row in rows))
         assert seen <= read
         # No token outside the span of what is seen: tiles outside a window are not in the schedule.
@@ -140,6 +155,9 @@ def test_reads_like_a_sentence() -> None:
         ({"num_kv_heads": 0}, "num_kv_heads is 0"),
         ({"seq_lens": [3, -1]}, r"seq_lens\[1\] is -1"),
         ({"tile_tokens": -5}, "tile_tokens is -5"),
+        ({"q_len": 0}, "q_len is 0"),
+        ({"q_len": [1, 2]}, "q_len has 2 entries, seq_lens 1"),
+        ({"leftpad": [-2]}, r"leftpad\[0\] is -2"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:

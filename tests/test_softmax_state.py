@@ -80,15 +80,21 @@ def test_nan_is_not_lost_in_an_empty_looking_state() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("states", [1, 2, 5])
-def test_merge_states_matches_the_definition(dtype: torch.dtype, states: int) -> None:
+@pytest.mark.parametrize("base", [math.e, 2.0, 10.0])
+@pytest.mark.parametrize("packed", [False, True])
+def test_merge_states_matches_the_definition(
+    dtype: torch.dtype, states: int, base: float, packed: bool
+) -> None:
     outs = [torch.randn(3, 2, 4, 24, dtype=dtype) for _ in range(states)]
-    lses = [10 * torch.randn(3, 4, 2) for _ in range(states)]
+    lses = [10 / math.log(base) * torch.randn(3, 4, 2) for _ in range(states)]
     for out, lse in zip(outs, lses, strict=True):
         empty = torch.rand(3, 4, 2) < 0.3
         lse[empty] = -torch.inf
         out[empty.transpose(1, 2)] = torch.nan  # an empty state's output may hold anything
-    out, lse = lean_attention.merge_states(outs, lses)
-    want, want_lse = reference.merge_states(outs, lses)
+    if packed:
+        outs, lses = [out[0] for out in outs], [lse[0] for lse in lses]
+    out, lse = lean_attention.merge_states(outs, lses, base=base)
+    want, want_lse = reference.merge_states(outs, lses, base=base)
     # Log-sum-exps near 30 have a last place of 2e-6, and so have the weights.
     epsilon = max(torch.finfo(dtype).eps, 2e-6)
     assert out.dtype == dtype

@@ -6,11 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <memory>
-#include <sstream>
-#include <stdexcept>
 #include <vector>
 
+#include "cpu/cache_rows.h"
+#include "cpu/check_values.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
 
@@ -35,10 +36,6 @@ constexpr int64_t kCacheLineFloats = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return ceil_div(n, multiple) * multiple;
-}
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::float32 ? 4 : 2;
 }
 
 // Memory that a calling thread keeps from call to call, so that decoding allocates nothing once
@@ -88,19 +85,21 @@ class Decode {
   explicit Decode(const DecodeParams& params)
       : p_(params),
         routine_(tile_routine(params.dtype)),
+        cache_rows_(params),
+        quantised_(params.cache_dtype != params.dtype),
         padded_head_dim_(round_up(params.head_dim, routine_.chunk_columns)),
         padded_head_dim_v_(round_up(params.head_dim_v, routine_.chunk_columns)) {
-    geometry_.num_kv_heads = p_.num_kv_heads;
-    geometry_.group = p_.group();
-    geometry_.visibility = p_.visibility;
-    geometry_.rows_per_block = std::min<int64_t>(kMaxRows, geometry_.rows());
-    geometry_.tile_tokens = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v));
+    check_values(p_);
+    int64_t max_q_len = 0;
+    for (int64_t b = 0; b < p_.batch; ++b) max_q_len = std::max(max_q_len, p_.length_at(b, 0).q_len);
+    geometry_ = p_.geometry(std::clamp<int64_t>(p_.group() * max_q_len, 1, kMaxRows),
+                            lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v)));
     const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
-    const int64_t run_bytes = kRunTokens * (p_.head_dim + p_.head_dim_v) * element_size(p_.dtype);
-    max_abreast_ = tokens_first ? std::clamp<int64_t>(kMaxBytesAbreast / run_bytes, 1,
-                                                      std::min(kMaxAbreast, p_.num_kv_heads))
+    max_abreast_ = tokens_first ? std::clamp<int64_t>(kMaxBytesAbreast / (kRunTokens * token_bytes()), 1,
+                                                      std::min(kMaxAbreast, p_.heads_per_sequence()))
                                 : 1;
     lay_out_sequences();
+    write_padding();
   }
 
   void run() {
@@ -113,22 +112,23 @@ class Decode {
   // The schedules that stream-K replaces, on the same tile routines: every output tile cut into `splits`
   // equal pieces, and a second parallel region that combines them. One split is FlashAttention-2's grid.
   void run_fixed_split(int64_t splits) {
-    const auto length = [&](int64_t b) { return length_of(b); };
+    const auto length = [&](int64_t sequence) { return p_.length_of(sequence); };
     std::vector<Segment> outputs;
     SegmentWalk walk(geometry_, {0, grid_.total_tiles}, 0, 0, length);
-    for (Segment segment; walk.next(segment, length);) outputs.push_back(segment);
+    for (Segment segment; walk.next(segment, length);) outputs.push_back(p_.in_batch(segment));
     const int64_t count = outputs.size(), threads = num_threads();
     reserve(splits > 1 ? count * splits : 0, threads);
     std::atomic<int64_t> next_piece{0}, next_output{0};
     parallel_for(std::min(threads, count * splits), [&](int64_t thread) {
       Work work = works_of(thread)[0];
+      WideRows wide(p_, routine_, wide_memory(thread));
       for (int64_t piece; (piece = next_piece++) < count * splits;) {
         work.segment = outputs[piece / splits];
         const int64_t tiles = work.segment.output_end - work.segment.output_begin, split = piece % splits;
         work.segment.tiles = {work.segment.output_begin + tiles * split / splits,
                               work.segment.output_begin + tiles * (split + 1) / splits};
         begin_output_tile(work.tile, work.segment);
-        attend(&work, 1, nullptr);
+        attend(&work, 1, nullptr, wide);
         if (splits == 1) {
           write(work.tile, work.segment);
         } else {
@@ -140,7 +140,7 @@ class Decode {
     parallel_for(std::min(threads, count), [&](int64_t thread) {
       TileState tile = works_of(thread)[0].tile;
       for (int64_t output; (output = next_output++) < count;) {
-        tile.rows = static_cast<int>(geometry_.block_rows(outputs[output].row_block));
+        tile.rows = rows_of(outputs[output]);
         clear(tile);
         for (int64_t split = 0; split < splits; ++split) merge_into(tile, slot(output * splits + split));
         write(tile, outputs[output]);
@@ -149,42 +149,56 @@ class Decode {
   }
 
  private:
-  // Checks the lengths and computes where each sequence's LeanTiles begin.
+  // Computes where each sequence's LeanTiles begin.
   void lay_out_sequences() {
-    sequence_begin_.resize(p_.batch + 1);
+    const int64_t sequences = p_.sequences();
+    sequence_begin_.resize(sequences + 1);
     int64_t tiles = 0;
-    for (int64_t b = 0; b < p_.batch; ++b) {
-      const int64_t length = length_of(b).tokens;
-      if (length < 0 || length > p_.max_len) {
-        std::ostringstream message;
-        message << "decode: seq_lens[" << b << "] is " << length << "; it must be from 0 to " << p_.max_len
-                << ", the tokens that the cache holds";
-        throw std::invalid_argument(message.str());
-      }
-      sequence_begin_[b] = tiles;
-      tiles += geometry_.sequence_tiles(length_of(b));
+    for (int64_t i = 0; i < sequences; ++i) {
+      sequence_begin_[i] = tiles;
+      tiles += geometry_.sequence_tiles(p_.length_of(i));
     }
-    sequence_begin_[p_.batch] = tiles;
+    sequence_begin_[sequences] = tiles;
     // More ranges than LeanTiles would only be empty ones.
     grid_ = {p_.num_ctas > 0 ? std::min(p_.num_ctas, tiles) : choose_ctas(tiles), tiles};
   }
 
   int64_t choose_ctas(int64_t tiles) const {
-    const int64_t tile_bytes = geometry_.tile_tokens * (p_.head_dim + p_.head_dim_v) * element_size(p_.dtype);
+    const int64_t tile_bytes = geometry_.tile_tokens * token_bytes();
     const int64_t threads = useful_ctas(tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes));
     if (threads == 1 || max_abreast_ > 1) return threads;
     return std::max(threads,
                     useful_ctas(tiles, threads * kRangesPerThread, ceil_div(kMinBytesPerRange, tile_bytes)));
   }
 
-  SequenceLength length_of(int64_t sequence) const {
-    return {p_.seq_lens ? p_.seq_lens[sequence * p_.seq_lens_stride] : p_.max_len, 0};
+  // Of one token of one head.
+  int64_t token_bytes() const { return (p_.head_dim + p_.head_dim_v) * element_size(p_.cache_dtype); }
+
+  // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
+  void write_padding() const {
+    if (p_.cu_seqlens_q == nullptr) return;
+    const int64_t row_bytes = p_.head_dim_v * element_size(p_.dtype);
+    for (int64_t token = p_.first_query(p_.batch); token < p_.query_tokens; ++token) {
+      for (int64_t head = 0; head < p_.num_heads; ++head) {
+        std::memset(out_row(0, token, head), 0, row_bytes);
+        p_.lse[head * p_.lse_head_stride + token] = kMinusInfinity;
+      }
+    }
   }
 
   void reserve(int64_t partials, int64_t threads) {
     static thread_local ScratchMemory memory;
-    workspace_ = memory.reserve(partials * partial_floats() + threads * max_abreast_ * work_floats());
+    workspace_ = memory.reserve(partials * partial_floats() + threads * thread_floats());
     thread_memory_ = workspace_ + partials * partial_floats();
+  }
+
+  // A thread has the memory of its Works, then that of its WideRows.
+  int64_t thread_floats() const {
+    const int64_t wide = quantised_ ? round_up(WideRows::memory_floats(p_), kCacheLineFloats) : 0;
+    return max_abreast_ * work_floats() + wide;
+  }
+  float* wide_memory(int64_t thread) const {
+    return thread_memory_ + thread * thread_floats() + max_abreast_ * work_floats();
   }
 
   int64_t partial_floats() const {
@@ -200,31 +214,33 @@ class Decode {
 
   // The memory of a Work: a partial state set aside, then what its TileState points to.
   int64_t work_floats() const {
-    const int64_t stats = round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
-    return partial_floats() + geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) + 2 * stats +
-           kRunTokens * kMaxStripRows;
+    return partial_floats() + geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) +
+           3 * stats_floats() + kRunTokens * kMaxStripRows;
+  }
+  int64_t stats_floats() const {
+    return round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
   }
   TileState tile_state(float* memory) const {
-    const int64_t stats = round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
     TileState t{};
     t.head_dim = static_cast<int>(p_.head_dim);
     t.head_dim_v = static_cast<int>(p_.head_dim_v);
-    t.scale = p_.scale * kLog2e;
+    t.softcap = p_.softcap * kLog2e;
     t.output_stride = padded_head_dim_v_;
     t.q = memory;
     t.output = memory + geometry_.rows_per_block * padded_head_dim_;
     t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
     t.m = t.scores + kRunTokens * kMaxStripRows;
-    t.l = t.m + stats;
+    t.l = t.m + stats_floats();
     // Routines read the padding rows' m and l, without using what comes of it.
-    std::fill_n(t.m, 2 * stats, 0.0f);
+    std::fill_n(t.m, 2 * stats_floats(), 0.0f);
+    if (p_.alibi_slopes != nullptr) t.slopes = t.l + stats_floats();
     return t;
   }
 
   std::array<Work, kMaxAbreast> works_of(int64_t thread) const {
     std::array<Work, kMaxAbreast> works{};
     for (int64_t i = 0; i < max_abreast_; ++i) {
-      float* memory = thread_memory_ + (thread * max_abreast_ + i) * work_floats();
+      float* memory = thread_memory_ + thread * thread_floats() + i * work_floats();
       works[i] = {{}, tile_state(memory + partial_floats()), partial_at(memory)};
     }
     return works;
@@ -235,27 +251,29 @@ class Decode {
   // and since those publish before they wait for anything, every wait ends, on however few threads.
   void take_ranges(int64_t thread) {
     std::array<Work, kMaxAbreast> works = works_of(thread);
+    WideRows wide(p_, routine_, wide_memory(thread));
     for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
-      process_range(works.data(), grid_.num_ctas - 1 - ticket);
+      process_range(works.data(), grid_.num_ctas - 1 - ticket, wide);
     }
   }
 
-  void process_range(Work* works, int64_t cta) {
+  void process_range(Work* works, int64_t cta, WideRows& wide) {
     const LeanRange range = grid_.range(cta);
     if (range.begin == range.end) return;
     const int64_t sequence = std::upper_bound(sequence_begin_.begin(), sequence_begin_.end(), range.begin) -
                              sequence_begin_.begin() - 1;
-    const auto length = [&](int64_t b) { return length_of(b); };
+    const auto length = [&](int64_t i) { return p_.length_of(i); };
     SegmentWalk walk(geometry_, range, sequence, sequence_begin_[sequence], length);
     int64_t count = 0;
     for (Segment segment; walk.next(segment, length);) {
+      segment = p_.in_batch(segment);
       if (count == max_abreast_ || (count > 0 && !abreast(works[count - 1].segment, segment))) {
-        process(works, count, &segment, cta);
+        process(works, count, &segment, cta, wide);
         count = 0;
       }
       works[count++].segment = segment;
     }
-    process(works, count, nullptr, cta);
+    process(works, count, nullptr, cta, wide);
   }
 
   // Whole output tiles of neighbouring heads. A partial one is never among them, so that it is published
@@ -266,9 +284,9 @@ class Decode {
   }
 
   // `then` is the segment that follows, if there is one.
-  void process(Work* works, int64_t count, const Segment* then, int64_t cta) {
+  void process(Work* works, int64_t count, const Segment* then, int64_t cta, WideRows& wide) {
     for (int64_t i = 0; i < count; ++i) begin_output_tile(works[i].tile, works[i].segment);
-    attend(works, count, then);
+    attend(works, count, then, wide);
     for (int64_t i = 0; i < count; ++i) {
       const auto& [segment, tile, aside] = works[i];
       if (!segment.is_host()) {
@@ -290,13 +308,31 @@ class Decode {
     return {packed / geometry_.group, segment.kv_head * geometry_.group + packed % geometry_.group};
   }
 
+  SequenceLength length_of(const Segment& segment) const {
+    return p_.length_at(segment.sequence, segment.kv_head);
+  }
+  int rows_of(const Segment& segment) const {
+    return static_cast<int>(geometry_.block_rows(length_of(segment).q_len, segment.row_block));
+  }
+
+  // The scale that all tokens of a sequence and head have in common.
+  static float common_scale(const Scales& scales, const Segment& segment) {
+    return scales.per_token() ? 1.0f : scales.at(segment.sequence, 0, 0, segment.kv_head);
+  }
+
   void begin_output_tile(TileState& t, const Segment& segment) const {
-    t.rows = static_cast<int>(geometry_.block_rows(segment.row_block));
+    t.rows = rows_of(segment);
+    t.scale =
+        p_.scale * common_scale(p_.k_scale, segment) * (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
+    const int64_t first_query = p_.first_query(segment.sequence);
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(segment, row);
-      routine_.pack_query(t, row,
-                          element(p_.q, segment.sequence * p_.q_batch_stride +
-                                            query.token * p_.q_token_stride + query.head * p_.q_head_stride));
+      const int64_t offset = segment.sequence * p_.q_batch_stride +
+                             (first_query + query.token) * p_.q_token_stride + query.head * p_.q_head_stride;
+      routine_.pack_query(t, row, static_cast<const char*>(p_.q) + offset * element_size(p_.dtype));
+      if (t.slopes != nullptr) {
+        t.slopes[row] = p_.alibi_slopes[segment.sequence * p_.alibi_batch_stride + query.head] * kLog2e;
+      }
     }
   }
 
@@ -323,7 +359,7 @@ class Decode {
     }
   }
 
-  void attend(const Work* works, int64_t count, const Segment* then) const {
+  void attend(const Work* works, int64_t count, const Segment* then, WideRows& wide) const {
     const TokenSpan tokens = works[0].segment.tokens(geometry_.tile_tokens);
     for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
@@ -335,7 +371,7 @@ class Decode {
       const int64_t end = std::min(begin + kChunkTokens, tokens.end);
       Upcoming upcoming{&works[0].segment, {end, tokens.end}};
       if (end == tokens.end && then != nullptr) upcoming = {then, then->tokens(geometry_.tile_tokens)};
-      attend_chunk(works, count, {begin, end}, upcoming);
+      attend_chunk(works, count, {begin, end}, upcoming, wide);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(works[i].tile, works[i].aside);
     }
   }
@@ -346,64 +382,66 @@ class Decode {
     TokenSpan tokens;
   };
 
-  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Upcoming& upcoming) const {
+  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Upcoming& upcoming,
+                    WideRows& wide) const {
     const Segment& segment = works[0].segment;
     const int rows = works[0].tile.rows;
-    const SequenceLength length = length_of(segment.sequence);
+    const SequenceLength length = length_of(segment);
     const int64_t first_query = query_row(segment, 0).token, last_query = query_row(segment, rows - 1).token;
     // Tokens that all rows see; runs inside need no mask.
-    const TokenSpan common = {visible_tokens(p_.visibility, length, last_query, last_query).begin,
-                              visible_tokens(p_.visibility, length, first_query, first_query).end};
-    Run runs[2];
-    fill_run(runs[0], segment, tokens.begin, tokens.end);
-    RowSpan spans[kMaxRows];
+    TokenSpan common = {visible_tokens(p_.visibility, length, last_query, last_query).begin,
+                        visible_tokens(p_.visibility, length, first_query, first_query).end};
+    if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
+    RunMemory runs[2];
+    const auto fill = [&](RunMemory& memory, const Segment& of, int64_t begin, int64_t end) {
+      cache_rows_.fill(memory, of.sequence, of.kv_head, begin, end);
+    };
+    fill(runs[0], segment, tokens.begin, tokens.end);
+    RowView views[kMaxRows];
     int current = 0;
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kRunTokens) {
       const int64_t end = std::min(begin + kRunTokens, tokens.end);
-      const bool masked = begin < common.begin || end > common.end;
-      if (masked) fill_spans(spans, rows, segment, length, begin);
+      const bool viewed = begin < common.begin || end > common.end || p_.alibi_slopes != nullptr;
+      if (viewed) fill_views(views, rows, segment, length, begin);
       for (int64_t i = 0; i < count; ++i, current ^= 1) {
         const bool last_head = i + 1 == count;
-        Run* next = &runs[current ^ 1];
+        RunMemory& other = runs[current ^ 1];
+        const Run* next = &other.run;
         if (!last_head) {
-          fill_run(*next, works[i + 1].segment, begin, tokens.end);
+          fill(other, works[i + 1].segment, begin, tokens.end);
         } else if (end < tokens.end) {
-          fill_run(*next, segment, end, tokens.end);
+          fill(other, segment, end, tokens.end);
         } else if (upcoming.tokens.begin < upcoming.tokens.end) {
-          fill_run(*next, *upcoming.segment, upcoming.tokens.begin, upcoming.tokens.end);
+          fill(other, *upcoming.segment, upcoming.tokens.begin, upcoming.tokens.end);
         } else {
           next = nullptr;
         }
-        routine_.attend(works[i].tile, runs[current], masked ? spans : nullptr, next);
+        const Run& run = runs[current].run;
+        if (quantised_) {
+          routine_.attend(works[i].tile, wide.widen(run, next), viewed ? views : nullptr, nullptr);
+        } else {
+          routine_.attend(works[i].tile, run, viewed ? views : nullptr, next);
+        }
       }
     }
   }
 
-  void fill_run(Run& run, const Segment& segment, int64_t begin, int64_t end) const {
-    run.tokens = static_cast<int>(std::min<int64_t>(kRunTokens, end - begin));
-    const int64_t k = segment.sequence * p_.k_batch_stride + segment.kv_head * p_.k_head_stride;
-    const int64_t v = segment.sequence * p_.v_batch_stride + segment.kv_head * p_.v_head_stride;
-    const void* k_row = element(p_.k_cache, k + begin * p_.k_token_stride);
-    const void* v_row = element(p_.v_cache, v + begin * p_.v_token_stride);
-    const int64_t k_step = p_.k_token_stride * element_size(p_.dtype);
-    const int64_t v_step = p_.v_token_stride * element_size(p_.dtype);
-    for (int i = 0; i < kRunTokens; ++i) {
-      run.k_rows[i] = k_row;
-      run.v_rows[i] = v_row;
-      if (i + 1 < run.tokens) {
-        k_row = static_cast<const char*>(k_row) + k_step;
-        v_row = static_cast<const char*>(v_row) + v_step;
-      }
-    }
-  }
-
-  void fill_spans(RowSpan* spans, int rows, const Segment& segment, SequenceLength length,
+  void fill_views(RowView* views, int rows, const Segment& segment, SequenceLength length,
                   int64_t begin) const {
     for (int row = 0; row < rows; ++row) {
       const int64_t query = query_row(segment, row).token;
       const TokenSpan seen = visible_tokens(p_.visibility, length, query, query);
-      spans[row] = {static_cast<float>(std::clamp<int64_t>(seen.begin - begin, 0, kRunTokens)),
-                    static_cast<float>(std::clamp<int64_t>(seen.end - begin, 0, kRunTokens))};
+      const int64_t offset = length.tokens - length.q_len;
+      views[row] = {static_cast<float>(std::clamp<int64_t>(seen.begin - begin, 0, kRunTokens)),
+                    static_cast<float>(std::clamp<int64_t>(seen.end - begin, 0, kRunTokens)),
+                    static_cast<float>(offset + query - begin), 0};
+      if (p_.tree_mask == nullptr) continue;
+      const bool* sees = p_.tree_mask + segment.sequence * p_.tree_batch_stride +
+                         (p_.first_query(segment.sequence) + query) * p_.tree_row_stride;
+      for (int64_t token = std::max(begin, offset); token < std::min(begin + kRunTokens, length.tokens);
+           ++token) {
+        if (!sees[token - offset]) views[row].hidden |= uint64_t{1} << (token - begin);
+      }
     }
   }
 
@@ -422,24 +460,30 @@ class Decode {
   }
 
   void write(const TileState& t, const Segment& segment) const {
+    const int64_t first_query = p_.first_query(segment.sequence);
+    const float value_scale = common_scale(p_.v_scale, segment);
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(segment, row);
-      const int64_t out_row =
-          (segment.sequence * p_.visibility.q_len + query.token) * p_.num_heads + query.head;
-      routine_.write_output(t, row, element(p_.out, out_row * p_.head_dim_v));
-      p_.lse[(segment.sequence * p_.num_heads + query.head) * p_.visibility.q_len + query.token] =
-          log_sum_exp({t.m[row], t.l[row]});
+      const int64_t token = first_query + query.token;
+      Merged merged{{t.m[row], t.l[row]}, 1.0f, 0.0f};
+      if (p_.sinks != nullptr) merged = merge(merged.state, from_log_sum_exp(p_.sinks[query.head]));
+      routine_.write_output(t, row, normaliser(merged.state.l) * merged.weight_a * value_scale,
+                            out_row(segment.sequence, token, query.head));
+      p_.lse[segment.sequence * p_.lse_batch_stride + query.head * p_.lse_head_stride + token] =
+          log_sum_exp(merged.state);
     }
   }
 
-  template <class Pointer>
-  Pointer element(Pointer base, int64_t index) const {
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
-    return static_cast<Byte*>(base) + index * element_size(p_.dtype);
+  void* out_row(int64_t sequence, int64_t token, int64_t head) const {
+    const int64_t offset =
+        sequence * p_.out_batch_stride + token * p_.out_token_stride + head * p_.out_head_stride;
+    return static_cast<char*>(p_.out) + offset * element_size(p_.dtype);
   }
 
   const DecodeParams& p_;
   const TileRoutine& routine_;
+  const CacheRows cache_rows_;
+  const bool quantised_;
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
   Geometry geometry_;

@@ -1,6 +1,7 @@
 // The CPU backend.
 #pragma once
 
+#include "append.h"
 #include "params.h"
 
 namespace lean::cpu {
@@ -13,5 +14,8 @@ void decode(const DecodeParams& params);
 void decode_fixed_split(const DecodeParams& params, int64_t splits);
 
 void merge_states(const MergeParams& params);
+
+// Throws if a token would go outside the cache; nothing is written then.
+void append_kv(const AppendParams& params);
 
 }  // namespace lean::cpu

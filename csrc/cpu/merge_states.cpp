@@ -2,6 +2,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <vector>
 
 #include "cpu/decode.h"
@@ -16,7 +17,7 @@ void merge_row(const MergeParams& p, int64_t row, int64_t lse_index, std::vector
   SoftmaxState state;
   sum.assign(p.head_dim_v, 0.0f);
   for (int64_t i = 0; i < p.num_states; ++i) {
-    const SoftmaxState next = from_log_sum_exp(p.lses[i][lse_index]);
+    const SoftmaxState next = from_log_sum_exp(p.lses[i][lse_index], p.log2_base);
     if (next.l == 0.0f) continue;  // whatever is in the output of an empty state
     const Merged merged = merge(state, next);
     state = merged.state;
@@ -28,7 +29,7 @@ void merge_row(const MergeParams& p, int64_t row, int64_t lse_index, std::vector
   const float factor = normaliser(state.l);
   T* out = static_cast<T*>(p.out) + row * p.head_dim_v;
   for (int64_t d = 0; d < p.head_dim_v; ++d) out[d] = static_cast<T>(sum[d] * factor);
-  p.lse[lse_index] = log_sum_exp(state);
+  p.lse[lse_index] = state.l == 0.0f ? kMinusInfinity : (state.m + std::log2(state.l)) / p.log2_base;
 }
 
 template <class T>
@@ -52,7 +53,7 @@ void merge_states(const MergeParams& p) {
       return merge_all<float>(p);
     case DType::float16:
       return merge_all<torch::headeronly::Half>(p);
-    case DType::bfloat16:
+    default:
       return merge_all<torch::headeronly::BFloat16>(p);
   }
 }

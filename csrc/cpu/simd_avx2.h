@@ -17,6 +17,9 @@ struct Simd {
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F abs(F x) { return _mm256_andnot_ps(set1(-0.0f), x); }
+  static F copy_sign(F x, F sign) { return _mm256_or_ps(abs(x), _mm256_and_ps(set1(-0.0f), sign)); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F where_between(F i, F begin, F end, F x, F other) {
     return _mm256_blendv_ps(
@@ -37,6 +40,16 @@ struct Simd {
     if constexpr (period == 2)
       return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
     if constexpr (period == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  }
+
+  template <int period>
+  static F spread(const float* p) {
+    if constexpr (period == 1) return load(p);
+    if constexpr (period == 2) {
+      return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                      _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
+    }
+    if constexpr (period == 4) return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
   }
 
   template <int period, F (*op)(F, F)>
@@ -65,6 +78,11 @@ struct Simd {
   static Pair load_halves(const BFloat16* lower, const BFloat16* upper) {
     return split(_mm256_set_m128i(load_128(upper), load_128(lower)), BFloat16{});
   }
+  template <class T>
+  static void widen(DType, const uint16_t* table, const uint8_t* p, int columns, T* to) {
+    widen_by_table(table, p, columns, to);
+  }
+
   // With 8 columns there is never a tail.
   template <class T>
   static Pair load_halves_tail(const T*, const T*, int) {

@@ -17,6 +17,9 @@ struct Simd {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F abs(F x) { return _mm512_andnot_ps(set1(-0.0f), x); }
+  static F copy_sign(F x, F sign) { return _mm512_or_ps(abs(x), _mm512_and_ps(set1(-0.0f), sign)); }
   // The second operand where either is NaN.
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   // x, or `other` in the lanes where i is outside [begin, end).
@@ -42,6 +45,15 @@ struct Simd {
       return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(p))));
     if constexpr (period == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if constexpr (period == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+  }
+
+  // Lane i of the result is p[i / period].
+  template <int period>
+  static F spread(const float* p) {
+    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    constexpr int kShift = period == 8 ? 3 : period == 4 ? 2 : period == 2 ? 1 : 0;
+    constexpr auto kNeeded = static_cast<__mmask16>((1u << kLanes / period) - 1);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(i, kShift), _mm512_maskz_loadu_ps(kNeeded, p));
   }
 
   // Combines the lanes that are equal modulo `period`; every lane gets the result of its class.
@@ -119,6 +131,29 @@ struct Simd {
     _mm512_mask_storeu_epi16(p, tail_mask(columns), join(a, b, T{}));
   }
 
+  // fp8 is sign and magnitude: the magnitude is looked up in the first half of the table.
+  template <class T>
+  static void widen(DType from, const uint16_t* table, const uint8_t* p, int columns, T* to) {
+    const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 32),
+                  t2 = _mm512_loadu_si512(table + 64), t3 = _mm512_loadu_si512(table + 96);
+    for (int column = 0; column < columns; column += 32) {
+      const __mmask32 mask = columns - column >= 32 ? ~__mmask32{0} : tail_mask(columns - column);
+      const __m256i bytes = _mm256_maskz_loadu_epi8(mask, p + column);
+      __m512i x;  // in the table's format
+      if (from == DType::int8) {
+        x = narrow_exact(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
+                         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1))), T{});
+      } else {
+        const __m512i i = _mm512_cvtepu8_epi16(bytes);
+        x = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(i, _mm512_set1_epi16(0x40)),
+                                    _mm512_permutex2var_epi16(t0, i, t1),
+                                    _mm512_permutex2var_epi16(t2, i, t3));
+        x = _mm512_ternarylogic_epi32(x, _mm512_slli_epi16(i, 8), _mm512_set1_epi16(-0x8000), 0xf8);
+      }
+      store_widened(to + column, mask, x);
+    }
+  }
+
   template <class T>
   static __m128i load_128(const T* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -142,6 +177,25 @@ struct Simd {
   static Pair split(__m512i x, BFloat16) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  // Floats that bf16 (fp16) holds exactly, in their order.
+  template <class T>
+  static __m512i narrow_exact(F a, F b, T) {
+    const auto upper = [](F x) {
+      return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));
+    };
+    return join_halves(upper(a), upper(b));
+  }
+  static __m512i narrow_exact(F a, F b, Half) { return join(a, b, Half{}); }
+  template <class T>
+  static void store_widened(T* to, __mmask32 mask, __m512i x) {
+    _mm512_mask_storeu_epi16(to, mask, x);
+  }
+  static void store_widened(float* to, __mmask32 mask, __m512i x) {
+    const auto widen = [](__m256i half) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); };
+    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), widen(_mm512_castsi512_si256(x)));
+    _mm512_mask_storeu_epi32(to + 16, static_cast<__mmask16>(mask >> 16),
+                             widen(_mm512_extracti64x4_epi64(x, 1)));
   }
   static __m512i join(F a, F b, Half) {
     return _mm512_inserti64x4(

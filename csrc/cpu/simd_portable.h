@@ -24,6 +24,11 @@ struct Simd {
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F div(F a, F b) { return a / b; }
+  static F abs(F x) { return as_float(as_bits(x) & 0x7fffffff); }
+  static F copy_sign(F x, F sign) {
+    return as_float((as_bits(x) & 0x7fffffff) | (as_bits(sign) & 0x80000000));
+  }
   static F max(F a, F b) { return a > b ? a : b; }
   static F where_between(F i, F begin, F end, F x, F other) { return ((i >= begin) & (i < end)) ? x : other; }
   static F zero_where_minus_infinity(F x) { return x == set1(kMinusInfinity) ? zero() : x; }
@@ -38,6 +43,12 @@ struct Simd {
   static F replicate(const float* p) {
     if constexpr (period == 1) return set1(p[0]);
     if constexpr (period == 2) return F{p[0], p[1], p[0], p[1]};
+  }
+
+  template <int period>
+  static F spread(const float* p) {
+    if constexpr (period == 1) return load(p);
+    if constexpr (period == 2) return F{p[0], p[0], p[1], p[1]};
   }
 
   template <int period, F (*op)(F, F)>
@@ -69,6 +80,11 @@ struct Simd {
   template <class T>
   static Pair load_halves_tail(const T*, const T*, int) {
     return {zero(), zero()};
+  }
+
+  template <class T>
+  static void widen(DType, const uint16_t* table, const uint8_t* p, int columns, T* to) {
+    widen_by_table(table, p, columns, to);
   }
 
   static Pair load_pair(const float* p) { return {load(p), load(p + 4)}; }

@@ -30,12 +30,17 @@ struct Run {
   int tokens;
   const void* k_rows[kRunTokens];
   const void* v_rows[kRunTokens];
+  // What the tokens' rows are multiplied by; null: by 1. Finite from `tokens` on.
+  const float* k_scales;  // [kRunTokens]
+  const float* v_scales;  // [kRunTokens]
 };
 
-// Tokens of the current run that a row may see, relative to its first token.
-struct RowSpan {
-  float begin;
+// What a row sees of the current run. Places are relative to its first token.
+struct RowView {
+  float begin;  // tokens [begin, end)
   float end;
+  float position;   // of the row's query token
+  uint64_t hidden;  // bit i: token i is not seen
 };
 
 // One output tile in work. The arrays belong to the thread that works on it.
@@ -43,9 +48,11 @@ struct TileState {
   int rows;
   int head_dim;
   int head_dim_v;
-  float scale;  // scale * log2(e)
-  void* q;      // packed query rows, in the routine's own form
-  float* m;     // [rows + kMaxStripRows], the partial state's m and l of each row; the rest is padding
+  float scale;    // of the dot products, to units of log2; with a softcap, to units of the softcap
+  float softcap;  // in units of log2; 0: none
+  float* slopes;  // [rows + kMaxStripRows], of ALiBi, in units of log2; null: none
+  void* q;        // packed query rows, in the routine's own form
+  float* m;       // [rows + kMaxStripRows], the partial state's m and l of each row; the rest is padding
   float* l;
   float* output;  // [rows, output_stride]: unnormalised O, columns in the routine's own order
   float* scores;  // scratch of kRunTokens * kMaxStripRows floats
@@ -58,17 +65,23 @@ struct TileRoutine {
   int chunk_columns;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
-  // Attends all rows to a run. `spans` (one per row) is null if every row sees every token of the
-  // run. `next`, if not null, is the run that follows: it may be prefetched.
-  void (*attend)(const TileState& state, const Run& run, const RowSpan* spans, const Run* next);
-  // Writes row / l in the tensor's dtype.
-  void (*write_output)(const TileState& state, int row, void* out);
+  // Attends all rows to a run. `views` (one per row) may be null if every row sees every token of the
+  // run and there are no slopes. `next`, if not null, is the run that follows: it may be prefetched.
+  void (*attend)(const TileState& state, const Run& run, const RowView* views, const Run* next);
+  // Writes row * factor in the tensor's dtype.
+  void (*write_output)(const TileState& state, int row, float factor, void* out);
+  // Converts a row of a quantised cache to the routine's dtype, unscaled. `table` is widening_table of the
+  // two.
+  void (*widen)(DType from, const uint16_t* table, const void* row, int columns, void* to);
 };
 
 // The best routine of this machine that is not above the instruction set named by the environment
 // variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if the name
 // is unknown or the machine lacks the instructions.
 const TileRoutine& tile_routine(DType dtype);
+
+// All 256 values of a quantised dtype, in fp16 for `to` float16, else in bf16: both hold them exactly.
+const uint16_t* widening_table(DType from, DType to);
 
 // Instruction sets this machine can run, best first, with spaces between.
 std::string runnable_instruction_sets();

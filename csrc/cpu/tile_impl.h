@@ -56,21 +56,36 @@ struct Fp32Format {
   static void store_output(T* out, int columns, F a, F b) { Simd::store_pair_tail(out, columns, a, b); }
 };
 
-// 2^x for x <= 0 to 1.7e-7 relative: 1 + x times a polynomial of degree 4 on [-1/2, 1/2], minimax 9.2e-8,
-// and its rounding. Exact for whole x, because rescaling by 2^0 once per run must not drift. Zero below
-// 2^-126, NaN for NaN.
+// (2^x - 1) / x on [-1/2, 1/2]; 2^x comes out to 9.2e-8 relative, minimax.
+inline Simd::F exp2_slope(Simd::F x) {
+  using S = Simd;
+  S::F p = S::set1(1.32647272e-3f);
+  p = S::fma(p, x, S::set1(9.67151269e-3f));
+  p = S::fma(p, x, S::set1(5.55073374e-2f));
+  p = S::fma(p, x, S::set1(2.40222421e-1f));
+  return S::fma(p, x, S::set1(6.93146978e-1f));
+}
+
+// 2^x for x <= 0 to 1.7e-7 relative. Exact for whole x, because rescaling by 2^0 once per run must not drift.
+// Zero below 2^-126, NaN for NaN.
 inline Simd::F exp2(Simd::F x) {
   using S = Simd;
   x = S::max(S::set1(-127.0f), x);
   const S::F n = S::round(x);
   const S::F f = S::sub(x, n);
-  S::F p = S::set1(1.32647272e-3f);
-  p = S::fma(p, f, S::set1(9.67151269e-3f));
-  p = S::fma(p, f, S::set1(5.55073374e-2f));
-  p = S::fma(p, f, S::set1(2.40222421e-1f));
-  p = S::fma(p, f, S::set1(6.93146978e-1f));
-  p = S::fma(p, f, S::set1(1.0f));
-  return S::scale_by_power(p, n);
+  return S::scale_by_power(S::fma(exp2_slope(f), f, S::set1(1.0f)), n);
+}
+
+// tanh to some 3e-7 relative, also near 0: with e = e^(-2|x|) - 1, summed so that nothing cancels, its
+// magnitude is -e / (2 + e).
+inline Simd::F tanh(Simd::F x) {
+  using S = Simd;
+  const S::F y = S::max(S::set1(-127.0f), S::mul(S::abs(x), S::set1(-2.0f * kLog2e)));
+  const S::F n = S::round(y);
+  const S::F f = S::sub(y, n);
+  const S::F power = S::scale_by_power(S::set1(1.0f), n);
+  const S::F e = S::fma(S::mul(power, f), exp2_slope(f), S::sub(power, S::set1(1.0f)));
+  return S::copy_sign(S::div(e, S::add(e, S::set1(2.0f))), x);
 }
 
 constexpr int power_of_two_from(int n) {
@@ -153,23 +168,11 @@ struct Strip {
 
   // Fills t.scores for `tokens` (rounded up) tokens and returns the maximum per row in its lanes.
   static F scores(const TileState& t, int first_row, const Run& run, const Run& next, int tokens,
-                  const RowSpan* spans) {
+                  const RowView* views) {
     const F scale = S::set1(t.scale);
-    F begin = S::zero(), end = S::set1(static_cast<float>(run.tokens)), index = S::zero();
-    const bool masked = spans != nullptr || tokens != run.tokens;
-    if (masked) {
-      float lanes[3][S::kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < S::kLanes; ++i) {
-        const int r = i % kPeriod < rows ? i % kPeriod : rows - 1;
-        lanes[0][i] = spans ? spans[first_row + r].begin : 0.0f;
-        lanes[1][i] = spans ? spans[first_row + r].end : static_cast<float>(run.tokens);
-        lanes[2][i] = static_cast<float>(i / kPeriod);
-      }
-      begin = S::load(lanes[0]);
-      end = S::load(lanes[1]);
-      index = S::load(lanes[2]);
-    }
+    const bool masked = views != nullptr || tokens != run.tokens;
+    LaneViews lanes{};
+    if (masked) lanes = lane_views(t, first_row, run, views);
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(head_dim);
@@ -181,15 +184,58 @@ struct Strip {
 #pragma GCC unroll 16
       for (int i = 0; i < 2; ++i) {
         s[i] = S::mul(s[i], scale);
+        if (run.k_scales != nullptr) {
+          s[i] = S::mul(s[i], S::spread<kPeriod>(run.k_scales + token + i * kBlockTokens));
+        }
+        if (t.softcap != 0.0f) s[i] = S::mul(tanh(s[i]), S::set1(t.softcap));
         if (masked) {
-          s[i] = S::where_between(index, begin, end, s[i], S::set1(kMinusInfinity));
-          index = S::add(index, S::set1(static_cast<float>(kBlockTokens)));
+          const F distance = S::abs(S::sub(lanes.position, lanes.index));
+          s[i] = S::fma(lanes.minus_slope, distance, s[i]);
+          s[i] = S::where_between(lanes.index, lanes.begin, lanes.end, s[i], S::set1(kMinusInfinity));
+          lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
         }
         S::store(out + i * S::kLanes, s[i]);
         m = S::max(s[i], m);  // m where s is NaN
       }
       out += 2 * S::kLanes;
     }
+    return views != nullptr && hide(t, views + first_row, tokens) ? maximum(t, tokens) : m;
+  }
+
+  // The rows' views, each in its lanes; `index` is the lanes' token.
+  struct LaneViews {
+    F begin, end, position, minus_slope, index;
+  };
+  static LaneViews lane_views(const TileState& t, int first_row, const Run& run, const RowView* views) {
+    float lanes[5][S::kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::kLanes; ++i) {
+      const int row = first_row + (i % kPeriod < rows ? i % kPeriod : rows - 1);
+      lanes[0][i] = views ? views[row].begin : 0.0f;
+      lanes[1][i] = views ? views[row].end : static_cast<float>(run.tokens);
+      lanes[2][i] = views ? views[row].position : 0.0f;
+      lanes[3][i] = t.slopes ? -t.slopes[row] : 0.0f;
+      lanes[4][i] = static_cast<float>(i / kPeriod);
+    }
+    return {S::load(lanes[0]), S::load(lanes[1]), S::load(lanes[2]), S::load(lanes[3]), S::load(lanes[4])};
+  }
+
+  // Takes hidden tokens out of t.scores; false if there are none.
+  static bool hide(const TileState& t, const RowView* views, int tokens) {
+    uint64_t any = 0;
+    for (int r = 0; r < rows; ++r) any |= views[r].hidden;
+    if (any == 0) return false;
+    for (int token = 0; token < tokens; ++token) {
+      for (int r = 0; r < rows; ++r) {
+        if (views[r].hidden >> token & 1) t.scores[token * kPeriod + r] = kMinusInfinity;
+      }
+    }
+    return true;
+  }
+
+  static F maximum(const TileState& t, int tokens) {
+    F m = S::set1(kMinusInfinity);
+    for (int i = 0; i < tokens * kPeriod; i += S::kLanes) m = S::max(S::load(t.scores + i), m);
     return m;
   }
 
@@ -242,11 +288,11 @@ struct Strip {
   }
 
   static void attend(const TileState& t, int first_row, const Run& run, const Run& next,
-                     const RowSpan* spans) {
+                     const RowView* views) {
     const int tokens = (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
 
     const F m_old = S::replicate<kPeriod>(t.m + first_row);
-    const F m_run = scores(t, first_row, run, next, tokens, spans);
+    const F m_run = scores(t, first_row, run, next, tokens, views);
     const F m_new = S::max(m_old, S::fold<kPeriod, S::max>(m_run));
     // Rows that have seen nothing but -inf subtract 0, so that their weights are 0 and not NaN.
     const F m_safe = S::zero_where_minus_infinity(m_new);
@@ -257,8 +303,12 @@ struct Strip {
     F l_run = S::zero();
     for (int i = 0; i < tokens * kPeriod; i += S::kLanes) {
       const F p = exp2(S::sub(S::load(t.scores + i), m_safe));
-      S::store(t.scores + i, p);
       l_run = S::add(l_run, p);
+      if (run.v_scales == nullptr) {
+        S::store(t.scores + i, p);
+      } else {
+        S::store(t.scores + i, S::mul(p, S::spread<kPeriod>(run.v_scales + i / kPeriod)));
+      }
     }
     l_run = S::fold<kPeriod, S::add>(l_run);
     const F l_new = S::fma(S::replicate<kPeriod>(t.l + first_row), correction, l_run);
@@ -327,23 +377,23 @@ struct Tile {
 
   template <int rows>
   static void attend_strip(const TileState& t, int first_row, int strip_rows, const Run& run, const Run& next,
-                           const RowSpan* spans) {
-    if (strip_rows == rows) return Strip<T, Format, rows>::attend(t, first_row, run, next, spans);
-    if constexpr (rows > 1) attend_strip<rows - 1>(t, first_row, strip_rows, run, next, spans);
+                           const RowView* views) {
+    if (strip_rows == rows) return Strip<T, Format, rows>::attend(t, first_row, run, next, views);
+    if constexpr (rows > 1) attend_strip<rows - 1>(t, first_row, strip_rows, run, next, views);
   }
 
-  static void attend(const TileState& t, const Run& run, const RowSpan* spans, const Run* next) {
+  static void attend(const TileState& t, const Run& run, const RowView* views, const Run* next) {
     for (int row = 0; row < t.rows;) {
       const StripRows strip = strip_of(t.rows, row);
       // One strip's prefetches serve them all.
       const Run& ahead = row == 0 && next != nullptr ? *next : run;
-      attend_strip<S::kStripRows>(t, row, strip.count, run, ahead, spans);
+      attend_strip<S::kStripRows>(t, row, strip.count, run, ahead, views);
       row += strip.count;
     }
   }
 
-  static void write_output(const TileState& t, int row, void* out) {
-    const S::F factor = S::set1(normaliser(t.l[row]));
+  static void write_output(const TileState& t, int row, float row_factor, void* out) {
+    const S::F factor = S::set1(row_factor);
     const float* from = t.output + row * t.output_stride;
     auto* to = static_cast<T*>(out);
     for (int column = 0; column < t.head_dim_v; column += Format::kColumns) {
@@ -354,7 +404,11 @@ struct Tile {
     }
   }
 
+  static void widen(DType from, const uint16_t* table, const void* row, int columns, void* to) {
+    S::widen(from, table, static_cast<const uint8_t*>(row), columns, static_cast<T*>(to));
+  }
+
   static constexpr TileRoutine routine(const char* instruction_set) {
-    return {instruction_set, Format::kColumns, pack_query, attend, write_output};
+    return {instruction_set, Format::kColumns, pack_query, attend, write_output, widen};
   }
 };

@@ -1,6 +1,8 @@
 // What a compiled kernel is made for, and the shared memory that follows from it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/hardware.h"
 #include "schedule.h"
 
@@ -39,12 +41,14 @@ struct SharedRows {
 // keep as many copies in flight as small ones.
 constexpr int kMaxPanelDims = 128;
 
-template <int kDims>
+template <int kDims, int kElementBytes>
 struct Panels {
   static constexpr int count = (kDims + kMaxPanelDims - 1) / kMaxPanelDims;
   static constexpr int dims = kDims / count;
-  using Rows = SharedRows<dims>;
+  using Rows = SharedRows<dims * kElementBytes / 2>;  // in the ring
+  using WideRows = SharedRows<dims>;                  // as they are multiplied
   static constexpr int bytes = kStepTokens * Rows::row_bytes;
+  static constexpr int wide_bytes = kStepTokens * WideRows::row_bytes;
   static_assert(count * dims == kDims);
 };
 
@@ -55,18 +59,27 @@ constexpr int min_of(int a, int b) {
   return a < b ? a : b;
 }
 
-template <class T_, int kHeadDim, int kHeadDimV, int kRowTiles>
+// kElementBytes: of the caches. Those of 1 are quantised, and widened to T panel by panel.
+template <class T_, int kHeadDim, int kHeadDimV, int kRowTiles, int kElementBytes = 2>
 struct Config {
   using T = T_;
+  using Element = std::conditional_t<kElementBytes == 1, uint8_t, uint16_t>;
+  static constexpr bool quantised = kElementBytes == 1;
   static constexpr int head_dim = kHeadDim;
   static constexpr int head_dim_v = kHeadDimV;
   static constexpr int row_tiles = kRowTiles;
   static constexpr int rows = kRowTiles * kTileRows;
   static constexpr int64_t tile_tokens = lean_tile_tokens(kHeadDim);
-  static_assert(tile_tokens % (kWarps * kStepTokens) == 0);
 
-  using KPanels = Panels<kHeadDim>;
-  using VPanels = Panels<kHeadDimV>;
+  // The warps split the tokens; where a warp cannot hold an output of all dims, so many of them take the same
+  // tokens, each with all their scores and its part of the output's dims. Widening takes registers too.
+  static constexpr int dim_warps = kHeadDimV <= 256 ? 1 : quantised ? 4 : 2;
+  static constexpr int token_warps = kWarps / dim_warps;
+  static constexpr int warp_dim_v = kHeadDimV / dim_warps;
+  static_assert(tile_tokens % (token_warps * kStepTokens) == 0);
+
+  using KPanels = Panels<kHeadDim, kElementBytes>;
+  using VPanels = Panels<warp_dim_v, kElementBytes>;
   static constexpr int panels = KPanels::count + VPanels::count;
   static constexpr int slot_bytes = max_of(KPanels::bytes, VPanels::bytes);
   static constexpr int slots = min_of(8, kRingBytes / (kWarps * slot_bytes));
@@ -74,10 +87,12 @@ struct Config {
   static_assert(slots >= 3);
 
   // A warp lays its output there when its tokens are done.
-  static_assert(rows * kHeadDimV * sizeof(float) <= ring_bytes);
+  static_assert(rows * warp_dim_v * sizeof(float) <= ring_bytes);
 
   using QRows = SharedRows<kHeadDim>;
   static constexpr int q_bytes = rows * QRows::row_bytes;
+  static constexpr int wide_bytes =
+      quantised ? max_of(KPanels::wide_bytes, VPanels::wide_bytes) : 0;  // of a warp
   static constexpr bool query_in_registers = kRowTiles * kHeadDim <= 128;
 
   static constexpr int partial_floats = rows * (kHeadDimV + 2);

@@ -22,11 +22,14 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 // The kernel that wastes least: rows beyond 16 in tiles of 32 where there are such, else in more row blocks.
 const Kernel& choose_kernel(const DecodeParams& p) {
-  const int64_t rows = p.group() * p.visibility.q_len;
+  // Packed queries count by their average, so that the choice depends on shapes alone.
+  const int64_t q_len = p.cu_seqlens_q ? ceil_div(p.query_tokens, p.batch) : p.query_tokens;
+  const int64_t rows = p.group() * q_len;
+  const bool quantised = p.cache_dtype != p.dtype;
   const Kernel* best = nullptr;
   const auto padding = [&](const Kernel& k) { return k.head_dim + k.head_dim_v; };
   for (const Kernel& k : kernels_of(p.dtype)) {
-    if (k.head_dim < p.head_dim || k.head_dim_v < p.head_dim_v) continue;
+    if (k.quantised != quantised || k.head_dim < p.head_dim || k.head_dim_v < p.head_dim_v) continue;
     if (k.rows > kTileRows && rows <= kTileRows) continue;
     if (best == nullptr || padding(k) < padding(*best) ||
         (padding(k) == padding(*best) && k.rows > best->rows)) {
@@ -35,7 +38,8 @@ const Kernel& choose_kernel(const DecodeParams& p) {
   }
   if (best == nullptr) {
     std::ostringstream message;
-    message << "decode: no CUDA kernel for head_dim " << p.head_dim << " and head_dim_v " << p.head_dim_v;
+    message << "decode: no CUDA kernel for head_dim " << p.head_dim << " and head_dim_v " << p.head_dim_v
+            << (quantised ? " in quantised caches" : "");
     throw std::invalid_argument(message.str());
   }
   return *best;
@@ -76,22 +80,41 @@ uint64_t new_nonce() {
   }
 }
 
-bool aligned_rows(const void* base, std::initializer_list<int64_t> strides) {
+bool aligned_rows(const void* base, int64_t element_bytes, std::initializer_list<int64_t> strides) {
   if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
-  return std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride % 8 == 0; });
+  return std::all_of(strides.begin(), strides.end(),
+                     [&](int64_t stride) { return stride * element_bytes % 16 == 0; });
+}
+
+LEAN_DEVICE_VARIABLE ErrorRecord error_record;
+
+// LeanTiles that a call may have at most, by its shapes alone.
+int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
+  if (!p.cu_seqlens_q) {
+    return p.sequences() * geometry.sequence_tiles({p.capacity(), 0, p.query_tokens});
+  }
+  const int64_t row_blocks = p.query_tokens * p.group() / geometry.rows_per_block + p.batch;
+  return p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.capacity()});
 }
 
 }  // namespace
+
+ErrorRecord* error_record_of(int device) {
+  static std::atomic<ErrorRecord*> records[kMaxDevices];
+  if (ErrorRecord* known = records[device].load(std::memory_order_relaxed)) return known;
+  ErrorRecord* found = hw::device_address(error_record);
+  records[device].store(found, std::memory_order_relaxed);
+  return found;
+}
 
 void decode(const DecodeParams& p, int device, void* stream, const std::function<void*(int64_t)>& allocate) {
   const Kernel& kernel = choose_kernel(p);
   // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
   // lengths leave at once. A range per LeanTile is all that can be of use.
-  const Geometry geometry{p.num_kv_heads, p.group(), kernel.rows, kernel.tile_tokens, p.visibility};
-  const int64_t most_tiles = p.batch * geometry.sequence_tiles({p.max_len, 0});
+  const int64_t most = most_tiles(p, p.geometry(kernel.rows, kernel.tile_tokens));
   const int64_t resident = resident_ctas(kernel, device);  // also checks the device
   const int64_t ctas =
-      p.num_ctas > 0 ? std::min(p.num_ctas, most_tiles) : useful_ctas(most_tiles, resident, kMinTilesPerCta);
+      p.num_ctas > 0 ? std::min(p.num_ctas, most) : useful_ctas(most, resident, kMinTilesPerCta);
   if (ctas > kMaxCtas) {
     std::ostringstream message;
     message << "decode: num_ctas is " << p.num_ctas << "; on cuda it must be at most " << kMaxCtas;
@@ -109,17 +132,57 @@ void decode(const DecodeParams& p, int device, void* stream, const std::function
       .partial_floats = partial_floats,
       .nonce = new_nonce(),
   };
-  const bool aligned = aligned_rows(p.k_cache, {p.k_batch_stride, p.k_token_stride, p.k_head_stride}) &&
-                       aligned_rows(p.v_cache, {p.v_batch_stride, p.v_token_stride, p.v_head_stride});
-  hw::launch(kernel.function, DecodeArguments{p, workspace, p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
-             ctas, kThreads, kernel.shared_bytes, stream);
+  const int64_t bytes = element_size(p.cache_dtype);
+  const bool aligned =
+      aligned_rows(p.k_cache, bytes, {p.k_block_stride, p.k_token_stride, p.k_head_stride}) &&
+      aligned_rows(p.v_cache, bytes, {p.v_block_stride, p.v_token_stride, p.v_head_stride});
+  hw::launch(
+      kernel.function,
+      DecodeArguments{p, workspace, error_record_of(device), p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
+      ctas, kThreads, kernel.shared_bytes, stream);
+}
+
+std::string take_error(int device) {
+  const ErrorRecord record = hw::take_value(error_record_of(device));
+  std::ostringstream message;
+  switch (record.culprit) {
+    case Culprit::none:
+      break;
+    case Culprit::seq_lens:
+      message << "decode: seq_lens of sequence " << record.sequence << " (KV head " << record.kv_head
+              << ") was " << record.value << ", which is negative or more than the cache holds";
+      break;
+    case Culprit::cache_leftpad:
+      message << "decode: cache_leftpad of sequence " << record.sequence << " was " << record.value
+              << ", which is negative";
+      break;
+    case Culprit::cache_batch_idx:
+      message << "decode: cache_batch_idx of sequence " << record.sequence << " was " << record.value
+              << ", which is no slot of the cache";
+      break;
+    case Culprit::cu_seqlens_q:
+      message << "decode: cu_seqlens_q of sequence " << record.sequence << " ended at " << record.value
+              << ", which is before its beginning or past the tokens of q";
+      break;
+    case Culprit::append:
+      message << "append_kv: a new token of sequence " << record.sequence << " would have gone to position "
+              << record.value << ", outside the cache or the rotary tables";
+      break;
+    case Culprit::block_table:
+      message << "decode: block_table of sequence " << record.sequence << " (KV head " << record.kv_head
+              << ") had " << record.value << " at " << record.index << ", which is no block of the cache";
+      break;
+  }
+  if (record.reports > 1) message << " (the first of " << record.reports << " such)";
+  return message.str();
 }
 
 std::vector<KernelFacts> kernel_facts() {
   std::vector<KernelFacts> facts;
   for (const DType dtype : {DType::float16, DType::bfloat16}) {
     for (const Kernel& k : kernels_of(dtype)) {
-      facts.push_back({dtype, k.head_dim, k.head_dim_v, k.rows, kThreads, k.shared_bytes, k.bytes_in_flight});
+      facts.push_back({dtype, k.head_dim, k.head_dim_v, k.rows, k.quantised, kThreads, k.shared_bytes,
+                       k.bytes_in_flight});
     }
   }
   return facts;

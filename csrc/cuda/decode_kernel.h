@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cuda/config.h"
+#include "cuda/errors.h"
 #include "cuda/fix_up.h"
 #include "params.h"
 #include "softmax_state.h"
@@ -18,6 +19,7 @@ namespace lean::cuda {
 struct DecodeArguments {
   DecodeParams p;
   Workspace workspace;
+  ErrorRecord* errors;
   int64_t min_tiles_per_cta;
   bool aligned;  // every row of K and V begins at a multiple of 16 bytes
 };
@@ -31,7 +33,14 @@ struct SharedState {
   int64_t warp_tiles[kWarps];
   bool more;
   Segment segment;
+  int row_begin;  // first packed row of it
+  int rows;
+  int first_token;
+  int spans[Config::rows][2];  // tokens that a row sees, relative to first_token
   alignas(SegmentWalk) char walk[sizeof(SegmentWalk)];
+  float slopes[Config::rows];     // of ALiBi, in units of log2
+  int positions[Config::rows];    // of the rows' query tokens, relative to the segment's first token
+  int new_tokens;                 // where the sequence's query tokens begin, likewise
   float m[kWarps][Config::rows];  // of the warps; then the weight of their outputs
   float l[kWarps][Config::rows];
   float merged_m[Config::rows];
@@ -39,7 +48,7 @@ struct SharedState {
 
 template <class Config>
 constexpr int shared_bytes() {
-  return kWarps * Config::ring_bytes + Config::q_bytes + sizeof(SharedState<Config>);
+  return kWarps * (Config::ring_bytes + Config::wide_bytes) + Config::q_bytes + sizeof(SharedState<Config>);
 }
 
 template <class Config>
@@ -47,26 +56,33 @@ class DecodeCta {
   using T = typename Config::T;
   using KPanels = typename Config::KPanels;
   using VPanels = typename Config::VPanels;
+  using Element = typename Config::Element;
   static constexpr int kSlots = Config::slots;
+  static constexpr int kChunkElements = 16 / sizeof(Element);
 
  public:
   LEAN_DEVICE explicit DecodeCta(const DecodeArguments& arguments)
       : a_(arguments),
         p_(arguments.p),
-        geometry_{p_.num_kv_heads, p_.group(), Config::rows, Config::tile_tokens, p_.visibility},
+        geometry_(p_.geometry(Config::rows, Config::tile_tokens)),
         thread_(hw::thread_index()),
         warp_(thread_ / hw::kWarpThreads),
         lane_(thread_ % hw::kWarpThreads),
         ring_(hw::shared_memory() + warp_ * Config::ring_bytes),
         query_(hw::shared_memory() + kWarps * Config::ring_bytes),
-        shared_(*reinterpret_cast<SharedState<Config>*>(query_ + Config::q_bytes)) {}
+        wide_(query_ + Config::q_bytes + warp_ * Config::wide_bytes),
+        shared_(*reinterpret_cast<SharedState<Config>*>(query_ + Config::q_bytes +
+                                                        kWarps * Config::wide_bytes)) {}
 
   LEAN_DEVICE void run() {
     if (!find_range()) return;
-    const auto length = [this](int64_t b) { return length_of(b); };
+    const auto length = [this](int64_t i) { return p_.length_of(i); };
     for (;;) {
       hw::sync_block();  // the last segment's state has been read
-      if (thread_ == 0) shared_.more = walk().next(shared_.segment, length);
+      if (thread_ == 0) {
+        shared_.more = walk().next(shared_.segment, length);
+        if (shared_.more) describe(p_.in_batch(shared_.segment));
+      }
       hw::sync_block();
       if (!shared_.more) return;
       process(shared_.segment);
@@ -74,23 +90,26 @@ class DecodeCta {
   }
 
  private:
-  // A length out of range is brought into it: nothing is read out of bounds.
-  LEAN_DEVICE SequenceLength length_of(int64_t sequence) const {
-    const int64_t tokens = p_.seq_lens ? p_.seq_lens[sequence * p_.seq_lens_stride] : p_.max_len;
-    return {greater(0, lesser(tokens, p_.max_len)), 0};
-  }
-
   LEAN_DEVICE SegmentWalk& walk() { return *reinterpret_cast<SegmentWalk*>(shared_.walk); }
+
+  LEAN_DEVICE void describe(const Segment& segment) {
+    const int64_t q_len = p_.length_at(segment.sequence, segment.kv_head).q_len;
+    shared_.segment = segment;
+    shared_.row_begin = static_cast<int>(segment.row_block) * Config::rows;
+    shared_.rows = static_cast<int>(geometry_.block_rows(q_len, segment.row_block));
+    shared_.first_token = static_cast<int>(segment.tokens(Config::tile_tokens).begin);
+  }
 
   // Sets grid, cta and the walk; false where this CTA has nothing to do. They live in shared memory: the loop
   // over tokens needs the registers.
   LEAN_DEVICE bool find_range() {
     if (thread_ == 0) shared_.ticket = take_ticket(a_.workspace, hw::num_ctas());
-    const int64_t per_thread = ceil_div(p_.batch, kThreads), first = thread_ * per_thread;
+    const int64_t sequences = p_.sequences();
+    const int64_t per_thread = ceil_div(sequences, kThreads), first = thread_ * per_thread;
     int64_t sum = 0, total = 0;
-    if (p_.seq_lens) {
-      for (int64_t b = first; b < lesser(first + per_thread, p_.batch); ++b) {
-        sum += geometry_.sequence_tiles(length_of(b));
+    if (ragged()) {
+      for (int64_t i = first; i < lesser(first + per_thread, sequences); ++i) {
+        sum += geometry_.sequence_tiles(p_.length_of(i));
       }
       for (int lanes = 1; lanes < hw::kWarpThreads; lanes *= 2) {
         const int64_t below = hw::shuffle_up(sum, lanes);
@@ -99,14 +118,17 @@ class DecodeCta {
       if (lane_ == hw::kWarpThreads - 1) shared_.warp_tiles[warp_] = sum;
     }
     hw::sync_block();
-    if (p_.seq_lens) {
+    if (shared_.ticket == 0) check_values();
+    if (p_.cu_seqlens_q) write_padding();
+    if (ragged()) {
       for (int w = 0; w < kWarps; ++w) {
         if (w == warp_) sum += total;
         total += shared_.warp_tiles[w];
       }
     } else {
-      total = p_.batch * geometry_.sequence_tiles(length_of(0));
+      total = sequences * geometry_.sequence_tiles(p_.length_of(0));
     }
+    if (total == 0) return false;
     const Grid grid{useful_ctas(total, hw::num_ctas(), a_.min_tiles_per_cta), total};
     // Ranges go from the last to the first in the order in which CTAs arrive; see fix_up.h.
     const int64_t cta = grid.num_ctas - 1 - shared_.ticket;
@@ -115,7 +137,7 @@ class DecodeCta {
       shared_.grid = grid;
       shared_.cta = cta;
     }
-    find_sequence(grid.range(cta), first, lesser(first + per_thread, p_.batch), sum);
+    find_sequence(grid.range(cta), first, lesser(first + per_thread, sequences), sum);
     return true;
   }
 
@@ -123,15 +145,15 @@ class DecodeCta {
   // `end_tile` is one past the last LeanTile of those.
   LEAN_DEVICE void find_sequence(LeanRange range, int64_t first, int64_t end, int64_t end_tile) {
     const int64_t tile = range.begin;
-    if (!p_.seq_lens) {
-      const int64_t tiles = geometry_.sequence_tiles(length_of(0));
+    if (!ragged()) {
+      const int64_t tiles = geometry_.sequence_tiles(p_.length_of(0));
       if (thread_ == 0) start_walk(range, tile / tiles, tile / tiles * tiles);
       return;
     }
     if (tile >= end_tile) return;
     int64_t begin_tile = end_tile;
     for (int64_t b = end - 1; b >= first; --b) {
-      begin_tile -= geometry_.sequence_tiles(length_of(b));
+      begin_tile -= geometry_.sequence_tiles(p_.length_of(b));
       if (begin_tile <= tile) {
         start_walk(range, b, begin_tile);
         return;
@@ -140,34 +162,75 @@ class DecodeCta {
   }
 
   LEAN_DEVICE void start_walk(LeanRange range, int64_t sequence, int64_t sequence_begin) {
-    walk() =
-        SegmentWalk(geometry_, range, sequence, sequence_begin, [this](int64_t b) { return length_of(b); });
+    walk() = SegmentWalk(geometry_, range, sequence, sequence_begin,
+                         [this](int64_t i) { return p_.length_of(i); });
+  }
+
+  // Sequences may differ in their LeanTiles.
+  LEAN_DEVICE bool ragged() const { return p_.seq_lens || p_.cache_leftpad || p_.cu_seqlens_q; }
+
+  // One CTA tells of numbers that all have brought into range.
+  LEAN_DEVICE void check_values() const {
+    for (int64_t b = thread_; b < p_.batch; b += kThreads) {
+      for (int64_t head = 0; head < (p_.lengths_per_head ? p_.num_kv_heads : 1); ++head) {
+        const int64_t tokens = p_.given_tokens(b, head);
+        if (tokens < 0 || tokens > p_.capacity()) complain(Culprit::seq_lens, b, head, 0, tokens);
+      }
+      if (p_.given_leftpad(b) < 0) complain(Culprit::cache_leftpad, b, 0, 0, p_.given_leftpad(b));
+      if (p_.cu_seqlens_q) {
+        const int64_t begin = p_.cu_seqlens_q[b], end = p_.cu_seqlens_q[b + 1];
+        if (begin < 0 || end < begin || end > p_.query_tokens) complain(Culprit::cu_seqlens_q, b, 0, 0, end);
+      }
+    }
+  }
+  LEAN_DEVICE void complain(Culprit culprit, int64_t sequence, int64_t kv_head, int64_t index,
+                            int64_t value) const {
+    report(a_.errors, culprit, sequence, kv_head, index, value);
+  }
+
+  // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
+  LEAN_DEVICE void write_padding() const {
+    for (int64_t token = p_.first_query(p_.batch) + shared_.ticket; token < p_.query_tokens;
+         token += hw::num_ctas()) {
+      for (int64_t i = thread_; i < p_.num_heads * p_.head_dim_v; i += kThreads) {
+        out_row(0, token, i / p_.head_dim_v)[i % p_.head_dim_v] = 0;
+      }
+      for (int64_t head = thread_; head < p_.num_heads; head += kThreads) {
+        p_.lse[head * p_.lse_head_stride + token] = kMinusInfinity;
+      }
+    }
+  }
+  LEAN_DEVICE uint16_t* out_row(int64_t sequence, int64_t token, int64_t head) const {
+    return static_cast<uint16_t*>(p_.out) + sequence * p_.out_batch_stride + token * p_.out_token_stride +
+           head * p_.out_head_stride;
   }
 
   // Row `row` of the output tile is query token row / group of query head row % group.
   LEAN_DEVICE int query_token(int row) const {
-    return static_cast<int>((row_begin_ + row) / static_cast<int>(p_.group()));
+    return static_cast<int>((shared_.row_begin + row) / static_cast<int>(p_.group()));
   }
   LEAN_DEVICE int query_head(int row) const {
-    return static_cast<int>((row_begin_ + row) % static_cast<int>(p_.group()));
+    return static_cast<int>((shared_.row_begin + row) % static_cast<int>(p_.group()));
   }
 
   LEAN_DEVICE void process(const Segment& segment) {
-    row_begin_ = static_cast<int>(segment.row_block) * Config::rows;
-    rows_ = static_cast<int>(geometry_.block_rows(segment.row_block));
+    const SequenceLength length = p_.length_at(segment.sequence, segment.kv_head);
     const TokenSpan tokens = segment.tokens(Config::tile_tokens);
     tokens_ = static_cast<int>(tokens.end - tokens.begin);
-    k_ = static_cast<const uint16_t*>(p_.k_cache) + segment.sequence * p_.k_batch_stride +
-         segment.kv_head * p_.k_head_stride + tokens.begin * p_.k_token_stride;
-    v_ = static_cast<const uint16_t*>(p_.v_cache) + segment.sequence * p_.v_batch_stride +
-         segment.kv_head * p_.v_head_stride + tokens.begin * p_.v_token_stride;
-    const int steps = (tokens_ + kStepTokens - 1) / kStepTokens;
-    steps_ = steps > warp_ ? (steps - warp_ + kWarps - 1) / kWarps : 0;
+    k_ = static_cast<const Element*>(p_.k_cache) + segment.kv_head * p_.k_head_stride;
+    v_ = static_cast<const Element*>(p_.v_cache) + segment.kv_head * p_.v_head_stride;
+    if (!p_.block_table && tokens_ > 0) {
+      const int64_t block = block_at(0);
+      k_ += block * p_.k_block_stride + tokens.begin * p_.k_token_stride;
+      v_ += block * p_.v_block_stride + tokens.begin * p_.v_token_stride;
+    }
+    const int steps = (tokens_ + kStepTokens - 1) / kStepTokens, token_warp = warp_ / Config::dim_warps;
+    steps_ = steps > token_warp ? (steps - token_warp + Config::token_warps - 1) / Config::token_warps : 0;
 
     read_slot_ = 0;
-    start_copies(std::make_integer_sequence<int, kSlots - 1>());
+    start_copies();
     load_query(segment);
-    find_row_spans(segment, tokens.begin);
+    find_row_spans(length);
     hw::sync_block();  // the query is there
     attend();
     merge_warps();
@@ -186,9 +249,9 @@ class DecodeCta {
     for (int i = thread_; i < Config::rows * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       Chunk elements{};
-      if (row < rows_ && chunk * 8 < p_.head_dim) {
+      if (row < shared_.rows && chunk * 8 < p_.head_dim) {
         const auto* from = static_cast<const uint16_t*>(p_.q) + segment.sequence * p_.q_batch_stride +
-                           query_token(row) * p_.q_token_stride +
+                           (p_.first_query(segment.sequence) + query_token(row)) * p_.q_token_stride +
                            (segment.kv_head * p_.group() + query_head(row)) * p_.q_head_stride + chunk * 8;
         for (int e = 0; e < 8; ++e) elements.bits[e] = from[e];
       }
@@ -196,75 +259,114 @@ class DecodeCta {
     }
   }
 
-  // Tokens, relative to the segment's first, that this lane's rows see, and those that all rows see.
-  LEAN_DEVICE void find_row_spans(const Segment& segment, int64_t first_token) {
-    const SequenceLength length = length_of(segment.sequence);
+  // Tokens, relative to the segment's first, that each row sees and that all see.
+  LEAN_DEVICE void find_row_spans(const SequenceLength& length) {
     const auto relative = [&](int64_t token) {
-      return static_cast<int>(greater(0, lesser(token - first_token, tokens_)));
+      return static_cast<int>(greater(0, lesser(token - shared_.first_token, tokens_)));
     };
-    const int first = query_token(0), last = query_token(rows_ - 1);
+    const int64_t new_tokens = length.tokens - length.q_len;
+    const int first = query_token(0), last = query_token(shared_.rows - 1);
     common_begin_ = relative(visible_tokens(p_.visibility, length, last, last).begin);
-    common_end_ = relative(visible_tokens(p_.visibility, length, first, first).end);
-#pragma unroll
-    for (int i = 0; i < 2 * Config::row_tiles; ++i) {
-      const int query = query_token(i * 8 + lane_ / 4);
+    common_end_ =
+        relative(p_.tree_mask ? new_tokens : visible_tokens(p_.visibility, length, first, first).end);
+    if (thread_ == 0) shared_.new_tokens = static_cast<int>(new_tokens - shared_.first_token);
+    if (p_.alibi_slopes && thread_ < shared_.rows) {
+      shared_.positions[thread_] = static_cast<int>(new_tokens - shared_.first_token) + query_token(thread_);
+      const Segment& segment = shared_.segment;
+      shared_.slopes[thread_] = kLog2e * p_.alibi_slopes[segment.sequence * p_.alibi_batch_stride +
+                                                         segment.kv_head * p_.group() + query_head(thread_)];
+    }
+    if (thread_ < Config::rows) {
+      const int query = query_token(thread_);
       const TokenSpan seen = visible_tokens(p_.visibility, length, query, query);
-      row_span_[i][0] = relative(seen.begin);
-      row_span_[i][1] = relative(seen.end);
+      shared_.spans[thread_][0] = relative(seen.begin);
+      shared_.spans[thread_][1] = relative(seen.end);
     }
   }
 
   // ---- The ring. Items are panels in the order of use: the K panels of a step, then its V panels.
 
-  // Item `kItem` counted from the first panel of step `step` of this warp, into slot `slot`.
-  template <int kItem>
-  LEAN_DEVICE void start_copy(int step, int slot) {
-    constexpr int kPanel = kItem % Config::panels;
-    step += kItem / Config::panels;
+  // The block of the sequence's tokens from index * block_size on; one out of range is another one.
+  LEAN_DEVICE int64_t block_at(int64_t index) const {
+    const Segment& segment = shared_.segment;
+    const int64_t block = p_.given_block(segment.sequence, segment.kv_head, index);
+    if (p_.is_block(block)) return block;
+    complain(p_.block_table ? Culprit::block_table : Culprit::cache_batch_idx, segment.sequence,
+             segment.kv_head, index, block);
+    return 0;
+  }
+
+  // Where a token of the segment lies; a token past its end lies where its last one does.
+  struct Place {
+    int block;
+    int slot;
+  };
+  LEAN_DEVICE Place place_of(int token) const {
+    const uint32_t absolute = shared_.first_token + min_of(token, tokens_ - 1);
+    const uint32_t block_size = static_cast<uint32_t>(p_.block_size), index = absolute / block_size;
+    return {static_cast<int>(block_at(p_.block_table ? index : 0)),
+            static_cast<int>(p_.block_table ? absolute - index * block_size : absolute)};
+  }
+
+  // Panel `panel` of step `step` of this warp, into slot `slot`.
+  LEAN_DEVICE void start_copy(int step, int panel, int slot) {
     if (step < steps_) {
-      const int token = (step * kWarps + warp_) * kStepTokens;
+      const int token = first_of_step(step);
       char* to = ring_ + slot * Config::slot_bytes;
-      if constexpr (kPanel < KPanels::count) {
-        copy_panel<KPanels>(to, k_, p_.k_token_stride, token, kPanel * KPanels::dims, p_.head_dim);
+      if (panel < KPanels::count) {
+        copy_panel<KPanels>(to, k_, p_.k_block_stride, p_.k_token_stride, token, panel * KPanels::dims,
+                            p_.head_dim);
       } else {
-        constexpr int kBegin = (kPanel - KPanels::count) * VPanels::dims;
-        copy_panel<VPanels>(to, v_, p_.v_token_stride, token, kBegin, p_.head_dim_v);
+        copy_panel<VPanels>(to, v_, p_.v_block_stride, p_.v_token_stride, token,
+                            (panel - KPanels::count) * VPanels::dims + first_dim_v(), p_.head_dim_v);
       }
     }
     hw::commit_copies();  // empty groups too, so that waiting counts alike
   }
 
-  template <int... kItems>
-  LEAN_DEVICE void start_copies(std::integer_sequence<int, kItems...>) {
-    (start_copy<kItems>(0, kItems), ...);
+  // Fills the ring but for one slot. Not unrolled: that would be most of the kernel's code.
+  LEAN_DEVICE void start_copies() {
+#pragma unroll 1
+    for (int item = 0; item < kSlots - 1; ++item) {
+      start_copy(item / Config::panels, item % Config::panels, item);
+    }
   }
 
   // Tokens past the end and dims that the tensor does not have arrive as zeros, unread.
   template <class Panels>
-  LEAN_DEVICE void copy_panel(char* to, const uint16_t* from, int64_t token_stride, int token, int first_dim,
-                              int64_t dims) {
+  LEAN_DEVICE void copy_panel(char* to, const Element* from, int64_t block_stride, int64_t token_stride,
+                              int token, int first_dim, int64_t dims) {
     constexpr int kChunks = Panels::Rows::chunks;
     static_assert(kStepTokens * kChunks % hw::kWarpThreads == 0);
     // Where a warp copies whole rows at a time, one lane's chunks lie one below the other: the address moves
     // on by adding, which takes fewer registers than products that the compiler keeps from step to step.
     constexpr bool kWholeRows = hw::kWarpThreads % kChunks == 0;
     constexpr int kRowsAtOnce = hw::kWarpThreads / kChunks;
-    const uint16_t* next = from + (token + lane_ / kChunks) * token_stride + first_dim + lane_ % kChunks * 8;
+    const bool paged = p_.block_table != nullptr;
+    Place place{};
+    if (paged) place = place_of(token + lane_ % kStepTokens);
+    const Element* next =
+        from + (token + lane_ / kChunks) * token_stride + first_dim + lane_ % kChunks * kChunkElements;
 #pragma unroll
     for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
       const int index = i * hw::kWarpThreads + lane_, row = index / kChunks, chunk = index % kChunks;
-      const int dim = first_dim + chunk * 8;
-      const bool valid = token + row < tokens_ && dim < dims;
-      if constexpr (!kWholeRows) next = from + (token + row) * token_stride + dim;
-      const uint16_t* source = valid ? next : from;
+      const int dim = first_dim + chunk * kChunkElements;
+      const int count = token + row < tokens_ ? static_cast<int>(dims) - dim : 0;  // elements that exist
+      if (paged) {
+        const int64_t block = hw::shuffle(place.block, row), slot = hw::shuffle(place.slot, row);
+        next = from + block * block_stride + slot * token_stride + dim;
+      } else if constexpr (!kWholeRows) {
+        next = from + (token + row) * token_stride + dim;
+      }
+      const Element* source = count > 0 ? next : from;
       if constexpr (kWholeRows) next += kRowsAtOnce * token_stride;
       char* target = to + Panels::Rows::offset(row, chunk);
       if (a_.aligned) {
-        hw::copy_async(target, source, valid);
+        hw::copy_async(target, source, max_of(0, min_of(count, kChunkElements)) * int{sizeof(Element)});
       } else {
-        Chunk elements{};
-        for (int e = 0; e < 8 && valid; ++e) elements.bits[e] = source[e];
-        *reinterpret_cast<Chunk*>(target) = elements;
+        CacheChunk elements{};
+        for (int e = 0; e < kChunkElements && e < count; ++e) elements.bits[e] = source[e];
+        *reinterpret_cast<CacheChunk*>(target) = elements;
       }
     }
   }
@@ -276,9 +378,47 @@ class DecodeCta {
     hw::wait_copies<kSlots - 2>();
     hw::sync_warp();  // all lanes' copies are there, and all lanes have read the item before
     const int slot = read_slot_, before = slot == 0 ? kSlots - 1 : slot - 1;
-    start_copy<kPanel + kSlots - 1>(step, before);
+    constexpr int kItem = kPanel + kSlots - 1;
+    start_copy(step + kItem / Config::panels, kItem % Config::panels, before);
     read_slot_ = slot + 1 == kSlots ? 0 : slot + 1;
-    return ring_ + slot * Config::slot_bytes;
+    const char* panel = ring_ + slot * Config::slot_bytes;
+    if constexpr (Config::quantised) {
+      if constexpr (kPanel < KPanels::count) {
+        widen_panel<KPanels>(panel);
+      } else {
+        widen_panel<VPanels>(panel);
+      }
+      return wide_;
+    } else {
+      return panel;
+    }
+  }
+
+  // Converts a panel to T, unscaled. All lanes have read the one before.
+  template <class Panels>
+  LEAN_DEVICE void widen_panel(const char* panel) {
+    constexpr int kChunks = Panels::Rows::chunks;
+#pragma unroll
+    for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
+      const int index = i * hw::kWarpThreads + lane_, row = index / kChunks, chunk = index % kChunks;
+      const Chunk narrow = *reinterpret_cast<const Chunk*>(panel + Panels::Rows::offset(row, chunk));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        WideChunk wide;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) wide.pairs[e] = hw::widen<T>(p_.cache_dtype, narrow.bits[half * 4 + e]);
+        *reinterpret_cast<WideChunk*>(wide_ + Panels::WideRows::offset(row, chunk * 2 + half)) = wide;
+      }
+    }
+    hw::sync_warp();
+  }
+
+  LEAN_DEVICE int first_of_step(int step) const {
+    return (step * Config::token_warps + warp_ / Config::dim_warps) * kStepTokens;
+  }
+  // Of the output's dims that this warp has.
+  LEAN_DEVICE int first_dim_v() const {
+    return Config::dim_warps == 1 ? 0 : warp_ % Config::dim_warps * Config::warp_dim_v;
   }
 
   // ---- The tokens of this warp.
@@ -296,7 +436,7 @@ class DecodeCta {
       float scores[Config::row_tiles][2][4] = {};
       score_panels(scores, step, std::make_integer_sequence<int, KPanels::count>());
       uint32_t weights[Config::row_tiles][4];
-      soften(scores, weights, (step * kWarps + warp_) * kStepTokens);
+      soften(scores, weights, first_of_step(step));
       value_panels(weights, step, std::make_integer_sequence<int, VPanels::count>());
     }
   }
@@ -307,7 +447,7 @@ class DecodeCta {
 #pragma unroll
       for (int half = 0; half < 2; ++half) state_[rt][half] = {kMinusInfinity, 0.0f};
 #pragma unroll
-      for (int j = 0; j < Config::head_dim_v / 8; ++j) {
+      for (int j = 0; j < Config::warp_dim_v / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) output_[rt][j][e] = 0.0f;
       }
@@ -332,7 +472,8 @@ class DecodeCta {
 #pragma unroll
     for (int kk = 0; kk < kSteps; ++kk) {
       uint32_t b[4];  // tokens 0-7: dims 0-7, 8-15; tokens 8-15: dims 0-7, 8-15
-      hw::load_matrices(b, panel + KPanels::Rows::offset(lane_ % 8 + lane_ / 16 * 8, kk * 2 + lane_ / 8 % 2));
+      hw::load_matrices(
+          b, panel + KPanels::WideRows::offset(lane_ % 8 + lane_ / 16 * 8, kk * 2 + lane_ / 8 % 2));
 #pragma unroll
       for (int rt = 0; rt < Config::row_tiles; ++rt) {
         if constexpr (Config::query_in_registers) {
@@ -355,21 +496,28 @@ class DecodeCta {
   // the A operand of P V; sums and outputs so far are brought to that maximum.
   LEAN_DEVICE void soften(float (&scores)[Config::row_tiles][2][4], uint32_t (&weights)[Config::row_tiles][4],
                           int first_token) {
-    const float scale = p_.scale * kLog2e;
+    const float scale = p_.scale * (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
+    RowScales scales;
+    if constexpr (Config::quantised) scales = scales_of(first_token);
     const bool masked = first_token < common_begin_ || first_token + kStepTokens > common_end_;
 #pragma unroll
     for (int rt = 0; rt < Config::row_tiles; ++rt) {
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int (&span)[2] = row_span_[rt * 2 + half];
         float maximum = kMinusInfinity;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& score = scores[rt][i / 2][half * 2 + i % 2];
-          const int token = first_token + i / 2 * 8 + lane_ % 4 * 2 + i % 2;
+          const int column = i / 2 * 8 + lane_ % 4 * 2 + i % 2, token = first_token + column;
+          const int row = rt * kTileRows + half * 8 + lane_ / 4;
           score *= scale;
-          if (masked && (token < span[0] || token >= span[1])) score = kMinusInfinity;
+          if constexpr (Config::quantised) score *= hw::shuffle(scales.k, column);
+          if (p_.softcap != 0.0f) score = p_.softcap * kLog2e * tanhf(score);
+          if (p_.alibi_slopes) {
+            score -= shared_.slopes[row] * static_cast<float>(abs(shared_.positions[row] - token));
+          }
+          if (masked && !is_seen(row, token)) score = kMinusInfinity;
           maximum = fmaxf(maximum, score);
         }
         maximum = fmaxf(maximum, hw::shuffle_xor(maximum, 1));
@@ -385,13 +533,14 @@ class DecodeCta {
           float& score = scores[rt][i / 2][half * 2 + i % 2];
           score = exp2f(score - reference);
           sum += score;
+          if constexpr (Config::quantised) score *= hw::shuffle(scales.v, i / 2 * 8 + lane_ % 4 * 2 + i % 2);
         }
         state.l = (state.m == kMinusInfinity ? state.l : state.l * factor[half]) + sum;
         state.m = m;
       }
       if (hw::any(factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-        for (int j = 0; j < Config::head_dim_v / 8; ++j) {
+        for (int j = 0; j < Config::warp_dim_v / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) output_[rt][j][e] *= factor[e / 2];
         }
@@ -401,6 +550,27 @@ class DecodeCta {
         weights[rt][i] = hw::pack<T>(scores[rt][i / 2][i % 2 * 2], scores[rt][i / 2][i % 2 * 2 + 1]);
       }
     }
+  }
+
+  LEAN_DEVICE bool is_seen(int row, int token) const {
+    if (token < shared_.spans[row][0] || token >= shared_.spans[row][1]) return false;
+    if (!p_.tree_mask || token < shared_.new_tokens || row >= shared_.rows) return true;
+    const int64_t sequence = shared_.segment.sequence, column = token - shared_.new_tokens;
+    return column >= p_.tree_columns ||
+           p_.tree_mask[sequence * p_.tree_batch_stride +
+                        (p_.first_query(sequence) + query_token(row)) * p_.tree_row_stride + column];
+  }
+
+  // The scales of token lane % 16 of a step.
+  struct RowScales {
+    float k;
+    float v;
+  };
+  LEAN_DEVICE RowScales scales_of(int first_token) const {
+    const Segment& segment = shared_.segment;
+    const Place place = place_of(first_token + lane_ % kStepTokens);
+    return {p_.k_scale.at(segment.sequence, place.block, place.slot, segment.kv_head),
+            p_.v_scale.at(segment.sequence, place.block, place.slot, segment.kv_head)};
   }
 
   template <int... kPanels>
@@ -416,7 +586,7 @@ class DecodeCta {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       uint32_t b[4];  // dims 0-7: tokens 0-7, 8-15; dims 8-15: tokens 0-7, 8-15
-      hw::load_matrices_transposed(b, panel + VPanels::Rows::offset(lane_ % 16, j * 2 + lane_ / 16));
+      hw::load_matrices_transposed(b, panel + VPanels::WideRows::offset(lane_ % 16, j * 2 + lane_ / 16));
 #pragma unroll
       for (int rt = 0; rt < Config::row_tiles; ++rt) {
         const int column = (kPanel * kPairs + j) * 2;
@@ -449,9 +619,9 @@ class DecodeCta {
           shared_.m[warp_][row] = state.m;
           shared_.l[warp_][row] = state.l;
         }
-        float* to = staged(warp_) + row * Config::head_dim_v + lane_ % 4 * 2;
+        float* to = staged(warp_) + row * Config::warp_dim_v + lane_ % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < Config::head_dim_v / 8; ++j) {
+        for (int j = 0; j < Config::warp_dim_v / 8; ++j) {
           to[j * 8] = output_[rt][j][half * 2];
           to[j * 8 + 1] = output_[rt][j][half * 2 + 1];
         }
@@ -459,8 +629,8 @@ class DecodeCta {
     }
     hw::sync_block();
     if (thread_ < Config::rows) {
-      SoftmaxState merged;
-      for (int w = 0; w < kWarps; ++w) {
+      SoftmaxState merged;  // warps of the same tokens have the same state
+      for (int w = 0; w < kWarps; w += Config::dim_warps) {
         merged = merge(merged, {shared_.m[w][thread_], shared_.l[w][thread_]}).state;
       }
       for (int w = 0; w < kWarps; ++w) {
@@ -476,9 +646,11 @@ class DecodeCta {
   LEAN_DEVICE hw::Float4 merged_output(int row, int column) const {
     hw::Float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int i = 0; i < Config::token_warps; ++i) {
+      const int w = i * Config::dim_warps + column / Config::warp_dim_v;
       add(sum, shared_.m[w][row],
-          *reinterpret_cast<const hw::Float4*>(staged(w) + row * Config::head_dim_v + column));
+          *reinterpret_cast<const hw::Float4*>(staged(w) + row * Config::warp_dim_v +
+                                               column % Config::warp_dim_v));
     }
     return sum;
   }
@@ -494,14 +666,14 @@ class DecodeCta {
 
   LEAN_DEVICE void publish() {
     float* partial = a_.workspace.partial(shared_.cta);
-    for (int i = thread_; i < rows_ * kQuads; i += kThreads) {
+    for (int i = thread_; i < shared_.rows * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
       hw::store_shared_between_ctas(
           reinterpret_cast<hw::Float4*>(partial + row * Config::head_dim_v + column),
           merged_output(row, column));
     }
     float* m = partial + Config::rows * Config::head_dim_v;
-    if (thread_ < rows_) {
+    if (thread_ < shared_.rows) {
       hw::store_shared_between_ctas(m + thread_, shared_.merged_m[thread_]);
       hw::store_shared_between_ctas(m + Config::rows + thread_, shared_.l[0][thread_]);
     }
@@ -516,7 +688,8 @@ class DecodeCta {
       await(a_.workspace, peer);
     }
     hw::sync_block();
-    if (thread_ < rows_) {
+    const int64_t first_query = p_.first_query(segment.sequence);
+    if (thread_ < shared_.rows) {
       const SoftmaxState own{shared_.merged_m[thread_], shared_.l[0][thread_]};
       SoftmaxState merged = own;
       for (int64_t peer = shared_.cta + 1; peer <= last_peer; ++peer) {
@@ -525,15 +698,19 @@ class DecodeCta {
             merge(merged, {hw::load_shared_between_ctas(m), hw::load_shared_between_ctas(m + Config::rows)})
                 .state;
       }
+      if (p_.sinks) {
+        const int64_t head = segment.kv_head * p_.group() + query_head(thread_);
+        merged = merge(merged, from_log_sum_exp(p_.sinks[head])).state;
+      }
       for (int w = 0; w < kWarps; ++w) shared_.m[w][thread_] *= rescale(own.m, merged.m);
       shared_.merged_m[thread_] = merged.m;
       shared_.l[0][thread_] = merged.l;
-      p_.lse[(segment.sequence * p_.num_heads + segment.kv_head * p_.group() + query_head(thread_)) *
-                 p_.visibility.q_len +
+      p_.lse[segment.sequence * p_.lse_batch_stride +
+             (segment.kv_head * p_.group() + query_head(thread_)) * p_.lse_head_stride + first_query +
              query_token(thread_)] = log_sum_exp(merged);
     }
     hw::sync_block();
-    for (int i = thread_; i < rows_ * kQuads; i += kThreads) {
+    for (int i = thread_; i < shared_.rows * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
       if (column >= p_.head_dim_v) continue;
       const float merged_m = shared_.merged_m[row];
@@ -547,10 +724,9 @@ class DecodeCta {
                 reinterpret_cast<const hw::Float4*>(partial + row * Config::head_dim_v + column)));
       }
       const float factor = normaliser(shared_.l[0][row]);
-      const int64_t out_row = (segment.sequence * p_.visibility.q_len + query_token(row)) * p_.num_heads +
-                              segment.kv_head * p_.group() + query_head(row);
-      uint32_t* out =
-          reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p_.out) + out_row * p_.head_dim_v + column);
+      auto* out = reinterpret_cast<uint32_t*>(out_row(segment.sequence, first_query + query_token(row),
+                                                      segment.kv_head * p_.group() + query_head(row)) +
+                                              column);
       out[0] = hw::pack<T>(sum.x * factor, sum.y * factor);
       out[1] = hw::pack<T>(sum.z * factor, sum.w * factor);
     }
@@ -558,6 +734,12 @@ class DecodeCta {
 
   struct alignas(16) Chunk {
     uint16_t bits[8];
+  };
+  struct alignas(16) CacheChunk {
+    Element bits[kChunkElements];
+  };
+  struct alignas(16) WideChunk {
+    uint32_t pairs[4];
   };
 
   const DecodeArguments& a_;
@@ -568,22 +750,20 @@ class DecodeCta {
   const int lane_;
   char* const ring_;
   char* const query_;
+  char* const wide_;
   SharedState<Config>& shared_;
 
   // Of the segment in hand.
-  const uint16_t* k_;  // row of its first token
-  const uint16_t* v_;
-  int row_begin_;  // first packed row
-  int rows_;
+  const Element* k_;  // row of its first token; in pages, that of the head in the first block
+  const Element* v_;
   int tokens_;
   int steps_;  // of this warp
   int read_slot_;
   int common_begin_;
   int common_end_;
-  int row_span_[2 * Config::row_tiles][2];
   uint32_t q_fragments_[Config::row_tiles][Config::query_in_registers ? Config::head_dim / 16 : 1][4];
   SoftmaxState state_[Config::row_tiles][2];
-  float output_[Config::row_tiles][Config::head_dim_v / 8][4];
+  float output_[Config::row_tiles][Config::warp_dim_v / 8][4];
 };
 
 template <class Config>

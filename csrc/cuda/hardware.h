@@ -13,16 +13,21 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_pipeline.h>
 
 #include <cstdint>
 #include <cuda/atomic>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "params.h"
 
 #define LEAN_DEVICE __device__ __forceinline__
 #define LEAN_KERNEL(threads, min_ctas) __global__ void __launch_bounds__(threads, min_ctas)
 #define LEAN_KERNEL_PARAMETER const __grid_constant__
+#define LEAN_DEVICE_VARIABLE __device__
 
 namespace lean::hw {
 
@@ -34,6 +39,9 @@ constexpr int kWarpThreads = 32;
 
 LEAN_DEVICE int thread_index() {
   return static_cast<int>(threadIdx.x);
+}
+LEAN_DEVICE int64_t cta_index() {
+  return blockIdx.x;
 }
 LEAN_DEVICE int64_t num_ctas() {
   return gridDim.x;
@@ -57,14 +65,19 @@ LEAN_DEVICE float shuffle_xor(float value, int mask) {
 LEAN_DEVICE int64_t shuffle_up(int64_t value, int lanes) {
   return __shfl_up_sync(0xffffffffu, static_cast<long long>(value), lanes);
 }
+// The value of lane `lane`, which may differ from lane to lane.
+template <class V>
+LEAN_DEVICE V shuffle(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 LEAN_DEVICE bool any(bool value) {
   return __any_sync(0xffffffffu, value);
 }
 
-// Copies 16 bytes to shared memory, or writes 16 zero bytes there and reads nothing. They arrive when the
-// thread that asked has waited for them; other threads see them after a barrier with it.
-LEAN_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  __pipeline_memcpy_async(shared, global, 16, valid ? 0 : 16);
+// Copies `bytes` of 16 bytes to shared memory, and zeros for the others, which are not read. They arrive when
+// the thread that asked has waited for them; other threads see them after a barrier with it.
+LEAN_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  __pipeline_memcpy_async(shared, global, 16, 16 - bytes);
 }
 // Closes the group of the copies since the last call (of this thread).
 LEAN_DEVICE void commit_copies() {
@@ -125,6 +138,20 @@ template <>
 LEAN_DEVICE uint32_t pack<BFloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Two elements of a quantised cache, the first in the low byte, as two of T.
+template <class T>
+LEAN_DEVICE uint32_t widen(DType from, uint16_t pair) {
+  if (from == DType::int8) {
+    return pack<T>(static_cast<float>(static_cast<int8_t>(pair & 0xff)),
+                   static_cast<float>(static_cast<int8_t>(pair >> 8)));
+  }
+  const __half2_raw raw =
+      __nv_cvt_fp8x2_to_halfraw2(pair, from == DType::float8_e4m3 ? __NV_E4M3 : __NV_E5M2);
+  if constexpr (std::is_same_v<T, Half>) return reinterpret_cast<const uint32_t&>(raw);
+  const float2 floats = __half22float2(__half2(raw));
+  return pack<T>(floats.x, floats.y);
 }
 
 // Words in global memory that CTAs tell each other things through.
@@ -193,6 +220,24 @@ int ctas_per_sm(void (*kernel)(Arguments), int threads, int shared_bytes) {
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, function, threads, shared_bytes),
         "reading the occupancy");
   return ctas;
+}
+
+// Where a device variable lies on the current device.
+template <class V>
+V* device_address(V& variable) {
+  void* address = nullptr;
+  check(cudaGetSymbolAddress(&address, variable), "finding a device variable");
+  return static_cast<V*>(address);
+}
+
+// The value of a device variable once all work of the current device is done; zeros take its place.
+template <class V>
+V take_value(V* variable) {
+  V value;
+  check(cudaDeviceSynchronize(), "waiting for the device");
+  check(cudaMemcpy(&value, variable, sizeof value, cudaMemcpyDeviceToHost), "reading a device variable");
+  check(cudaMemset(variable, 0, sizeof value), "clearing a device variable");
+  return value;
 }
 
 template <class Arguments>

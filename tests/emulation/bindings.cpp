@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/decode.h"
 #include "emulated_hardware.h"
 
 namespace py = pybind11;
@@ -86,6 +87,7 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
                                              [&](int lane) { return IntExchange{values[lane], lanes}; });
     return values_of(after);
   });
+  m.def("take_error", [] { return lean::cuda::take_error(0); });
   m.def("run", [] { Device::get().run(); });
   m.def("replay", [] { Device::get().replay(); });
   m.def("launches", [] { return Device::get().launches(); });

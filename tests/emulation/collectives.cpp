@@ -35,6 +35,15 @@ void shuffle_up(void* const (&arguments)[kWarpLanes]) {
   for (int lane = 0; lane < kWarpLanes; ++lane) argument<IntExchange>(arguments, lane).value = values[lane];
 }
 
+void shuffle(void* const (&arguments)[kWarpLanes]) {
+  int64_t values[kWarpLanes];
+  for (int lane = 0; lane < kWarpLanes; ++lane) {
+    values[lane] =
+        argument<IntExchange>(arguments, argument<IntExchange>(arguments, lane).lanes % kWarpLanes).value;
+  }
+  for (int lane = 0; lane < kWarpLanes; ++lane) argument<IntExchange>(arguments, lane).value = values[lane];
+}
+
 // ldmatrix: "each row requires eight lanes to receive it"; lane 4 r + c gets elements 2c and 2c + 1 of row r.
 void load_matrices(void* const (&arguments)[kWarpLanes], bool transposed) {
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -91,6 +100,8 @@ void complete(Collective which, void* const (&arguments)[kWarpLanes]) {
       return shuffle_xor(arguments);
     case Collective::shuffle_up:
       return shuffle_up(arguments);
+    case Collective::shuffle:
+      return shuffle(arguments);
     case Collective::load_matrices:
       return load_matrices(arguments, false);
     case Collective::load_transposed:

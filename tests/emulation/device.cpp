@@ -114,6 +114,7 @@ void Device::start_ctas() {
     Launch& launch = *waiting[random_() % waiting.size()];
     auto cta = std::make_unique<Cta>();
     cta->id = next_id_++;
+    cta->index = launch.next_cta;
     cta->launch = &launch;
     cta->fibers.resize(launch.threads);
     cta->warps.resize(launch.threads / kWarpLanes);
@@ -255,12 +256,12 @@ void Device::pause() {
 
 // ---- Asynchronous copies.
 
-void Device::copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+void Device::copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16)) {
     fail("an asynchronous copy of 16 bytes is not aligned to 16");
   }
   std::memset(to, kPoison, 16);
-  fiber_->copies.back().push_back({to, from});
+  fiber_->copies.back().push_back({to, from, bytes});
 }
 
 void Device::commit_copies() {
@@ -272,11 +273,8 @@ void Device::wait_copies(size_t pending) {
   auto& groups = fiber_->copies;
   while (groups.size() > pending + 1) {
     for (const Copy& copy : groups.front()) {
-      if (copy.from) {
-        std::memcpy(copy.to, copy.from, 16);
-      } else {
-        std::memset(copy.to, 0, 16);
-      }
+      std::memset(copy.to, 0, 16);
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.erase(groups.begin());
   }

@@ -51,6 +51,7 @@ enum class Collective {
   any,
   shuffle_xor,
   shuffle_up,
+  shuffle,
   load_matrices,
   load_transposed,
   multiply_add
@@ -58,7 +59,8 @@ enum class Collective {
 
 struct Copy {
   void* to;
-  const void* from;  // null: zeros
+  const void* from;
+  int bytes;  // of 16; zeros follow
 };
 
 struct Fiber {
@@ -91,7 +93,8 @@ struct Launch {
 };
 
 struct Cta {
-  int64_t id;  // unique on the device
+  int64_t id;     // unique on the device
+  int64_t index;  // in its launch
   Launch* launch;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -118,12 +121,13 @@ class Device {
 
   // For the running fiber.
   int thread() const { return thread_; }
+  int64_t cta_index() const { return cta_->index; }
   int64_t num_ctas() const { return cta_->launch->ctas; }
   char* shared_memory() const { return cta_->shared.get(); }
   void collective(Collective which, void* arguments);
   void sync_block();
   void pause();
-  void copy_async(void* to, const void* from);
+  void copy_async(void* to, const void* from, int bytes);
   void commit_copies();
   void wait_copies(size_t pending);
   void watch_load(const void* address, size_t bytes);
@@ -178,7 +182,7 @@ struct FloatExchange {
 };
 struct IntExchange {
   int64_t value;
-  int lanes;
+  int lanes;  // how far up, or which
 };
 struct MatrixLoad {
   uint32_t* r;

@@ -2,16 +2,20 @@
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
 
 #include "device.h"
+#include "params.h"
 
 #define LEAN_DEVICE inline
 #define LEAN_KERNEL(threads, min_ctas) void
 #define LEAN_KERNEL_PARAMETER const
+#define LEAN_DEVICE_VARIABLE
 
 namespace lean::hw {
 
@@ -28,6 +32,9 @@ constexpr int kWarpThreads = emulation::kWarpLanes;
 
 inline int thread_index() {
   return Device::get().thread();
+}
+inline int64_t cta_index() {
+  return Device::get().cta_index();
 }
 inline int64_t num_ctas() {
   return Device::get().num_ctas();
@@ -51,13 +58,21 @@ inline int64_t shuffle_up(int64_t value, int lanes) {
   Device::get().collective(Collective::shuffle_up, &exchange);
   return exchange.value;
 }
+template <class V>
+V shuffle(V value, int lane) {
+  emulation::IntExchange exchange{0, lane};
+  std::memcpy(&exchange.value, &value, sizeof value);
+  Device::get().collective(Collective::shuffle, &exchange);
+  std::memcpy(&value, &exchange.value, sizeof value);
+  return value;
+}
 inline bool any(bool value) {
   Device::get().collective(Collective::any, &value);
   return value;
 }
 
-inline void copy_async(void* shared, const void* global, bool valid) {
-  Device::get().copy_async(shared, valid ? global : nullptr);
+inline void copy_async(void* shared, const void* global, int bytes) {
+  Device::get().copy_async(shared, global, bytes);
 }
 inline void commit_copies() {
   Device::get().commit_copies();
@@ -89,6 +104,16 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 template <class T>
 inline uint32_t pack(float low, float high) {
   return static_cast<uint32_t>(T(low).x) | static_cast<uint32_t>(T(high).x) << 16;
+}
+
+inline float value_of(DType dtype, uint8_t bits) {
+  if (dtype == DType::float8_e4m3) return c10::Float8_e4m3fn(bits, c10::Float8_e4m3fn::from_bits());
+  if (dtype == DType::float8_e5m2) return c10::Float8_e5m2(bits, c10::Float8_e5m2::from_bits());
+  return static_cast<int8_t>(bits);
+}
+template <class T>
+inline uint32_t widen(DType from, uint16_t pair) {
+  return pack<T>(value_of(from, static_cast<uint8_t>(pair)), value_of(from, static_cast<uint8_t>(pair >> 8)));
 }
 
 inline uint64_t load_relaxed(uint64_t* word) {
@@ -134,6 +159,16 @@ inline DeviceFacts device_facts(int) {
 template <class Arguments>
 int ctas_per_sm(void (*)(Arguments), int, int) {
   return Device::get().options().ctas_per_sm;
+}
+template <class V>
+V* device_address(V& variable) {
+  return &variable;
+}
+template <class V>
+V take_value(V* variable) {
+  const V value = *variable;
+  *variable = V{};
+  return value;
 }
 template <class Arguments>
 void launch(void (*kernel)(Arguments), Arguments arguments, int64_t ctas, int threads, int shared_bytes,

@@ -1,0 +1,133 @@
+// Appending new tokens to the caches, with rotary embedding: one text for all backends.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace lean {
+
+// Strides are in elements; the last dimensions are contiguous. With cu_seqlens the tokens of k, v and q are
+// packed, as in DecodeParams.
+struct AppendParams {
+  void* k_cache;                   // [num_blocks, block_size, num_kv_heads, head_dim]
+  void* v_cache;                   // [num_blocks, block_size, num_kv_heads, head_dim_v]
+  const void* k;                   // [batch, tokens, num_kv_heads, head_dim] or [total, ...]
+  const void* v;                   // [batch, tokens, num_kv_heads, head_dim_v] or [total, ...]
+  void* q;                         // [batch, tokens, num_heads, head_dim] or [total, ...], or null
+  const int32_t* seq_lens;         // [batch], tokens in the caches before
+  const int32_t* block_table;      // [batch, max_blocks] or null
+  const int32_t* cache_batch_idx;  // [batch] or null
+  const int32_t* cu_seqlens;       // [batch + 1] or null
+  const void* cos;                 // [max_position, rotary_dim / 2] or null
+  const void* sin;
+  DType dtype;         // of q, and of what is rotated; 1-byte dtypes are only copied
+  DType rotary_dtype;  // of cos and sin
+  bool interleaved;    // rotates elements 2i and 2i + 1 with each other, else i and i + rotary_dim / 2
+  int64_t batch;
+  int64_t tokens;  // per sequence, or of all
+  int64_t num_heads, num_kv_heads, head_dim, head_dim_v;
+  int64_t num_blocks, block_size, max_blocks;
+  int64_t max_position, rotary_dim;
+  int64_t k_cache_block_stride, k_cache_token_stride, k_cache_head_stride;
+  int64_t v_cache_block_stride, v_cache_token_stride, v_cache_head_stride;
+  int64_t k_batch_stride, k_token_stride, k_head_stride;
+  int64_t v_batch_stride, v_token_stride, v_head_stride;
+  int64_t q_batch_stride, q_token_stride, q_head_stride;
+  int64_t cos_stride, sin_stride;
+  int64_t table_batch_stride;
+
+  LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
+  LEAN_HOST_DEVICE constexpr int64_t rows_per_token() const { return 2 * num_kv_heads + (q ? num_heads : 0); }
+  LEAN_HOST_DEVICE constexpr int64_t all_tokens() const { return cu_seqlens ? tokens : batch * tokens; }
+  LEAN_HOST_DEVICE constexpr bool is_block(int64_t block) const { return block >= 0 && block < num_blocks; }
+};
+
+// A new token: whose it is, and where it goes.
+struct NewToken {
+  int64_t sequence;  // -1: no sequence's
+  int64_t index;     // in its sequence, or in the packed tensors
+  int64_t position;  // in the cache
+  int64_t block;     // -1: none
+  int64_t slot;
+};
+
+LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t token) {
+  NewToken t{-1, token, 0, -1, 0};
+  int64_t in_sequence = 0;
+  if (p.cu_seqlens) {
+    int64_t low = 0, high = p.batch;  // the last sequence that begins at or before the token
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (p.cu_seqlens[middle] <= token ? low : high) = middle;
+    }
+    if (p.batch == 0 || token < p.cu_seqlens[low] || token >= p.cu_seqlens[low + 1]) return t;
+    t.sequence = low;
+    in_sequence = token - p.cu_seqlens[low];
+  } else {
+    t.sequence = token / p.tokens;
+    t.index = in_sequence = token % p.tokens;
+  }
+  t.position = p.seq_lens[t.sequence] + in_sequence;
+  if (p.seq_lens[t.sequence] < 0 || t.position >= p.capacity()) return t;
+  const int64_t index = p.block_table ? t.position / p.block_size : 0;
+  t.slot = t.position - index * p.block_size;
+  const int64_t block = p.block_table       ? p.block_table[t.sequence * p.table_batch_stride + index]
+                        : p.cache_batch_idx ? p.cache_batch_idx[t.sequence]
+                                            : t.sequence;
+  t.block = p.is_block(block) ? block : -1;
+  return t;
+}
+
+template <class T>
+LEAN_HOST_DEVICE float rotary_value(const AppendParams& p, const void* table, int64_t stride,
+                                    int64_t position, int64_t i) {
+  const int64_t at = position * stride + i;
+  return p.rotary_dtype == DType::float32 ? static_cast<const float*>(table)[at]
+                                          : static_cast<float>(static_cast<const T*>(table)[at]);
+}
+
+// Elements `first`, `first + step`, ... of one row of a token: K heads come first, then V heads, then those
+// of q. T: the elements' type. A row that has no place in the caches is not written; q is rotated all the
+// same.
+template <class T>
+LEAN_HOST_DEVICE void append_row(const AppendParams& p, const NewToken& t, int64_t row, int64_t first,
+                                 int64_t step) {
+  const T* from;
+  T* to;
+  int64_t dims = p.head_dim;
+  bool rotates = p.cos != nullptr && t.position < p.max_position;
+  if (row < p.num_kv_heads) {
+    from = static_cast<const T*>(p.k) + t.sequence * p.k_batch_stride + t.index * p.k_token_stride +
+           row * p.k_head_stride;
+    to = static_cast<T*>(p.k_cache) + t.block * p.k_cache_block_stride + t.slot * p.k_cache_token_stride +
+         row * p.k_cache_head_stride;
+  } else if (row < 2 * p.num_kv_heads) {
+    row -= p.num_kv_heads;
+    dims = p.head_dim_v;
+    rotates = false;
+    from = static_cast<const T*>(p.v) + t.sequence * p.v_batch_stride + t.index * p.v_token_stride +
+           row * p.v_head_stride;
+    to = static_cast<T*>(p.v_cache) + t.block * p.v_cache_block_stride + t.slot * p.v_cache_token_stride +
+         row * p.v_cache_head_stride;
+  } else {
+    to = static_cast<T*>(p.q) + t.sequence * p.q_batch_stride + t.index * p.q_token_stride +
+         (row - 2 * p.num_kv_heads) * p.q_head_stride;
+    from = to;
+  }
+  if (from != to && t.block < 0) return;
+  const int64_t pairs = rotates ? p.rotary_dim / 2 : 0;
+  if constexpr (sizeof(T) > 1) {
+    for (int64_t i = first; i < pairs; i += step) {
+      const int64_t at = p.interleaved ? 2 * i : i, other = p.interleaved ? at + 1 : i + pairs;
+      const float cos = rotary_value<T>(p, p.cos, p.cos_stride, t.position, i);
+      const float sin = rotary_value<T>(p, p.sin, p.sin_stride, t.position, i);
+      const float a = static_cast<float>(from[at]), b = static_cast<float>(from[other]);
+      to[at] = static_cast<T>(a * cos - b * sin);
+      to[other] = static_cast<T>(b * cos + a * sin);
+    }
+  }
+  for (int64_t i = 2 * pairs + first; i < dims && from != to; i += step) to[i] = from[i];
+}
+
+}  // namespace lean

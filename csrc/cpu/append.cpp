@@ -1,0 +1,91 @@
+#include "append.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/decode.h"
+#include "cpu/parallel.h"
+
+namespace lean::cpu {
+namespace {
+
+// Bytes below which another thread costs more than it brings.
+constexpr int64_t kMinBytesPerThread = 256 * 1024;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << "append_kv: " << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+void check_token(const AppendParams& p, const NewToken& t) {
+  if (t.sequence < 0) return;
+  const int64_t length = p.seq_lens[t.sequence];
+  if (length < 0) fail("seq_lens[", t.sequence, "] is ", length, "; it must be at least 0");
+  if (t.position >= p.capacity()) {
+    fail("seq_lens[", t.sequence, "] is ", length, ", and a new token would go to position ", t.position,
+         "; ", p.block_table ? "a row of block_table" : "the cache", " holds ", p.capacity(), " tokens");
+  }
+  if (t.block < 0) {
+    const int64_t index = t.position / p.block_size;
+    if (p.block_table) {
+      fail("block_table[", t.sequence, ", ", index, "] is ",
+           p.block_table[t.sequence * p.table_batch_stride + index], "; it must be from 0 to ",
+           p.num_blocks - 1, ", the blocks of the cache");
+    }
+    fail("cache_batch_idx[", t.sequence, "] is ", p.cache_batch_idx[t.sequence], "; it must be from 0 to ",
+         p.num_blocks - 1, ", the slots of the cache");
+  }
+  if (p.cos && t.position >= p.max_position) {
+    fail("a new token of sequence ", t.sequence, " is at position ", t.position,
+         "; rotary_cos has positions up to ", p.max_position - 1);
+  }
+}
+
+void check_counts(const AppendParams& p) {
+  if (!p.cu_seqlens) return;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
+    if (begin < 0 || end < begin || end > p.tokens) {
+      fail("cu_seqlens[", b + 1, "] is ", end, "; it must be from ", begin, ", the entry before, to ",
+           p.tokens, ", the tokens of k");
+    }
+  }
+}
+
+template <class T>
+void append_all(const AppendParams& p) {
+  const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.head_dim * sizeof(T);
+  const int64_t parts = std::clamp<int64_t>(tokens * bytes / kMinBytesPerThread, 1, num_threads());
+  parallel_for(parts, [&](int64_t part) {
+    for (int64_t token = part * tokens / parts; token < (part + 1) * tokens / parts; ++token) {
+      const NewToken t = new_token(p, token);
+      if (t.sequence < 0) continue;
+      for (int64_t row = 0; row < p.rows_per_token(); ++row) append_row<T>(p, t, row, 0, 1);
+    }
+  });
+}
+
+}  // namespace
+
+void append_kv(const AppendParams& p) {
+  check_counts(p);
+  for (int64_t token = 0; token < p.all_tokens(); ++token) check_token(p, new_token(p, token));
+  switch (p.dtype) {
+    case DType::float32:
+      return append_all<float>(p);
+    case DType::float16:
+      return append_all<torch::headeronly::Half>(p);
+    case DType::bfloat16:
+      return append_all<torch::headeronly::BFloat16>(p);
+    default:
+      return append_all<uint8_t>(p);
+  }
+}
+
+}  // namespace lean::cpu

@@ -1,0 +1,211 @@
+// append_kv: checks, parameters, dispatch.
+#include <torch/csrc/stable/ops.h>
+
+#include "append.h"
+#include "arguments.h"
+#include "cpu/decode.h"
+#include "cuda/decode.h"
+#include "dispatch.h"
+#include "ops.h"
+
+namespace lean {
+namespace {
+
+struct Strides {
+  int64_t outer, token, head;
+};
+
+class AppendCall {
+ public:
+  AppendCall(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+             const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& cache_batch_idx,
+             const OptionalTensor& cu_seqlens, const OptionalTensor& q, const OptionalTensor& rotary_cos,
+             const OptionalTensor& rotary_sin, bool interleaved)
+      : k_{"append_kv", "k", k}, packed_(cu_seqlens.has_value()) {
+    const bool paged = block_table.has_value();
+    const char* cache_layout = paged ? "[num_blocks, block_size, num_kv_heads, head_dim]"
+                                     : "[batch, max_len, num_kv_heads, head_dim]";
+    const Argument k_cache_arg{"append_kv", "k_cache", k_cache}, v_cache_arg{"append_kv", "v_cache", v_cache},
+        v_arg{"append_kv", "v", v};
+    k_cache_arg.has_shape(cache_layout, 4);
+    v_cache_arg.has_shape(cache_layout, 4);
+    take_new("[batch, tokens, num_kv_heads, head_dim]", k_);
+    take_new("[batch, tokens, num_kv_heads, head_dim_v]", v_arg);
+    const int64_t last = packed_ ? 2 : 3;
+    p.num_kv_heads = k.size(last - 1);
+    p.head_dim = k.size(last);
+    p.head_dim_v = v.size(last);
+    p.tokens = k.size(last - 2);
+    for (int64_t dim = 0; dim < last; ++dim) v_arg.has_size(dim, k.size(dim), "like k");
+    p.dtype = dtype();
+    v_arg.has_dtype(k.scalar_type(), ", like k");
+    p.num_blocks = k_cache.size(0);
+    p.block_size = k_cache.size(1);
+    if (paged && p.block_size == 0) fail("append_kv: k_cache has a block_size of 0; it must be at least 1");
+    for (const Argument& cache : {k_cache_arg, v_cache_arg}) {
+      cache.has_dtype(k.scalar_type(), ", like k");
+      cache.has_size(0, p.num_blocks, "like k_cache");
+      cache.has_size(1, p.block_size, "like k_cache");
+      cache.has_size(2, p.num_kv_heads, "the num_kv_heads of k");
+      cache.has_contiguous_rows();
+      cache.is_on_device_of(k_);
+    }
+    k_cache_arg.has_size(3, p.head_dim, "the head_dim of k");
+    v_cache_arg.has_size(3, p.head_dim_v, "the head_dim of v");
+    p.batch = packed_ ? cu_seqlens->numel() - 1 : k.size(0);
+
+    p.seq_lens = list("seq_lens", "[batch]", seq_lens, p.batch);
+    if (packed_) {
+      if (p.batch < 0) fail("append_kv: cu_seqlens is empty; it must have batch + 1 entries");
+      p.cu_seqlens = list("cu_seqlens", "[batch + 1]", *cu_seqlens, p.batch + 1);
+    }
+    p.max_blocks = 1;
+    if (paged) {
+      if (cache_batch_idx) {
+        fail(
+            "append_kv: cache_batch_idx cannot be combined with block_table, which already says where a "
+            "sequence lies");
+      }
+      const Argument table{"append_kv", "block_table", *block_table};
+      table.has_shape("[batch, max_blocks]", 2);
+      table.has_dtype(ScalarType::Int, "");
+      table.has_size(0, p.batch, "the batch size of k");
+      table.has_contiguous_rows();
+      table.is_on_device_of(k_);
+      p.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
+      p.max_blocks = block_table->size(1);
+      p.table_batch_stride = block_table->stride(0);
+    } else if (cache_batch_idx) {
+      p.cache_batch_idx = list("cache_batch_idx", "[batch]", *cache_batch_idx, p.batch);
+    } else {
+      k_cache_arg.has_size(0, p.batch, "the batch size of k");
+    }
+    take_rotary(q, rotary_cos, rotary_sin, interleaved);
+
+    p.k_cache = k_cache.mutable_data_ptr();
+    p.v_cache = v_cache.mutable_data_ptr();
+    p.k = k.const_data_ptr();
+    p.v = v.const_data_ptr();
+    p.k_cache_block_stride = k_cache.stride(0);
+    p.k_cache_token_stride = k_cache.stride(1);
+    p.k_cache_head_stride = k_cache.stride(2);
+    p.v_cache_block_stride = v_cache.stride(0);
+    p.v_cache_token_stride = v_cache.stride(1);
+    p.v_cache_head_stride = v_cache.stride(2);
+    set(strides(k), p.k_batch_stride, p.k_token_stride, p.k_head_stride);
+    set(strides(v), p.v_batch_stride, p.v_token_stride, p.v_head_stride);
+  }
+
+  AppendParams p{};
+
+ private:
+  void take_new(const char* layout, const Argument& arg) const {
+    if (packed_) {
+      arg.has_shape("[total, heads, dim] with cu_seqlens", 3);
+    } else {
+      arg.has_shape(layout, 4);
+    }
+    arg.has_contiguous_rows();
+    arg.is_on_device_of(k_);
+  }
+
+  DType dtype() const {
+    switch (k_.tensor.scalar_type()) {
+      case ScalarType::Float8_e4m3fn:
+        return DType::float8_e4m3;
+      case ScalarType::Float8_e5m2:
+        return DType::float8_e5m2;
+      case ScalarType::Char:
+        return DType::int8;
+      default:
+        return dtype_of(k_);
+    }
+  }
+
+  void take_rotary(const OptionalTensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
+                   bool interleaved) {
+    if (cos.has_value() != sin.has_value()) {
+      fail("append_kv: rotary_", cos ? "sin" : "cos", " is missing; rotary_cos and rotary_sin come together");
+    }
+    if (q && !cos)
+      fail("append_kv: q is given without rotary_cos and rotary_sin; there is nothing to do to it");
+    if (!cos) return;
+    if (element_size(p.dtype) == 1) {
+      fail("append_kv: k is ", k_.tensor.scalar_type(), "; rotary embedding needs Float, Half or BFloat16");
+    }
+    const Argument cos_arg{"append_kv", "rotary_cos", *cos}, sin_arg{"append_kv", "rotary_sin", *sin};
+    for (const Argument& table : {cos_arg, sin_arg}) {
+      table.has_shape("[max_position, rotary_dim / 2]", 2);
+      table.has_size(0, cos->size(0), "like rotary_cos");
+      table.has_size(1, cos->size(1), "like rotary_cos");
+      if (table.tensor.scalar_type() != ScalarType::Float)
+        table.has_dtype(k_.tensor.scalar_type(), ", like k, or Float");
+      table.has_dtype(cos->scalar_type(), ", like rotary_cos");
+      table.has_contiguous_rows();
+      table.is_on_device_of(k_);
+    }
+    p.cos = cos->const_data_ptr();
+    p.sin = sin->const_data_ptr();
+    p.cos_stride = cos->stride(0);
+    p.sin_stride = sin->stride(0);
+    p.rotary_dtype = dtype_of(cos_arg);
+    p.interleaved = interleaved;
+    p.max_position = cos->size(0);
+    p.rotary_dim = 2 * cos->size(1);
+    if (p.rotary_dim > p.head_dim) {
+      fail("append_kv: rotary_cos has shape ", shape_of(*cos), ", which rotates ", p.rotary_dim,
+           " dims; k has ", p.head_dim);
+    }
+    if (!q) return;
+    const Argument q_arg{"append_kv", "q", *q};
+    take_new("[batch, tokens, num_heads, head_dim]", q_arg);
+    q_arg.has_dtype(k_.tensor.scalar_type(), ", like k");
+    const int64_t last = packed_ ? 2 : 3;
+    for (int64_t dim = 0; dim <= last; ++dim) {
+      if (dim != last - 1) q_arg.has_size(dim, k_.tensor.size(dim), "like k");
+    }
+    p.num_heads = q->size(last - 1);
+    p.q = q->mutable_data_ptr();
+    set(strides(*q), p.q_batch_stride, p.q_token_stride, p.q_head_stride);
+  }
+
+  const int32_t* list(const char* name, const char* layout, const Tensor& tensor, int64_t size) {
+    const Argument arg{"append_kv", name, tensor};
+    arg.is_list_of(layout, size, "the batch size of k (cu_seqlens: and one more)");
+    arg.has_dtype(ScalarType::Int, "");
+    arg.is_on_device_of(k_);
+    held_[num_held_] = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return static_cast<const int32_t*>(held_[num_held_++]->const_data_ptr());
+  }
+
+  Strides strides(const Tensor& t) const {
+    const int64_t first = packed_ ? 0 : 1;
+    return {packed_ ? 0 : t.stride(0), t.stride(first), t.stride(first + 1)};
+  }
+  static void set(const Strides& s, int64_t& outer, int64_t& token, int64_t& head) {
+    outer = s.outer;
+    token = s.token;
+    head = s.head;
+  }
+
+  const Argument k_;
+  const bool packed_;
+  OptionalTensor held_[3];
+  int num_held_ = 0;
+};
+
+}  // namespace
+
+void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& seq_lens,
+               const OptionalTensor& block_table, const OptionalTensor& cache_batch_idx,
+               const OptionalTensor& cu_seqlens, OptionalTensor q, const OptionalTensor& rotary_cos,
+               const OptionalTensor& rotary_sin, bool rotary_interleaved) {
+  const AppendCall call(k_cache, v_cache, k, v, seq_lens, block_table, cache_batch_idx, cu_seqlens, q,
+                        rotary_cos, rotary_sin, rotary_interleaved);
+  if (call.p.all_tokens() * call.p.rows_per_token() == 0) return;
+  dispatch(
+      {"append_kv", "k", k}, [&] { cpu::append_kv(call.p); },
+      [&](int device, void* stream) { cuda::append_kv(call.p, device, stream); });
+}
+
+}  // namespace lean

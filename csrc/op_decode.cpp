@@ -1,0 +1,373 @@
+// decode: checks, parameters, dispatch.
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "arguments.h"
+#include "cpu/decode.h"
+#include "cuda/decode.h"
+#include "dispatch.h"
+#include "ops.h"
+
+namespace lean {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 512;
+
+void check_head_dim(const char* name, int64_t head_dim) {
+  if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
+    fail("decode: ", name, " is ", head_dim, "; it must be a multiple of 8 from 8 to ", kMaxHeadDim);
+  }
+}
+
+void check_window(const char* name, int64_t window) {
+  if (window < -1) fail("decode: ", name, " is ", window, "; it must be -1 (unbounded) or at least 0");
+}
+
+struct DecodeOptions {
+  OptionalTensor seq_lens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sinks, k_scale, v_scale,
+      cu_seqlens_q, tree_mask;
+  std::optional<double> scale;
+  bool causal = true;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
+  double softcap = 0.0;
+  int64_t num_ctas = 0;
+};
+
+// A call's parameters and the tensors that they point into.
+class DecodeCall {
+ public:
+  DecodeCall(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const DecodeOptions& options)
+      : q_{"decode", "q", q},
+        k_{"decode", "k_cache", k_cache},
+        v_{"decode", "v_cache", v_cache},
+        o_(options) {
+    take_queries();
+    take_caches();
+    take_lengths();
+    take_blocks();
+    take_score_changes();
+    take_tree_mask();
+    p_.k_scale = scales("k_scale", o_.k_scale);
+    p_.v_scale = scales("v_scale", o_.v_scale);
+    if (o_.num_ctas < 0) fail("decode: num_ctas is ", o_.num_ctas, "; it must be positive, or 0 to choose");
+    p_.num_ctas = o_.num_ctas;
+  }
+
+  // With fresh outputs in place.
+  const DecodeParams& with_outputs() {
+    const bool packed = p_.cu_seqlens_q != nullptr;
+    const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.head_dim_v;
+    out = packed ? torch::stable::new_empty(q_.tensor, {tokens, heads, dim})
+                 : torch::stable::new_empty(q_.tensor, {p_.batch, tokens, heads, dim});
+    lse = packed ? torch::stable::new_empty(q_.tensor, {heads, tokens}, ScalarType::Float)
+                 : torch::stable::new_empty(q_.tensor, {p_.batch, heads, tokens}, ScalarType::Float);
+    p_.out = out->mutable_data_ptr();
+    p_.lse = static_cast<float*>(lse->mutable_data_ptr());
+    p_.out_batch_stride = packed ? 0 : tokens * heads * dim;
+    p_.out_token_stride = heads * dim;
+    p_.out_head_stride = dim;
+    p_.lse_batch_stride = packed ? 0 : heads * tokens;
+    p_.lse_head_stride = tokens;
+    return p_;
+  }
+
+  OptionalTensor out, lse;
+
+ private:
+  void take_queries() {
+    const Tensor& q = q_.tensor;
+    const bool packed = o_.cu_seqlens_q.has_value();
+    if (packed) {
+      q_.has_shape("[total_q, num_heads, head_dim] with cu_seqlens_q", 3);
+    } else {
+      q_.has_shape("[batch, q_len, num_heads, head_dim]", 4);
+    }
+    p_.dtype = dtype_of(q_);
+    q_.has_contiguous_rows();
+    const int64_t first = packed ? 0 : 1;
+    p_.query_tokens = q.size(first);
+    p_.num_heads = q.size(first + 1);
+    p_.head_dim = q.size(first + 2);
+    p_.q = q.const_data_ptr();
+    p_.q_batch_stride = packed ? 0 : q.stride(0);
+    p_.q_token_stride = q.stride(first);
+    p_.q_head_stride = q.stride(first + 1);
+    check_head_dim("head_dim", p_.head_dim);
+    if (p_.num_heads == 0) fail("decode: q has no heads (shape ", shape_of(q), ")");
+    if (packed) {
+      const Argument arg{"decode", "cu_seqlens_q", *o_.cu_seqlens_q};
+      arg.has_shape("[batch + 1]", 1);
+      if (arg.tensor.size(0) == 0) fail("decode: cu_seqlens_q is empty; it must have batch + 1 entries");
+      p_.cu_seqlens_q = integers(arg);
+      p_.batch = arg.tensor.size(0) - 1;
+    } else {
+      p_.batch = q.size(0);
+    }
+  }
+
+  void take_caches() {
+    const bool paged = o_.block_table.has_value();
+    const Tensor &k = k_.tensor, &v = v_.tensor;
+    k_.has_shape(paged ? "[num_blocks, block_size, num_kv_heads, head_dim]"
+                       : "[batch, max_len, num_kv_heads, head_dim]",
+                 4);
+    v_.has_shape(paged ? "[num_blocks, block_size, num_kv_heads, head_dim_v]"
+                       : "[batch, max_len, num_kv_heads, head_dim_v]",
+                 4);
+    p_.cache_dtype = cache_dtype();
+    v_.has_dtype(k.scalar_type(), ", like k_cache");
+    k_.is_on_device_of(q_);
+    v_.is_on_device_of(q_);
+    p_.num_blocks = k.size(0);
+    p_.block_size = k.size(1);
+    p_.num_kv_heads = k.size(2);
+    p_.head_dim_v = v.size(3);
+    check_head_dim("head_dim_v", p_.head_dim_v);
+    if (k.size(3) != p_.head_dim) {
+      fail("decode: k_cache has head_dim ", k.size(3), ", q has ", p_.head_dim, "; they must be equal");
+    }
+    if (!paged && !o_.cache_batch_idx) k_.has_size(0, p_.batch, "the batch size of q");
+    v_.has_size(0, p_.num_blocks, paged ? "the num_blocks of k_cache" : "the batch size of k_cache");
+    v_.has_size(1, p_.block_size, paged ? "the block_size of k_cache" : "the max_len of k_cache");
+    v_.has_size(2, p_.num_kv_heads, "the num_kv_heads of k_cache");
+    if (p_.num_kv_heads == 0) fail("decode: k_cache has no heads (shape ", shape_of(k), ")");
+    if (p_.num_heads % p_.num_kv_heads != 0) {
+      fail("decode: q has ", p_.num_heads, " heads, k_cache ", p_.num_kv_heads,
+           "; the first must be a multiple of the second");
+    }
+    if (paged && p_.block_size == 0) fail("decode: k_cache has a block_size of 0; it must be at least 1");
+    k_.has_contiguous_rows();
+    v_.has_contiguous_rows();
+    p_.k_cache = k.const_data_ptr();
+    p_.v_cache = v.const_data_ptr();
+    p_.k_block_stride = k.stride(0);
+    p_.k_token_stride = k.stride(1);
+    p_.k_head_stride = k.stride(2);
+    p_.v_block_stride = v.stride(0);
+    p_.v_token_stride = v.stride(1);
+    p_.v_head_stride = v.stride(2);
+  }
+
+  DType cache_dtype() const {
+    switch (k_.tensor.scalar_type()) {
+      case ScalarType::Float8_e4m3fn:
+        return DType::float8_e4m3;
+      case ScalarType::Float8_e5m2:
+        return DType::float8_e5m2;
+      case ScalarType::Char:
+        return DType::int8;
+      default:
+        k_.has_dtype(q_.tensor.scalar_type(), ", like q, or Float8_e4m3fn, Float8_e5m2 or Char (int8)");
+        return p_.dtype;
+    }
+  }
+
+  void take_lengths() {
+    p_.max_blocks = o_.block_table ? o_.block_table->size(o_.block_table->dim() - 1) : 1;
+    if (o_.seq_lens) {
+      const Argument arg{"decode", "seq_lens", *o_.seq_lens};
+      p_.lengths_per_head = o_.block_table && arg.tensor.dim() == 2;
+      if (p_.lengths_per_head) {
+        arg.has_size(1, p_.num_kv_heads, "the num_kv_heads of k_cache");
+        p_.seq_lens_head_stride = arg.tensor.stride(1);
+      } else {
+        arg.has_shape(o_.block_table ? "[batch] or [batch, num_kv_heads]" : "[batch]", 1);
+      }
+      arg.has_dtype(ScalarType::Int, "");
+      arg.has_size(0, p_.batch, "the batch size of q");
+      arg.is_on_device_of(q_);
+      p_.seq_lens = static_cast<const int32_t*>(arg.tensor.const_data_ptr());
+      p_.seq_lens_batch_stride = arg.tensor.stride(0);
+    }
+    if (o_.cache_leftpad) {
+      const Argument arg{"decode", "cache_leftpad", *o_.cache_leftpad};
+      arg.is_list_of("[batch]", p_.batch, "the batch size of q");
+      p_.cache_leftpad = integers(arg);
+    }
+    check_window("window_left", o_.window_left);
+    check_window("window_right", o_.window_right);
+    p_.visibility = {o_.window_left, o_.causal ? 0 : o_.window_right};
+  }
+
+  void take_blocks() {
+    if (o_.cache_batch_idx) {
+      if (o_.block_table) {
+        fail(
+            "decode: cache_batch_idx cannot be combined with block_table, which already says where a "
+            "sequence "
+            "lies");
+      }
+      const Argument arg{"decode", "cache_batch_idx", *o_.cache_batch_idx};
+      arg.is_list_of("[batch]", p_.batch, "the batch size of q");
+      p_.cache_batch_idx = integers(arg);
+    }
+    if (!o_.block_table) return;
+    const Argument arg{"decode", "block_table", *o_.block_table};
+    const Tensor& table = arg.tensor;
+    const bool per_head = table.dim() == 3;
+    if (!per_head) arg.has_shape("[batch, max_blocks] or [batch, num_kv_heads, max_blocks]", 2);
+    arg.has_dtype(ScalarType::Int, "");
+    arg.has_size(0, p_.batch, "the batch size of q");
+    if (per_head) arg.has_size(1, p_.num_kv_heads, "the num_kv_heads of k_cache");
+    arg.has_contiguous_rows();
+    arg.is_on_device_of(q_);
+    p_.block_table = static_cast<const int32_t*>(table.const_data_ptr());
+    p_.table_batch_stride = table.stride(0);
+    p_.table_head_stride = per_head ? table.stride(1) : 0;
+  }
+
+  void take_score_changes() {
+    if (o_.scale && !std::isfinite(*o_.scale)) fail("decode: scale is ", *o_.scale, "; it must be finite");
+    p_.scale = static_cast<float>(o_.scale ? *o_.scale : 1.0 / std::sqrt(static_cast<double>(p_.head_dim)));
+    if (!std::isfinite(o_.softcap) || o_.softcap < 0.0) {
+      fail("decode: softcap is ", o_.softcap, "; it must be positive and finite, or 0 for none");
+    }
+    p_.softcap = static_cast<float>(o_.softcap);
+    if (o_.alibi_slopes) {
+      const Argument arg{"decode", "alibi_slopes", *o_.alibi_slopes};
+      const bool per_sequence = arg.tensor.dim() == 2;
+      if (!per_sequence) arg.has_shape("[num_heads] or [batch, num_heads]", 1);
+      if (per_sequence) arg.has_size(0, p_.batch, "the batch size of q");
+      arg.has_size(per_sequence ? 1 : 0, p_.num_heads, "the num_heads of q");
+      p_.alibi_slopes = floats(arg);
+      p_.alibi_batch_stride = per_sequence ? p_.num_heads : 0;
+    }
+    if (o_.sinks) {
+      const Argument arg{"decode", "sinks", *o_.sinks};
+      arg.is_list_of("[num_heads]", p_.num_heads, "the num_heads of q");
+      p_.sinks = floats(arg);
+    }
+  }
+
+  void take_tree_mask() {
+    if (!o_.tree_mask) return;
+    const Argument arg{"decode", "tree_mask", *o_.tree_mask};
+    const char* why = nullptr;
+    if (!o_.causal) why = "causal=False";
+    if (o_.window_left >= 0) why = "window_left";
+    if (o_.alibi_slopes) why = "alibi_slopes";
+    if (why != nullptr) {
+      fail("decode: tree_mask cannot be combined with ", why,
+           ": the position of a new token in a tree is not its index");
+    }
+    const Tensor& mask = arg.tensor;
+    const bool packed = p_.cu_seqlens_q != nullptr;
+    if (packed) {
+      arg.has_shape("[total_q, max_q_len] with cu_seqlens_q", 2);
+      arg.has_size(0, p_.query_tokens, "the total_q of q");
+    } else {
+      const bool shared = mask.dim() == 2;
+      if (!shared) arg.has_shape("[q_len, q_len] or [batch, q_len, q_len]", 3);
+      if (!shared) arg.has_size(0, p_.batch, "the batch size of q");
+      arg.has_size(shared ? 0 : 1, p_.query_tokens, "the q_len of q");
+      arg.has_size(shared ? 1 : 2, p_.query_tokens, "the q_len of q");
+    }
+    arg.has_dtype(ScalarType::Bool, "");
+    arg.is_on_device_of(q_);
+    p_.tree_mask = static_cast<const bool*>(contiguous(mask).const_data_ptr());
+    p_.tree_columns = mask.size(mask.dim() - 1);
+    p_.tree_row_stride = p_.tree_columns;
+    p_.tree_batch_stride = mask.dim() == 3 ? p_.query_tokens * p_.tree_columns : 0;
+    p_.visibility.window_right = -1;  // the mask decides
+  }
+
+  Scales scales(const char* name, const OptionalTensor& tensor) const {
+    const bool quantised = p_.cache_dtype != p_.dtype;
+    if (!tensor) {
+      if (p_.cache_dtype == DType::int8) fail("decode: ", name, " is missing; int8 caches need it");
+      return {};
+    }
+    const Argument arg{"decode", name, *tensor};
+    const Tensor& t = *tensor;
+    if (!quantised) {
+      fail("decode: ", name, " is given, but the caches are ", k_.tensor.scalar_type(),
+           "; scales are for quantised caches");
+    }
+    arg.has_dtype(ScalarType::Float, "");
+    arg.is_on_device_of(q_);
+    Scales scales;
+    scales.data = static_cast<const float*>(t.const_data_ptr());
+    if (t.numel() == 1 && t.dim() <= 1) return scales;
+    if (t.dim() < 1 || t.dim() > 3) {
+      fail("decode: ", name, " has shape ", shape_of(t),
+           "; it must be a scalar, [num_kv_heads], [batch, num_kv_heads] or one per row of the cache, [",
+           p_.num_blocks, ", ", p_.block_size, ", ", p_.num_kv_heads, "]");
+    }
+    const auto stride = [&](int64_t dim, int64_t size, const char* what) {
+      if (t.size(dim) != 1) arg.has_size(dim, size, what);
+      return t.size(dim) == 1 ? 0 : t.stride(dim);
+    };
+    const int64_t last = t.dim() - 1;
+    scales.head_stride = stride(last, p_.num_kv_heads, "1 or the num_kv_heads of k_cache");
+    if (t.dim() == 2) scales.sequence_stride = stride(0, p_.batch, "1 or the batch size of q");
+    if (t.dim() == 3) {
+      scales.block_stride = stride(0, p_.num_blocks, "1 or the first dimension of k_cache");
+      scales.token_stride = stride(1, p_.block_size, "1 or the second dimension of k_cache");
+    }
+    return scales;
+  }
+
+  const int32_t* integers(const Argument& arg) {
+    arg.has_dtype(ScalarType::Int, "");
+    arg.is_on_device_of(q_);
+    return static_cast<const int32_t*>(contiguous(arg.tensor).const_data_ptr());
+  }
+  const float* floats(const Argument& arg) {
+    arg.has_dtype(ScalarType::Float, "");
+    arg.is_on_device_of(q_);
+    return static_cast<const float*>(contiguous(arg.tensor).const_data_ptr());
+  }
+  const Tensor& contiguous(const Tensor& tensor) {
+    held_[num_held_] = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return *held_[num_held_++];
+  }
+
+  const Argument q_, k_, v_;
+  const DecodeOptions& o_;
+  DecodeParams p_{};
+  OptionalTensor held_[6];  // contiguous copies live until the end
+  int num_held_ = 0;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const OptionalTensor& seq_lens, const OptionalTensor& block_table,
+                                  const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
+                                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                  const OptionalTensor& cu_seqlens_q, const OptionalTensor& tree_mask,
+                                  std::optional<double> scale, bool causal, int64_t window_left,
+                                  int64_t window_right, double softcap, int64_t num_ctas) {
+  const DecodeOptions options{seq_lens,    block_table,  cache_batch_idx, cache_leftpad, alibi_slopes, sinks,
+                              k_scale,     v_scale,      cu_seqlens_q,    tree_mask,     scale,        causal,
+                              window_left, window_right, softcap,         num_ctas};
+  DecodeCall call(q, k_cache, v_cache, options);
+  const DecodeParams& params = call.with_outputs();
+  if (call.out->numel() == 0) return {*call.out, *call.lse};
+  const auto on_cuda = [&](int device, void* stream) {
+    if (params.dtype == DType::float32) fail("decode: q is Float; on cuda it must be Half or BFloat16");
+    OptionalTensor workspace;  // until the launch is queued
+    cuda::decode(params, device, stream, [&](int64_t bytes) {
+      workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+      return workspace->mutable_data_ptr();
+    });
+  };
+  dispatch({"decode", "q", q}, [&] { cpu::decode(params); }, on_cuda);
+  return {*call.out, *call.lse};
+}
+
+std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const OptionalTensor& seq_lens, int64_t splits) {
+  if (splits < 1) fail("decode_fixed_split: splits is ", splits, "; it must be at least 1");
+  DecodeOptions options;
+  options.seq_lens = seq_lens;
+  DecodeCall call(q, k_cache, v_cache, options);
+  const DecodeParams& params = call.with_outputs();
+  if (call.out->numel() > 0) cpu::decode_fixed_split(params, splits);
+  return {*call.out, *call.lse};
+}
+
+}  // namespace lean

@@ -1,0 +1,207 @@
+"""append_kv against its definition, on the CPU and through the CUDA kernel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import lean_attention
+from lean_attention import reference
+from tests.emulation import load
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def append(request: pytest.FixtureRequest) -> Callable[..., None]:
+    if request.param == "cpu":
+        return lean_attention.append_kv
+    if request.param == "emulated":
+        load().configure(seed=torch.randint(2**31, ()).item())
+        return torch.ops.lean_attn_emulated.append_kv
+
+    def on_gpu(**arguments) -> None:
+        moved = {n: value.cuda() if isinstance(value, Tensor) else value for n, value in arguments.items()}
+        lean_attention.append_kv(**moved)
+        for name in ("k_cache", "v_cache", "q"):
+            if arguments.get(name) is not None:
+                arguments[name].copy_(moved[name])
+
+    return on_gpu
+
+
+def make_arguments(dtype, paged: bool, tokens: int, rotary: str, dims=(64, 40)) -> dict:
+    batch, heads, kv_heads, block_size = 3, 6, 2, 5
+    lens = torch.tensor([13, 0, 7], dtype=torch.int32)
+    made: dict = {"seq_lens": lens}
+    if paged:
+        blocks, slots = 16, block_size
+        made["block_table"] = torch.randperm(blocks, dtype=torch.int32)[: batch * 5].view(batch, 5)
+    else:
+        blocks, slots = 4, 25
+        made["cache_batch_idx"] = torch.randperm(blocks, dtype=torch.int32)[:batch]
+    for name, dim in zip(("k", "v"), dims, strict=True):
+        # Heads before tokens, with a gap after each row: both must stay as they are.
+        pool = torch.randn(blocks, kv_heads, slots, dim + 8).to(dtype)
+        made[name + "_cache"] = pool.transpose(1, 2)[..., :dim]
+        made[name] = torch.randn(batch, tokens, kv_heads, dim).to(dtype)
+    if rotary:
+        rotary_dim = {"half": 64, "interleaved": 64, "partial": 24}[rotary]
+        angles = torch.rand(30, rotary_dim // 2) * 6
+        made["rotary_cos"], made["rotary_sin"] = angles.cos(), angles.sin()
+        made["rotary_interleaved"] = rotary != "half"
+        made["q"] = torch.randn(batch, tokens, heads, dims[0]).to(dtype)
+    return made
+
+
+def check(append: Callable[..., None], arguments: dict, tolerance: float) -> None:
+    want = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    q = want.pop("q", None)
+    reference.append_kv(**want)
+    append(**arguments)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(arguments[name], want[name], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(arguments["v_cache"], want["v_cache"], rtol=0, atol=0)
+    if q is not None:
+        for b, i in itertools.product(range(q.shape[0]), range(q.shape[1])):
+            position = int(want["seq_lens"][b]) + i
+            cos, sin = want["rotary_cos"][position], want["rotary_sin"][position]
+            rotated = reference.rotate(q[b, i], cos, sin, want["rotary_interleaved"])
+            torch.testing.assert_close(arguments["q"][b, i].double(), rotated, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("rotary", ["", "half", "interleaved", "partial"])
+def test_matches_the_definition(append, dtype, paged: bool, tokens: int, rotary: str) -> None:
+    check(append, make_arguments(dtype, paged, tokens, rotary), 4 * torch.finfo(dtype).eps)
+
+
+def test_tables_in_the_dtype_of_k(append) -> None:
+    arguments = make_arguments(BF16, True, 2, "half")
+    for name in ("rotary_cos", "rotary_sin"):
+        arguments[name] = arguments[name].bfloat16()
+    check(append, arguments, 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_quantised_tokens_are_copied(append, dtype) -> None:
+    arguments = make_arguments(F32, True, 3, "")
+    for name in ("k", "v", "k_cache", "v_cache"):
+        arguments[name] = arguments[name].to(dtype)
+    want = {name: value.clone() for name, value in arguments.items()}
+    append(**arguments)
+    for name in ("k", "v"):
+        for b, i in itertools.product(range(3), range(3)):
+            position = int(want["seq_lens"][b]) + i
+            at = (int(want["block_table"][b, position // 5]), position % 5)
+            got = arguments[name + "_cache"].view(torch.uint8)[at]
+            assert torch.equal(got, want[name].view(torch.uint8)[b, i])
+
+
+def test_packed_tokens(append) -> None:
+    arguments = make_arguments(F32, True, 3, "half")
+    want = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    q = want.pop("q")
+    reference.append_kv(**want)
+    arguments["cu_seqlens"] = torch.tensor([0, 3, 6, 9], dtype=torch.int32)
+    for name in ("k", "v", "q"):  # and two tokens that are no sequence's
+        packed = arguments[name].flatten(0, 1)
+        arguments[name] = torch.cat([packed, packed[:2]])
+    append(**arguments)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(arguments[name], want[name])
+    assert torch.equal(arguments["q"][9:], q.flatten(0, 1)[:2])
+    assert not torch.equal(arguments["q"][:9], q.flatten(0, 1))
+
+
+OUTSIDE = [
+    ("seq_lens", 1, 24, r"seq_lens\[1\] is 24, and a new token would go to position 25; .* holds 25 tokens"),
+    ("seq_lens", 0, -1, r"seq_lens\[0\] is -1; it must be at least 0"),
+    ("cache_batch_idx", 2, 4, r"cache_batch_idx\[2\] is 4; it must be from 0 to 3"),
+    ("block_table", (2, 1), 16, r"block_table\[2, 1\] is 16; it must be from 0 to 15"),
+    ("block_table", (0, 2), -1, r"block_table\[0, 2\] is -1; it must be from 0 to 15"),
+]
+
+
+@pytest.mark.parametrize(("name", "at", "value", "message"), OUTSIDE)
+def test_writes_outside_the_cache_are_refused(append, name: str, at, value: int, message: str) -> None:
+    arguments = make_arguments(F32, name == "block_table", 2, "")
+    arguments[name][at] = value
+    caches = {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
+    if append is lean_attention.append_kv:
+        with pytest.raises(ValueError, match=f"append_kv: {message}"):
+            append(**arguments)
+        for cache, before in caches.items():
+            assert torch.equal(arguments[cache], before), "something was written"
+        return
+    append(**arguments)
+    sequence = at if isinstance(at, int) else at[0]
+    if append is torch.ops.lean_attn_emulated.append_kv:
+        assert f"append_kv: a new token of sequence {sequence} would have gone" in load().take_error()
+        assert load().take_error() == ""
+    else:
+        with pytest.raises(
+            ValueError, match=f"append_kv: a new token of sequence {sequence} would have gone"
+        ):
+            lean_attention.check_errors()
+        lean_attention.check_errors()
+    for cache, before in caches.items():  # the other sequences' tokens are there
+        changed = (arguments[cache] != before).flatten(2).any(dim=2).sum().item()
+        assert changed == (4 if value != 24 else 5)
+
+
+BAD = [
+    ({"k": torch.randn(3, 1, 2, 64).half()}, "v is Float; it must be Half, like k"),
+    ({"k_cache": torch.randn(4, 25, 2, 64).half()}, "k_cache is Half; it must be Float, like k"),
+    (
+        {"k_cache": torch.randn(4, 25, 3, 64)},
+        r"k_cache has shape .* dimension 2 must be 2, the num_kv_heads of k",
+    ),
+    ({"v": torch.randn(3, 2, 2, 40)}, r"v has shape .* dimension 1 must be 1, like k"),
+    ({"seq_lens": torch.zeros(3)}, "seq_lens is Float; it must be Int"),
+    ({"rotary_cos": torch.ones(9, 32)}, "rotary_sin is missing; rotary_cos and rotary_sin come together"),
+    ({"q": torch.randn(3, 1, 4, 64)}, "q is given without rotary_cos and rotary_sin"),
+    ({"rotary_cos": torch.ones(9, 33), "rotary_sin": torch.ones(9, 33)}, "rotates 66 dims; k has 64"),
+    (
+        {"rotary_cos": torch.ones(9, 32), "rotary_sin": torch.ones(9, 32)},
+        "is at position 13; rotary_cos has pos",
+    ),
+    ({"cache_batch_idx": None}, "k_cache has shape .* dimension 0 must be 3, the batch size of k"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_errors(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"append_kv: .*{message}"):
+        lean_attention.append_kv(**{**make_arguments(F32, False, 1, ""), **changes})
+
+
+@pytest.mark.parametrize("rotary", ["", "half"])
+def test_opcheck(rotary: str) -> None:
+    arguments = make_arguments(F32, True, 2, rotary)
+    torch.library.opcheck(torch.ops.lean_attn.append_kv.default, (), arguments)
+
+
+def test_compiles_with_the_decode_step() -> None:
+    def step(k_cache, v_cache, k, v, q, seq_lens, block_table, cos, sin):
+        q = q.clone()
+        lean_attention.append_kv(
+            k_cache, v_cache, k, v, seq_lens, block_table, q=q, rotary_cos=cos, rotary_sin=sin
+        )
+        return lean_attention.decode(q, k_cache, v_cache, seq_lens + k.shape[1], block_table)[0]
+
+    arguments = make_arguments(F32, True, 2, "half")
+    order = ("k_cache", "v_cache", "k", "v", "q", "seq_lens", "block_table", "rotary_cos", "rotary_sin")
+    eager = [arguments[name].clone() for name in order]
+    compiled = [arguments[name].clone() for name in order]
+    want = step(*eager)
+    got = torch.compile(step, fullgraph=True)(*compiled)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b)
