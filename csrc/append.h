@@ -79,18 +79,19 @@ LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t tok
   return t;
 }
 
-template <class T>
+// Numbers::to_float and Numbers::from_float<T>: the backend's conversions.
+template <class Numbers, class T>
 LEAN_HOST_DEVICE float rotary_value(const AppendParams& p, const void* table, int64_t stride,
                                     int64_t position, int64_t i) {
   const int64_t at = position * stride + i;
   return p.rotary_dtype == DType::float32 ? static_cast<const float*>(table)[at]
-                                          : static_cast<float>(static_cast<const T*>(table)[at]);
+                                          : Numbers::to_float(static_cast<const T*>(table)[at]);
 }
 
 // Elements `first`, `first + step`, ... of one row of a token: K heads come first, then V heads, then those
 // of q. T: the elements' type. A row that has no place in the caches is not written; q is rotated all the
 // same.
-template <class T>
+template <class Numbers, class T>
 LEAN_HOST_DEVICE void append_row(const AppendParams& p, const NewToken& t, int64_t row, int64_t first,
                                  int64_t step) {
   const T* from;
@@ -120,11 +121,11 @@ LEAN_HOST_DEVICE void append_row(const AppendParams& p, const NewToken& t, int64
   if constexpr (sizeof(T) > 1) {
     for (int64_t i = first; i < pairs; i += step) {
       const int64_t at = p.interleaved ? 2 * i : i, other = p.interleaved ? at + 1 : i + pairs;
-      const float cos = rotary_value<T>(p, p.cos, p.cos_stride, t.position, i);
-      const float sin = rotary_value<T>(p, p.sin, p.sin_stride, t.position, i);
-      const float a = static_cast<float>(from[at]), b = static_cast<float>(from[other]);
-      to[at] = static_cast<T>(a * cos - b * sin);
-      to[other] = static_cast<T>(b * cos + a * sin);
+      const float cos = rotary_value<Numbers, T>(p, p.cos, p.cos_stride, t.position, i);
+      const float sin = rotary_value<Numbers, T>(p, p.sin, p.sin_stride, t.position, i);
+      const float a = Numbers::to_float(from[at]), b = Numbers::to_float(from[other]);
+      to[at] = Numbers::template from_float<T>(a * cos - b * sin);
+      to[other] = Numbers::template from_float<T>(b * cos + a * sin);
     }
   }
   for (int64_t i = 2 * pairs + first; i < dims && from != to; i += step) to[i] = from[i];

@@ -10,8 +10,16 @@ import torch
 import lean_attention
 from lean_attention import reference
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+FEATURES = (ROOT / "docs" / "features.md").read_text()
+
+
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.S)
+
+
+BLOCKS = code_blocks(README)
 
 
 def test_the_decoder_layer_runs() -> None:
@@ -19,10 +27,10 @@ def test_the_decoder_layer_runs() -> None:
     names: dict = {}
     exec(code, names)
     k_cache, v_cache = torch.randn(2, 30, 2, 64), torch.randn(2, 30, 2, 64)
-    q, k_new, v_new = torch.randn(2, 1, 8, 64), torch.randn(2, 2, 64), torch.randn(2, 2, 64)
+    q, k_new, v_new = torch.randn(2, 1, 8, 64), torch.randn(2, 1, 2, 64), torch.randn(2, 1, 2, 64)
     lens = torch.tensor([7, 0], dtype=torch.int32)
     out = names["DecodeAttention"]()(q, k_new, v_new, k_cache, v_cache, lens)
-    assert torch.equal(k_cache[0, 7], k_new[0])
+    assert torch.equal(k_cache[0, 7], k_new[0, 0])
     want, _ = reference.decode(q, k_cache, v_cache, lens + 1)
     assert torch.allclose(out, want.float(), atol=1e-6)
 
@@ -34,9 +42,16 @@ def test_the_schedule_prints_as_shown() -> None:
     assert str(schedule) == shown.strip()
 
 
+def test_the_features_run_in_order() -> None:
+    names: dict = {}
+    for block in code_blocks(FEATURES):
+        exec(block, names)
+        if "lse" in names:
+            assert names["out"].isfinite().all()
+
+
 def test_the_files_that_it_names_exist() -> None:
-    root = Path(__file__).resolve().parent.parent
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     assert links
     for link in links:
-        assert (root / link.partition("#")[0]).exists(), link
+        assert (ROOT / link.partition("#")[0]).exists(), link

@@ -58,6 +58,17 @@ void check_counts(const AppendParams& p) {
   }
 }
 
+struct Numbers {
+  template <class T>
+  static float to_float(T x) {
+    return static_cast<float>(x);
+  }
+  template <class T>
+  static T from_float(float x) {
+    return static_cast<T>(x);
+  }
+};
+
 template <class T>
 void append_all(const AppendParams& p) {
   const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.head_dim * sizeof(T);
@@ -66,7 +77,7 @@ void append_all(const AppendParams& p) {
     for (int64_t token = part * tokens / parts; token < (part + 1) * tokens / parts; ++token) {
       const NewToken t = new_token(p, token);
       if (t.sequence < 0) continue;
-      for (int64_t row = 0; row < p.rows_per_token(); ++row) append_row<T>(p, t, row, 0, 1);
+      for (int64_t row = 0; row < p.rows_per_token(); ++row) append_row<Numbers, T>(p, t, row, 0, 1);
     }
   });
 }

@@ -29,7 +29,7 @@ append_kernel(LEAN_KERNEL_PARAMETER AppendArguments arguments) {
     if (row == 0 && hw::thread_index() == 0 && (t.block < 0 || (p.cos && t.position >= p.max_position))) {
       report(arguments.errors, Culprit::append, t.sequence, 0, 0, t.position);
     }
-    append_row<T>(p, t, row, hw::thread_index(), kAppendThreads);
+    append_row<hw::Numbers, T>(p, t, row, hw::thread_index(), kAppendThreads);
   }
 }
 

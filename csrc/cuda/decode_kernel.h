@@ -67,12 +67,7 @@ class DecodeCta {
         geometry_(p_.geometry(Config::rows, Config::tile_tokens)),
         thread_(hw::thread_index()),
         warp_(thread_ / hw::kWarpThreads),
-        lane_(thread_ % hw::kWarpThreads),
-        ring_(hw::shared_memory() + warp_ * Config::ring_bytes),
-        query_(hw::shared_memory() + kWarps * Config::ring_bytes),
-        wide_(query_ + Config::q_bytes + warp_ * Config::wide_bytes),
-        shared_(*reinterpret_cast<SharedState<Config>*>(query_ + Config::q_bytes +
-                                                        kWarps * Config::wide_bytes)) {}
+        lane_(thread_ % hw::kWarpThreads) {}
 
   LEAN_DEVICE void run() {
     if (!find_range()) return;
@@ -80,30 +75,38 @@ class DecodeCta {
     for (;;) {
       hw::sync_block();  // the last segment's state has been read
       if (thread_ == 0) {
-        shared_.more = walk().next(shared_.segment, length);
-        if (shared_.more) describe(p_.in_batch(shared_.segment));
+        shared().more = walk().next(shared().segment, length);
+        if (shared().more) describe(p_.in_batch(shared().segment));
       }
       hw::sync_block();
-      if (!shared_.more) return;
-      process(shared_.segment);
+      if (!shared().more) return;
+      process(shared().segment);
     }
   }
 
  private:
-  LEAN_DEVICE SegmentWalk& walk() { return *reinterpret_cast<SegmentWalk*>(shared_.walk); }
+  // ---- Shared memory: a ring per warp, the query rows, a widened panel per warp, the shared state. Computed
+  // where they are used: pointers kept would take registers.
+  LEAN_DEVICE char* ring() const { return hw::shared_memory() + warp_ * Config::ring_bytes; }
+  LEAN_DEVICE char* query() const { return hw::shared_memory() + kWarps * Config::ring_bytes; }
+  LEAN_DEVICE char* wide() const { return query() + Config::q_bytes + warp_ * Config::wide_bytes; }
+  LEAN_DEVICE SharedState<Config>& shared() const {
+    return *reinterpret_cast<SharedState<Config>*>(query() + Config::q_bytes + kWarps * Config::wide_bytes);
+  }
+  LEAN_DEVICE SegmentWalk& walk() const { return *reinterpret_cast<SegmentWalk*>(shared().walk); }
 
   LEAN_DEVICE void describe(const Segment& segment) {
     const int64_t q_len = p_.length_at(segment.sequence, segment.kv_head).q_len;
-    shared_.segment = segment;
-    shared_.row_begin = static_cast<int>(segment.row_block) * Config::rows;
-    shared_.rows = static_cast<int>(geometry_.block_rows(q_len, segment.row_block));
-    shared_.first_token = static_cast<int>(segment.tokens(Config::tile_tokens).begin);
+    shared().segment = segment;
+    shared().row_begin = static_cast<int>(segment.row_block) * Config::rows;
+    shared().rows = static_cast<int>(geometry_.block_rows(q_len, segment.row_block));
+    shared().first_token = static_cast<int>(segment.tokens(Config::tile_tokens).begin);
   }
 
   // Sets grid, cta and the walk; false where this CTA has nothing to do. They live in shared memory: the loop
   // over tokens needs the registers.
   LEAN_DEVICE bool find_range() {
-    if (thread_ == 0) shared_.ticket = take_ticket(a_.workspace, hw::num_ctas());
+    if (thread_ == 0) shared().ticket = take_ticket(a_.workspace, hw::num_ctas());
     const int64_t sequences = p_.sequences();
     const int64_t per_thread = ceil_div(sequences, kThreads), first = thread_ * per_thread;
     int64_t sum = 0, total = 0;
@@ -115,15 +118,15 @@ class DecodeCta {
         const int64_t below = hw::shuffle_up(sum, lanes);
         if (lane_ >= lanes) sum += below;
       }
-      if (lane_ == hw::kWarpThreads - 1) shared_.warp_tiles[warp_] = sum;
+      if (lane_ == hw::kWarpThreads - 1) shared().warp_tiles[warp_] = sum;
     }
     hw::sync_block();
-    if (shared_.ticket == 0) check_values();
+    if (shared().ticket == 0) check_values();
     if (p_.cu_seqlens_q) write_padding();
     if (ragged()) {
       for (int w = 0; w < kWarps; ++w) {
         if (w == warp_) sum += total;
-        total += shared_.warp_tiles[w];
+        total += shared().warp_tiles[w];
       }
     } else {
       total = sequences * geometry_.sequence_tiles(p_.length_of(0));
@@ -131,11 +134,11 @@ class DecodeCta {
     if (total == 0) return false;
     const Grid grid{useful_ctas(total, hw::num_ctas(), a_.min_tiles_per_cta), total};
     // Ranges go from the last to the first in the order in which CTAs arrive; see fix_up.h.
-    const int64_t cta = grid.num_ctas - 1 - shared_.ticket;
+    const int64_t cta = grid.num_ctas - 1 - shared().ticket;
     if (cta < 0) return false;
     if (thread_ == 0) {
-      shared_.grid = grid;
-      shared_.cta = cta;
+      shared().grid = grid;
+      shared().cta = cta;
     }
     find_sequence(grid.range(cta), first, lesser(first + per_thread, sequences), sum);
     return true;
@@ -190,7 +193,7 @@ class DecodeCta {
 
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
   LEAN_DEVICE void write_padding() const {
-    for (int64_t token = p_.first_query(p_.batch) + shared_.ticket; token < p_.query_tokens;
+    for (int64_t token = p_.first_query(p_.batch) + shared().ticket; token < p_.query_tokens;
          token += hw::num_ctas()) {
       for (int64_t i = thread_; i < p_.num_heads * p_.head_dim_v; i += kThreads) {
         out_row(0, token, i / p_.head_dim_v)[i % p_.head_dim_v] = 0;
@@ -207,10 +210,10 @@ class DecodeCta {
 
   // Row `row` of the output tile is query token row / group of query head row % group.
   LEAN_DEVICE int query_token(int row) const {
-    return static_cast<int>((shared_.row_begin + row) / static_cast<int>(p_.group()));
+    return static_cast<int>((shared().row_begin + row) / static_cast<int>(p_.group()));
   }
   LEAN_DEVICE int query_head(int row) const {
-    return static_cast<int>((shared_.row_begin + row) % static_cast<int>(p_.group()));
+    return static_cast<int>((shared().row_begin + row) % static_cast<int>(p_.group()));
   }
 
   LEAN_DEVICE void process(const Segment& segment) {
@@ -238,7 +241,7 @@ class DecodeCta {
       publish();
     } else {
       const int64_t last_peer =
-          segment.has_peers() ? shared_.grid.cta_of(segment.output_end - 1) : shared_.cta;
+          segment.has_peers() ? shared().grid.cta_of(segment.output_end - 1) : shared().cta;
       write(segment, last_peer);
     }
   }
@@ -249,38 +252,39 @@ class DecodeCta {
     for (int i = thread_; i < Config::rows * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       Chunk elements{};
-      if (row < shared_.rows && chunk * 8 < p_.head_dim) {
+      if (row < shared().rows && chunk * 8 < p_.head_dim) {
         const auto* from = static_cast<const uint16_t*>(p_.q) + segment.sequence * p_.q_batch_stride +
                            (p_.first_query(segment.sequence) + query_token(row)) * p_.q_token_stride +
                            (segment.kv_head * p_.group() + query_head(row)) * p_.q_head_stride + chunk * 8;
         for (int e = 0; e < 8; ++e) elements.bits[e] = from[e];
       }
-      *reinterpret_cast<Chunk*>(query_ + Config::QRows::offset(row, chunk)) = elements;
+      *reinterpret_cast<Chunk*>(query() + Config::QRows::offset(row, chunk)) = elements;
     }
   }
 
   // Tokens, relative to the segment's first, that each row sees and that all see.
   LEAN_DEVICE void find_row_spans(const SequenceLength& length) {
     const auto relative = [&](int64_t token) {
-      return static_cast<int>(greater(0, lesser(token - shared_.first_token, tokens_)));
+      return static_cast<int>(greater(0, lesser(token - shared().first_token, tokens_)));
     };
     const int64_t new_tokens = length.tokens - length.q_len;
-    const int first = query_token(0), last = query_token(shared_.rows - 1);
+    const int first = query_token(0), last = query_token(shared().rows - 1);
     common_begin_ = relative(visible_tokens(p_.visibility, length, last, last).begin);
     common_end_ =
         relative(p_.tree_mask ? new_tokens : visible_tokens(p_.visibility, length, first, first).end);
-    if (thread_ == 0) shared_.new_tokens = static_cast<int>(new_tokens - shared_.first_token);
-    if (p_.alibi_slopes && thread_ < shared_.rows) {
-      shared_.positions[thread_] = static_cast<int>(new_tokens - shared_.first_token) + query_token(thread_);
-      const Segment& segment = shared_.segment;
-      shared_.slopes[thread_] = kLog2e * p_.alibi_slopes[segment.sequence * p_.alibi_batch_stride +
-                                                         segment.kv_head * p_.group() + query_head(thread_)];
+    if (thread_ == 0) shared().new_tokens = static_cast<int>(new_tokens - shared().first_token);
+    if (p_.alibi_slopes && thread_ < shared().rows) {
+      shared().positions[thread_] =
+          static_cast<int>(new_tokens - shared().first_token) + query_token(thread_);
+      const Segment& segment = shared().segment;
+      shared().slopes[thread_] = kLog2e * p_.alibi_slopes[segment.sequence * p_.alibi_batch_stride +
+                                                          segment.kv_head * p_.group() + query_head(thread_)];
     }
     if (thread_ < Config::rows) {
       const int query = query_token(thread_);
       const TokenSpan seen = visible_tokens(p_.visibility, length, query, query);
-      shared_.spans[thread_][0] = relative(seen.begin);
-      shared_.spans[thread_][1] = relative(seen.end);
+      shared().spans[thread_][0] = relative(seen.begin);
+      shared().spans[thread_][1] = relative(seen.end);
     }
   }
 
@@ -288,7 +292,7 @@ class DecodeCta {
 
   // The block of the sequence's tokens from index * block_size on; one out of range is another one.
   LEAN_DEVICE int64_t block_at(int64_t index) const {
-    const Segment& segment = shared_.segment;
+    const Segment& segment = shared().segment;
     const int64_t block = p_.given_block(segment.sequence, segment.kv_head, index);
     if (p_.is_block(block)) return block;
     complain(p_.block_table ? Culprit::block_table : Culprit::cache_batch_idx, segment.sequence,
@@ -302,7 +306,7 @@ class DecodeCta {
     int slot;
   };
   LEAN_DEVICE Place place_of(int token) const {
-    const uint32_t absolute = shared_.first_token + min_of(token, tokens_ - 1);
+    const uint32_t absolute = shared().first_token + min_of(token, tokens_ - 1);
     const uint32_t block_size = static_cast<uint32_t>(p_.block_size), index = absolute / block_size;
     return {static_cast<int>(block_at(p_.block_table ? index : 0)),
             static_cast<int>(p_.block_table ? absolute - index * block_size : absolute)};
@@ -312,7 +316,7 @@ class DecodeCta {
   LEAN_DEVICE void start_copy(int step, int panel, int slot) {
     if (step < steps_) {
       const int token = first_of_step(step);
-      char* to = ring_ + slot * Config::slot_bytes;
+      char* to = ring() + slot * Config::slot_bytes;
       if (panel < KPanels::count) {
         copy_panel<KPanels>(to, k_, p_.k_block_stride, p_.k_token_stride, token, panel * KPanels::dims,
                             p_.head_dim);
@@ -381,14 +385,14 @@ class DecodeCta {
     constexpr int kItem = kPanel + kSlots - 1;
     start_copy(step + kItem / Config::panels, kItem % Config::panels, before);
     read_slot_ = slot + 1 == kSlots ? 0 : slot + 1;
-    const char* panel = ring_ + slot * Config::slot_bytes;
+    const char* panel = ring() + slot * Config::slot_bytes;
     if constexpr (Config::quantised) {
       if constexpr (kPanel < KPanels::count) {
         widen_panel<KPanels>(panel);
       } else {
         widen_panel<VPanels>(panel);
       }
-      return wide_;
+      return wide();
     } else {
       return panel;
     }
@@ -401,13 +405,16 @@ class DecodeCta {
 #pragma unroll
     for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
       const int index = i * hw::kWarpThreads + lane_, row = index / kChunks, chunk = index % kChunks;
-      const Chunk narrow = *reinterpret_cast<const Chunk*>(panel + Panels::Rows::offset(row, chunk));
+      const WordChunk narrow = *reinterpret_cast<const WordChunk*>(panel + Panels::Rows::offset(row, chunk));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        WideChunk wide;
+        WordChunk wide_chunk;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) wide.pairs[e] = hw::widen<T>(p_.cache_dtype, narrow.bits[half * 4 + e]);
-        *reinterpret_cast<WideChunk*>(wide_ + Panels::WideRows::offset(row, chunk * 2 + half)) = wide;
+        for (int e = 0; e < 4; ++e) {
+          const uint32_t four = narrow.words[half * 2 + e / 2];
+          wide_chunk.words[e] = hw::widen<T>(p_.cache_dtype, static_cast<uint16_t>(four >> (e % 2 * 16)));
+        }
+        *reinterpret_cast<WordChunk*>(wide() + Panels::WideRows::offset(row, chunk * 2 + half)) = wide_chunk;
       }
     }
     hw::sync_warp();
@@ -456,7 +463,7 @@ class DecodeCta {
 
   LEAN_DEVICE void load_query_fragment(uint32_t (&a)[4], int rt, int kk) {
     const int row = rt * kTileRows + lane_ % 16, chunk = kk * 2 + lane_ / 16;
-    hw::load_matrices(a, query_ + Config::QRows::offset(row, chunk));
+    hw::load_matrices(a, query() + Config::QRows::offset(row, chunk));
   }
 
   template <int... kPanels>
@@ -515,7 +522,7 @@ class DecodeCta {
           if constexpr (Config::quantised) score *= hw::shuffle(scales.k, column);
           if (p_.softcap != 0.0f) score = p_.softcap * kLog2e * tanhf(score);
           if (p_.alibi_slopes) {
-            score -= shared_.slopes[row] * static_cast<float>(abs(shared_.positions[row] - token));
+            score -= shared().slopes[row] * static_cast<float>(abs(shared().positions[row] - token));
           }
           if (masked && !is_seen(row, token)) score = kMinusInfinity;
           maximum = fmaxf(maximum, score);
@@ -553,9 +560,9 @@ class DecodeCta {
   }
 
   LEAN_DEVICE bool is_seen(int row, int token) const {
-    if (token < shared_.spans[row][0] || token >= shared_.spans[row][1]) return false;
-    if (!p_.tree_mask || token < shared_.new_tokens || row >= shared_.rows) return true;
-    const int64_t sequence = shared_.segment.sequence, column = token - shared_.new_tokens;
+    if (token < shared().spans[row][0] || token >= shared().spans[row][1]) return false;
+    if (!p_.tree_mask || token < shared().new_tokens || row >= shared().rows) return true;
+    const int64_t sequence = shared().segment.sequence, column = token - shared().new_tokens;
     return column >= p_.tree_columns ||
            p_.tree_mask[sequence * p_.tree_batch_stride +
                         (p_.first_query(sequence) + query_token(row)) * p_.tree_row_stride + column];
@@ -567,7 +574,7 @@ class DecodeCta {
     float v;
   };
   LEAN_DEVICE RowScales scales_of(int first_token) const {
-    const Segment& segment = shared_.segment;
+    const Segment& segment = shared().segment;
     const Place place = place_of(first_token + lane_ % kStepTokens);
     return {p_.k_scale.at(segment.sequence, place.block, place.slot, segment.kv_head),
             p_.v_scale.at(segment.sequence, place.block, place.slot, segment.kv_head)};
@@ -602,8 +609,8 @@ class DecodeCta {
     return reinterpret_cast<float*>(hw::shared_memory() + warp * Config::ring_bytes);
   }
 
-  // Each warp lays its output in its ring, whose copies have all been used; then shared_.m becomes the weight
-  // of each warp's output, shared_.merged_m and shared_.l[0] the CTA's state.
+  // Each warp lays its output in its ring, whose copies have all been used; then shared().m becomes the
+  // weight of each warp's output, shared().merged_m and shared().l[0] the CTA's state.
   LEAN_DEVICE void merge_warps() {
     hw::wait_copies<0>();
     hw::sync_warp();
@@ -616,8 +623,8 @@ class DecodeCta {
         state.l += hw::shuffle_xor(state.l, 1);
         state.l += hw::shuffle_xor(state.l, 2);
         if (lane_ % 4 == 0) {
-          shared_.m[warp_][row] = state.m;
-          shared_.l[warp_][row] = state.l;
+          shared().m[warp_][row] = state.m;
+          shared().l[warp_][row] = state.l;
         }
         float* to = staged(warp_) + row * Config::warp_dim_v + lane_ % 4 * 2;
 #pragma unroll
@@ -631,13 +638,13 @@ class DecodeCta {
     if (thread_ < Config::rows) {
       SoftmaxState merged;  // warps of the same tokens have the same state
       for (int w = 0; w < kWarps; w += Config::dim_warps) {
-        merged = merge(merged, {shared_.m[w][thread_], shared_.l[w][thread_]}).state;
+        merged = merge(merged, {shared().m[w][thread_], shared().l[w][thread_]}).state;
       }
       for (int w = 0; w < kWarps; ++w) {
-        shared_.m[w][thread_] = rescale(shared_.m[w][thread_], merged.m);
+        shared().m[w][thread_] = rescale(shared().m[w][thread_], merged.m);
       }
-      shared_.merged_m[thread_] = merged.m;
-      shared_.l[0][thread_] = merged.l;
+      shared().merged_m[thread_] = merged.m;
+      shared().l[0][thread_] = merged.l;
     }
     hw::sync_block();
   }
@@ -648,7 +655,7 @@ class DecodeCta {
 #pragma unroll
     for (int i = 0; i < Config::token_warps; ++i) {
       const int w = i * Config::dim_warps + column / Config::warp_dim_v;
-      add(sum, shared_.m[w][row],
+      add(sum, shared().m[w][row],
           *reinterpret_cast<const hw::Float4*>(staged(w) + row * Config::warp_dim_v +
                                                column % Config::warp_dim_v));
     }
@@ -665,34 +672,34 @@ class DecodeCta {
   static constexpr int kQuads = Config::head_dim_v / 4;  // of columns
 
   LEAN_DEVICE void publish() {
-    float* partial = a_.workspace.partial(shared_.cta);
-    for (int i = thread_; i < shared_.rows * kQuads; i += kThreads) {
+    float* partial = a_.workspace.partial(shared().cta);
+    for (int i = thread_; i < shared().rows * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
       hw::store_shared_between_ctas(
           reinterpret_cast<hw::Float4*>(partial + row * Config::head_dim_v + column),
           merged_output(row, column));
     }
     float* m = partial + Config::rows * Config::head_dim_v;
-    if (thread_ < shared_.rows) {
-      hw::store_shared_between_ctas(m + thread_, shared_.merged_m[thread_]);
-      hw::store_shared_between_ctas(m + Config::rows + thread_, shared_.l[0][thread_]);
+    if (thread_ < shared().rows) {
+      hw::store_shared_between_ctas(m + thread_, shared().merged_m[thread_]);
+      hw::store_shared_between_ctas(m + Config::rows + thread_, shared().l[0][thread_]);
     }
     hw::sync_block();
-    if (thread_ == 0) announce(a_.workspace, shared_.cta);
+    if (thread_ == 0) announce(a_.workspace, shared().cta);
   }
 
   // Merges the partial states of the CTAs after this one, up to last_peer, in ascending order, so that
   // results do not depend on who was faster, and writes the output tile.
   LEAN_DEVICE void write(const Segment& segment, int64_t last_peer) {
-    for (int64_t peer = shared_.cta + 1 + thread_; peer <= last_peer; peer += kThreads) {
+    for (int64_t peer = shared().cta + 1 + thread_; peer <= last_peer; peer += kThreads) {
       await(a_.workspace, peer);
     }
     hw::sync_block();
     const int64_t first_query = p_.first_query(segment.sequence);
-    if (thread_ < shared_.rows) {
-      const SoftmaxState own{shared_.merged_m[thread_], shared_.l[0][thread_]};
+    if (thread_ < shared().rows) {
+      const SoftmaxState own{shared().merged_m[thread_], shared().l[0][thread_]};
       SoftmaxState merged = own;
-      for (int64_t peer = shared_.cta + 1; peer <= last_peer; ++peer) {
+      for (int64_t peer = shared().cta + 1; peer <= last_peer; ++peer) {
         const float* m = a_.workspace.partial(peer) + Config::rows * Config::head_dim_v + thread_;
         merged =
             merge(merged, {hw::load_shared_between_ctas(m), hw::load_shared_between_ctas(m + Config::rows)})
@@ -702,20 +709,20 @@ class DecodeCta {
         const int64_t head = segment.kv_head * p_.group() + query_head(thread_);
         merged = merge(merged, from_log_sum_exp(p_.sinks[head])).state;
       }
-      for (int w = 0; w < kWarps; ++w) shared_.m[w][thread_] *= rescale(own.m, merged.m);
-      shared_.merged_m[thread_] = merged.m;
-      shared_.l[0][thread_] = merged.l;
+      for (int w = 0; w < kWarps; ++w) shared().m[w][thread_] *= rescale(own.m, merged.m);
+      shared().merged_m[thread_] = merged.m;
+      shared().l[0][thread_] = merged.l;
       p_.lse[segment.sequence * p_.lse_batch_stride +
              (segment.kv_head * p_.group() + query_head(thread_)) * p_.lse_head_stride + first_query +
              query_token(thread_)] = log_sum_exp(merged);
     }
     hw::sync_block();
-    for (int i = thread_; i < shared_.rows * kQuads; i += kThreads) {
+    for (int i = thread_; i < shared().rows * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
       if (column >= p_.head_dim_v) continue;
-      const float merged_m = shared_.merged_m[row];
+      const float merged_m = shared().merged_m[row];
       hw::Float4 sum = merged_output(row, column);
-      for (int64_t peer = shared_.cta + 1; peer <= last_peer; ++peer) {
+      for (int64_t peer = shared().cta + 1; peer <= last_peer; ++peer) {
         const float* partial = a_.workspace.partial(peer);
         add(sum,
             rescale(hw::load_shared_between_ctas(partial + Config::rows * Config::head_dim_v + row),
@@ -723,7 +730,7 @@ class DecodeCta {
             hw::load_shared_between_ctas(
                 reinterpret_cast<const hw::Float4*>(partial + row * Config::head_dim_v + column)));
       }
-      const float factor = normaliser(shared_.l[0][row]);
+      const float factor = normaliser(shared().l[0][row]);
       auto* out = reinterpret_cast<uint32_t*>(out_row(segment.sequence, first_query + query_token(row),
                                                       segment.kv_head * p_.group() + query_head(row)) +
                                               column);
@@ -738,8 +745,8 @@ class DecodeCta {
   struct alignas(16) CacheChunk {
     Element bits[kChunkElements];
   };
-  struct alignas(16) WideChunk {
-    uint32_t pairs[4];
+  struct alignas(16) WordChunk {
+    uint32_t words[4];
   };
 
   const DecodeArguments& a_;
@@ -748,10 +755,6 @@ class DecodeCta {
   const int thread_;
   const int warp_;
   const int lane_;
-  char* const ring_;
-  char* const query_;
-  char* const wide_;
-  SharedState<Config>& shared_;
 
   // Of the segment in hand.
   const Element* k_;  // row of its first token; in pages, that of the head in the first block

@@ -140,6 +140,18 @@ LEAN_DEVICE uint32_t pack<BFloat16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+struct Numbers {
+  static LEAN_DEVICE float to_float(float x) { return x; }
+  static LEAN_DEVICE float to_float(Half x) { return __half2float(x); }
+  static LEAN_DEVICE float to_float(BFloat16 x) { return __bfloat162float(x); }
+  template <class T>
+  static LEAN_DEVICE T from_float(float x) {
+    if constexpr (std::is_same_v<T, Half>) return __float2half_rn(x);
+    if constexpr (std::is_same_v<T, BFloat16>) return __float2bfloat16_rn(x);
+    if constexpr (std::is_same_v<T, float>) return x;
+  }
+};
+
 // Two elements of a quantised cache, the first in the low byte, as two of T.
 template <class T>
 LEAN_DEVICE uint32_t widen(DType from, uint16_t pair) {

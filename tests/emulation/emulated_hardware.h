@@ -106,6 +106,17 @@ inline uint32_t pack(float low, float high) {
   return static_cast<uint32_t>(T(low).x) | static_cast<uint32_t>(T(high).x) << 16;
 }
 
+struct Numbers {
+  template <class T>
+  static float to_float(T x) {
+    return static_cast<float>(x);
+  }
+  template <class T>
+  static T from_float(float x) {
+    return static_cast<T>(x);
+  }
+};
+
 inline float value_of(DType dtype, uint8_t bits) {
   if (dtype == DType::float8_e4m3) return c10::Float8_e4m3fn(bits, c10::Float8_e4m3fn::from_bits());
   if (dtype == DType::float8_e5m2) return c10::Float8_e5m2(bits, c10::Float8_e5m2::from_bits());

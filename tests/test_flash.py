@@ -1,0 +1,206 @@
+"""flash_attn_with_kvcache: FlashAttention-2's parameters and behaviour, against the definitions."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+import lean_attention
+from lean_attention import flash_attn_with_kvcache, reference
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+# As in flash_attn 2.8: names, order, defaults.
+FLASH_ATTENTION_2 = {
+    "q": inspect.Parameter.empty,
+    "k_cache": inspect.Parameter.empty,
+    "v_cache": inspect.Parameter.empty,
+    "k": None,
+    "v": None,
+    "rotary_cos": None,
+    "rotary_sin": None,
+    "cache_seqlens": None,
+    "cache_batch_idx": None,
+    "cache_leftpad": None,
+    "block_table": None,
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "rotary_interleaved": True,
+    "alibi_slopes": None,
+    "num_splits": 0,
+    "return_softmax_lse": False,
+}
+
+
+def test_parameters_are_those_of_flash_attention() -> None:
+    parameters = inspect.signature(flash_attn_with_kvcache).parameters
+    positional = {name: p.default for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional.items()) == list(FLASH_ATTENTION_2.items())
+
+
+def rotated(q: Tensor, cos: Tensor, sin: Tensor, lens: Tensor, along: bool, interleaved: bool) -> Tensor:
+    out = q.double()
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            position = int(lens[b]) + (i if along else 0)
+            out[b, i] = reference.rotate(q[b, i], cos[position], sin[position], interleaved)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("new", [0, 1, 3])
+@pytest.mark.parametrize("rotary", [None, True, False], ids=["plain", "interleaved", "half"])
+@pytest.mark.parametrize(("causal", "window"), [(False, (-1, -1)), (True, (-1, -1)), (False, (20, 0))])
+def test_appends_rotates_and_attends(
+    dtype: torch.dtype, paged: bool, new: int, rotary: bool | None, causal: bool, window: tuple[int, int]
+) -> None:
+    if new == 0 and rotary is not None:
+        pytest.skip("rotary embedding comes with new tokens")
+    batch, heads, kv_heads, dim, q_len = 2, 6, 2, 64, max(new, 1)
+    lens = torch.tensor([45, 0], dtype=torch.int32)
+    options: dict = {}
+    if paged:
+        slots, tokens = 20, 8
+        options["block_table"] = torch.randperm(slots, dtype=torch.int32)[:16].view(batch, 8)
+    else:
+        slots, tokens = 3, 64
+        options["cache_batch_idx"] = torch.tensor([2, 0], dtype=torch.int32)
+    caches = [torch.randn(slots, tokens, kv_heads, dim).to(dtype) for _ in range(2)]
+    q = torch.randn(batch, q_len, heads, dim).to(dtype)
+    call: dict = {"cache_seqlens": lens, **options}
+    wanted = [cache.clone() for cache in caches]
+    q_seen = q.double()
+    if new:
+        call["k"], call["v"] = (torch.randn(batch, new, kv_heads, dim).to(dtype) for _ in range(2))
+        tables: dict = {}
+        if rotary is not None:
+            angles = torch.rand(64, 16) * 6
+            tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": rotary}
+            q_seen = rotated(
+                q, tables["rotary_cos"], tables["rotary_sin"], lens, causal or window != (-1, -1), rotary
+            )
+        call.update(tables)
+        reference.append_kv(*wanted, call["k"], call["v"], lens, **options, **tables)
+    q_before = q.clone()
+    out, lse = flash_attn_with_kvcache(
+        q, *caches, **call, causal=causal, window_size=window, return_softmax_lse=True, num_splits=5
+    )
+    assert torch.equal(q, q_before), "q was changed"
+    tolerance = {F32: 1e-5, BF16: 2e-2}[dtype]
+    for got, want in zip(caches, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    want, want_lse = reference.decode(
+        q_seen, *caches, lens + new, **options, causal=causal, window_left=window[0], window_right=window[1]
+    )
+    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_one_length_for_all_and_only_out() -> None:
+    q, cache = torch.randn(2, 1, 4, 64), torch.randn(2, 50, 2, 64)
+    out = flash_attn_with_kvcache(q, cache, cache, cache_seqlens=33)
+    lens = torch.full((2,), 33, dtype=torch.int32)
+    torch.testing.assert_close(out.double(), reference.decode(q, cache, cache, lens)[0], rtol=1e-5, atol=1e-5)
+    whole = flash_attn_with_kvcache(q, cache, cache)
+    torch.testing.assert_close(whole.double(), reference.decode(q, cache, cache)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_packed_queries_and_new_tokens() -> None:
+    """Continuous batching: a chunk of three tokens, one of one and one of none, rotated and appended."""
+    lens = torch.tensor([9, 30, 4], dtype=torch.int32)
+    ends = torch.tensor([0, 3, 4, 4], dtype=torch.int32)
+    caches = [torch.randn(12, 8, 2, 64) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    table = torch.randperm(12, dtype=torch.int32).view(3, 4).repeat(1, 2)[:, :5].contiguous()
+    q, k, v = torch.randn(4, 4, 64), torch.randn(4, 2, 64), torch.randn(4, 2, 64)
+    angles = torch.rand(64, 32) * 6
+    common = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "causal": True, "block_table": table}
+    out, lse = flash_attn_with_kvcache(
+        q, *caches, k, v, cache_seqlens=lens, cu_seqlens_q=ends, cu_seqlens_k_new=ends,
+        return_softmax_lse=True, **common,
+    )  # fmt: skip
+    for b in range(3):
+        own = slice(int(ends[b]), int(ends[b + 1]))
+        if own.start == own.stop:
+            continue
+        common["block_table"] = table[b : b + 1]
+        want, want_lse = flash_attn_with_kvcache(
+            q[None, own], *before, k[None, own], v[None, own], cache_seqlens=lens[b : b + 1],
+            return_softmax_lse=True, **common,
+        )  # fmt: skip
+        torch.testing.assert_close(out[own], want[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[:, own], want_lse[0], rtol=1e-5, atol=1e-5)
+    for got, want in zip(caches, before, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dim", [20, 57])
+@pytest.mark.parametrize("dtype", [F32, torch.float8_e4m3fn], ids=str)
+def test_head_dims_that_are_no_multiple_of_8(dim: int, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(2, 1, 4, dim), torch.randn(2, 50, 2, dim), torch.randn(2, 50, 2, dim + 3)
+    out = flash_attn_with_kvcache(q, k.to(dtype), v.to(dtype))
+    assert out.shape == (2, 1, 4, dim + 3)
+    want, _ = reference.decode(q, k.to(dtype), v.to(dtype))
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_caches_and_sinks() -> None:
+    q, sinks = torch.randn(2, 1, 4, 64, dtype=BF16), torch.randn(4)
+    k, v = (torch.randn(2, 50, 2, 64).to(torch.float8_e5m2) for _ in range(2))
+    scales = [torch.rand(2, 2) + 0.5 for _ in range(2)]
+    out = flash_attn_with_kvcache(q, k, v, k_descale=scales[0], v_descale=scales[1], sinks=sinks)
+    want, _ = reference.decode(q, k, v, k_scale=scales[0], v_scale=scales[1], sinks=sinks)
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_what_does_not_apply_is_accepted_and_changes_nothing() -> None:
+    q, cache = torch.randn(2, 1, 4, 64), torch.randn(2, 50, 2, 64)
+    plain = flash_attn_with_kvcache(q, cache, cache)
+    other = flash_attn_with_kvcache(
+        q, cache, cache, num_splits=7, max_seqlen_q=1, scheduler_metadata=torch.zeros(3), pack_gqa=False,
+        sm_margin=8,
+    )  # fmt: skip
+    assert torch.equal(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.randn(2, 1, 2, 64)}, "v is missing; k and v come together"),
+        ({"rotary_cos": torch.ones(9, 8)}, "rotary_cos is given without k and v"),
+        ({"k": torch.randn(2, 1, 2, 64), "v": torch.randn(2, 1, 2, 64)}, "k is given without cache_seqlens"),
+        (
+            {"page_table": torch.ones(1), "block_table": torch.ones(1)},
+            "block_table and page_table are the same",
+        ),
+        ({"qv": torch.ones(1)}, "qv is not supported"),
+        ({"attention_chunk": 128}, "attention_chunk is not supported"),
+    ],
+)
+def test_errors(changes: dict, message: str) -> None:
+    q, cache = torch.randn(2, 1, 4, 64), torch.randn(2, 50, 2, 64)
+    with pytest.raises(ValueError, match=f"flash_attn_with_kvcache: {message}"):
+        flash_attn_with_kvcache(q, cache, cache, **changes)
+
+
+def test_compiles() -> None:
+    def step(q, k_cache, v_cache, k, v, cos, sin, lens):
+        return lean_attention.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lens, causal=True
+        )
+
+    angles = torch.rand(64, 32) * 6
+    arguments = [
+        torch.randn(2, 1, 4, 64), *torch.randn(2, 2, 50, 2, 64), *torch.randn(2, 2, 1, 2, 64), angles.cos(), angles.sin(), torch.tensor([7, 30], dtype=torch.int32),
+    ]  # fmt: skip
+    eager, compiled = ([a.clone() for a in arguments] for _ in range(2))
+    want = step(*eager)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(*compiled), want)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b)
