@@ -187,15 +187,103 @@ def test_many_sequences(decode: Decode) -> None:
     assert_close(few, subset, out[picked], lse[picked])
 
 
-def test_lengths_out_of_range_are_clamped(decode: Decode) -> None:
-    inputs = make_inputs(Case(BF16, lens=(64, 64, 64), heads=2, kv_heads=1, head_dim=64))
-    for cache in (inputs["k_cache"], inputs["v_cache"]):
-        cache.copy_(torch.randn(cache.shape))
-    max_len = inputs["k_cache"].shape[1]
-    clamped = {**inputs, "seq_lens": torch.tensor([0, max_len, 7], dtype=torch.int32)}
-    inputs["seq_lens"] = torch.tensor([-5, 2**31 - 1, 7], dtype=torch.int32)
-    for a, b in zip(decode(**inputs), decode(**clamped), strict=True):
+def take_error(decode: Decode) -> str:
+    """What check_errors would raise with; on the emulated device, from its own record."""
+    if decode is decode_emulated:
+        return load().take_error()
+    try:
+        lean_attention.check_errors()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+I32 = torch.int32
+# What is out of range, what is made of it, and what check_errors says.
+OUT_OF_RANGE = [
+    (
+        {"seq_lens": torch.tensor([9, 2**31 - 1, 7], dtype=I32)},
+        {"seq_lens": torch.tensor([9, 96, 7], dtype=I32)},
+        "decode: seq_lens of sequence 1 (KV head 0) was 2147483647, which is negative or more than the",
+    ),
+    (
+        {"seq_lens": torch.tensor([-5, 20, 7], dtype=I32)},
+        {"seq_lens": torch.tensor([0, 20, 7], dtype=I32)},
+        "decode: seq_lens of sequence 0 (KV head 0) was -5, which is negative",
+    ),
+    (
+        {"cache_leftpad": torch.tensor([0, 0, -2], dtype=I32)},
+        {},
+        "decode: cache_leftpad of sequence 2 was -2, which is negative",
+    ),
+    (
+        {"cache_batch_idx": torch.tensor([1, 3, 2], dtype=I32)},
+        {"cache_batch_idx": torch.tensor([1, 0, 2], dtype=I32)},
+        "decode: cache_batch_idx of sequence 1 was 3, which is no slot of the cache",
+    ),
+    (
+        {"block_table": torch.tensor([[0, 5, 1, 2, 3, 4]] * 3, dtype=I32) % 5 - torch.eye(3, 6).int() * 9},
+        {"block_table": torch.tensor([[0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4], [0, 0, 0, 2, 3, 4]]).int()},
+        "decode: block_table of sequence ",
+    ),
+    (
+        {"cu_seqlens_q": torch.tensor([0, 2, 9, 3], dtype=I32)},
+        {"cu_seqlens_q": torch.tensor([0, 2, 3, 3], dtype=I32)},
+        "decode: cu_seqlens_q of sequence ",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken", "message"), OUT_OF_RANGE, ids=[next(iter(given)) for given, _, _ in OUT_OF_RANGE]
+)
+def test_numbers_out_of_range_are_brought_into_range_and_told_of(
+    given: dict, taken: dict, message: str, decode: Decode
+) -> None:
+    name = next(iter(given))
+    arguments = {
+        "q": torch.randn(3, 2, 64, dtype=BF16)
+        if name == "cu_seqlens_q"
+        else torch.randn(3, 1, 2, 64, dtype=BF16),
+        "k_cache": torch.randn(
+            5 if name == "block_table" else 3, 16 if name == "block_table" else 96, 1, 64
+        ).to(BF16),
+        "seq_lens": torch.tensor([96, 20, 48], dtype=I32),
+    }
+    arguments["v_cache"] = arguments["k_cache"].flip(1)
+    take_error(decode)
+    want = decode(**{**arguments, **taken})
+    assert take_error(decode) == ""
+    got = decode(**{**arguments, **given})
+    for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+    assert message in take_error(decode)
+    assert take_error(decode) == "", "it was told twice"
+
+
+def test_replays_with_changing_pages() -> None:
+    """A captured graph again, with other block tables, lengths, slots of scales and query counts."""
+    emulated = load()
+    emulated.configure(seed=12, resident_ctas=3)
+    case = FeatureCase(
+        BF16, torch.int8, "row", "paged", 16, "packed", lens=(200, 33, 90), group=4, dims=(64, 64)
+    )
+    arguments = make_arguments(case)
+    for name in ("k_cache", "v_cache"):
+        arguments[name].copy_(torch.randint(-128, 128, arguments[name].shape, dtype=torch.int8))
+        arguments[name[0] + "_scale"].uniform_(0.01, 0.02)
+    blocks, rows = len(arguments["k_cache"]), len(arguments["q"])
+    out, lse = decode_emulated(**arguments)
+    for _ in range(20):
+        table = arguments["block_table"]
+        table.copy_(torch.randint(0, blocks, table.shape, dtype=torch.int32))
+        arguments["seq_lens"].copy_(torch.randint(0, 200, (3,), dtype=torch.int32))
+        arguments["cu_seqlens_q"][1:] = torch.randint(0, rows + 1, (3,)).sort().values.int()
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        emulated.replay()
+        assert_same("replay", arguments, out, lse)
+    assert emulated.take_error() == ""
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -197,8 +197,13 @@ def test_compiles() -> None:
 
     angles = torch.rand(64, 32) * 6
     arguments = [
-        torch.randn(2, 1, 4, 64), *torch.randn(2, 2, 50, 2, 64), *torch.randn(2, 2, 1, 2, 64), angles.cos(), angles.sin(), torch.tensor([7, 30], dtype=torch.int32),
-    ]  # fmt: skip
+        torch.randn(2, 1, 4, 64),
+        *torch.randn(2, 2, 50, 2, 64),
+        *torch.randn(2, 2, 1, 2, 64),
+        angles.cos(),
+        angles.sin(),
+        torch.tensor([7, 30], dtype=torch.int32),
+    ]
     eager, compiled = ([a.clone() for a in arguments] for _ in range(2))
     want = step(*eager)
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(*compiled), want)
