@@ -154,11 +154,15 @@ def decode_in_fp32(case: Case, inputs: Inputs) -> Tensor:
 
 
 def measure_case(
-    case: Case, contenders: Sequence[Contender], seconds: float, tick: Callable[[str], None]
+    case: Case,
+    contenders: Sequence[Contender],
+    seconds: float,
+    tick: Callable[[str], None],
+    least_sets: int = 1,
 ) -> dict:
     """Errors and times of all contenders on one case, within about `seconds` each."""
     # Enough sets of inputs that none is still in the last-level cache when its turn comes again.
-    sets = min(32, math.ceil(2 * last_level_cache_bytes() / case.kv_bytes))
+    sets = max(least_sets, min(32, math.ceil(2 * last_level_cache_bytes() / case.kv_bytes)))
     inputs = [Inputs.random(case) for _ in range(sets)]
     probe = torch.ones(PROBE_BYTES, dtype=torch.uint8)
     want = decode_in_fp32(case, inputs[0])
@@ -222,6 +226,7 @@ def run_study(
     *,
     resume: bool = False,
     seconds: float = 1.0,
+    least_sets: int = 1,
 ) -> dict:
     """Measures every case, writing `output` (JSON) after each, and returns what was written.
 
@@ -230,6 +235,7 @@ def run_study(
         contenders: who takes part.
         output: the JSON file; with `resume`, cases that it already has are not measured again.
         seconds: time for each contender of a case.
+        least_sets: copies of a case's inputs, at least, that the rounds go through.
     """
     study = {"machine": machine_facts(), "cases": {}}
     if resume and output.is_file():
@@ -241,7 +247,11 @@ def run_study(
         bar = progress.add_task("", total=len(left))
         for case in left:
             study["cases"][case.id] = measure_case(
-                case, contenders, seconds, lambda text: progress.update(bar, description=text)
+                case,
+                contenders,
+                seconds,
+                lambda text: progress.update(bar, description=text),
+                least_sets,
             )
             part = output.with_suffix(".part")
             part.write_text(json.dumps(study, indent=1) + "\n")

@@ -134,8 +134,8 @@ void decode(const DecodeParams& p, int device, void* stream, const std::function
   };
   const int64_t bytes = element_size(p.cache_dtype);
   const bool aligned =
-      aligned_rows(p.k_cache, bytes, {p.k_block_stride, p.k_token_stride, p.k_head_stride}) &&
-      aligned_rows(p.v_cache, bytes, {p.v_block_stride, p.v_token_stride, p.v_head_stride});
+      aligned_rows(p.k_cache, bytes, {p.k_block_stride, p.k_token_stride, p.k_head_stride, p.head_dim}) &&
+      aligned_rows(p.v_cache, bytes, {p.v_block_stride, p.v_token_stride, p.v_head_stride, p.head_dim_v});
   hw::launch(
       kernel.function,
       DecodeArguments{p, workspace, error_record_of(device), p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
@@ -162,7 +162,7 @@ std::string take_error(int device) {
       break;
     case Culprit::cu_seqlens_q:
       message << "decode: cu_seqlens_q of sequence " << record.sequence << " ended at " << record.value
-              << ", which is before its beginning or past the tokens of q";
+              << ", which is before its beginning, past the tokens of q or past the columns of tree_mask";
       break;
     case Culprit::append:
       message << "append_kv: a new token of sequence " << record.sequence << " would have gone to position "

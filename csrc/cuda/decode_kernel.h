@@ -21,7 +21,7 @@ struct DecodeArguments {
   Workspace workspace;
   ErrorRecord* errors;
   int64_t min_tiles_per_cta;
-  bool aligned;  // every row of K and V begins at a multiple of 16 bytes
+  bool aligned;  // every row of K and V begins and ends at a multiple of 16 bytes
 };
 
 // What the threads of a CTA tell each other.
@@ -38,10 +38,11 @@ struct SharedState {
   int first_token;
   int spans[Config::rows][2];  // tokens that a row sees, relative to first_token
   alignas(SegmentWalk) char walk[sizeof(SegmentWalk)];
-  float slopes[Config::rows];     // of ALiBi, in units of log2
-  int positions[Config::rows];    // of the rows' query tokens, relative to the segment's first token
-  int new_tokens;                 // where the sequence's query tokens begin, likewise
-  float m[kWarps][Config::rows];  // of the warps; then the weight of their outputs
+  float slopes[Config::rows];           // of ALiBi, in units of log2
+  int positions[Config::rows];          // of the rows' query tokens, relative to the segment's first token
+  int new_tokens;                       // where the sequence's query tokens begin, likewise
+  const bool* tree_rows[Config::rows];  // of the tree mask, to be indexed by such tokens
+  float m[kWarps][Config::rows];        // of the warps; then the weight of their outputs
   float l[kWarps][Config::rows];
   float merged_m[Config::rows];
 };
@@ -182,7 +183,9 @@ class DecodeCta {
       if (p_.given_leftpad(b) < 0) complain(Culprit::cache_leftpad, b, 0, 0, p_.given_leftpad(b));
       if (p_.cu_seqlens_q) {
         const int64_t begin = p_.cu_seqlens_q[b], end = p_.cu_seqlens_q[b + 1];
-        if (begin < 0 || end < begin || end > p_.query_tokens) complain(Culprit::cu_seqlens_q, b, 0, 0, end);
+        const bool fits = !p_.tree_mask || end - begin <= p_.tree_columns;
+        if (begin < 0 || end < begin || end > p_.query_tokens || !fits)
+          complain(Culprit::cu_seqlens_q, b, 0, 0, end);
       }
     }
   }
@@ -285,7 +288,19 @@ class DecodeCta {
       const TokenSpan seen = visible_tokens(p_.visibility, length, query, query);
       shared().spans[thread_][0] = relative(seen.begin);
       shared().spans[thread_][1] = relative(seen.end);
+      if (p_.tree_mask) find_tree_row(new_tokens, query);
     }
+  }
+
+  // Rows that do not exist have that of the first.
+  LEAN_DEVICE void find_tree_row(int64_t new_tokens, int query) {
+    const int64_t sequence = shared().segment.sequence;
+    const int64_t first = p_.first_query(sequence), own = thread_ < shared().rows ? query : query_token(0);
+    shared().tree_rows[thread_] = p_.tree_mask + sequence * p_.tree_batch_stride +
+                                  (first + own) * p_.tree_row_stride - (new_tokens - shared().first_token);
+    // New tokens that the mask has no column for are not seen.
+    const int64_t end = new_tokens + p_.tree_columns - shared().first_token;
+    shared().spans[thread_][1] = static_cast<int>(greater(0, lesser(shared().spans[thread_][1], end)));
   }
 
   // ---- The ring. Items are panels in the order of use: the K panels of a step, then its V panels.
@@ -340,37 +355,57 @@ class DecodeCta {
   template <class Panels>
   LEAN_DEVICE void copy_panel(char* to, const Element* from, int64_t block_stride, int64_t token_stride,
                               int token, int first_dim, int64_t dims) {
-    constexpr int kChunks = Panels::Rows::chunks;
+    constexpr int kChunks = Panels::Rows::chunks, kCopies = kStepTokens * kChunks / hw::kWarpThreads;
     static_assert(kStepTokens * kChunks % hw::kWarpThreads == 0);
-    // Where a warp copies whole rows at a time, one lane's chunks lie one below the other: the address moves
-    // on by adding, which takes fewer registers than products that the compiler keeps from step to step.
-    constexpr bool kWholeRows = hw::kWarpThreads % kChunks == 0;
-    constexpr int kRowsAtOnce = hw::kWarpThreads / kChunks;
+    const auto row_of = [&](int i) { return (i * hw::kWarpThreads + lane_) / kChunks; };
+    const auto chunk_of = [&](int i) { return (i * hw::kWarpThreads + lane_) % kChunks; };
+    // Elements from this lane's i-th chunk on that exist.
+    const auto count_of = [&](int i) {
+      return token + row_of(i) < tokens_ ? static_cast<int>(dims) - first_dim - chunk_of(i) * kChunkElements
+                                         : 0;
+    };
+    const auto target_of = [&](int i) { return to + Panels::Rows::offset(row_of(i), chunk_of(i)); };
     const bool paged = p_.block_table != nullptr;
-    Place place{};
-    if (paged) place = place_of(token + lane_ % kStepTokens);
-    const Element* next =
-        from + (token + lane_ / kChunks) * token_stride + first_dim + lane_ % kChunks * kChunkElements;
+    // In pages, lane i % 16 looks up where row i lies.
+    int64_t row_offset = 0;
+    if (paged) {
+      const Place place = place_of(token + lane_ % kStepTokens);
+      row_offset = place.block * block_stride + place.slot * token_stride;
+    }
+    const auto paged_source = [&](int i) {
+      return from + hw::shuffle(row_offset, row_of(i)) + first_dim + chunk_of(i) * kChunkElements;
+    };
+    const auto plain_source = [&](int i) {
+      return from + (token + row_of(i)) * token_stride + first_dim + chunk_of(i) * kChunkElements;
+    };
+    if (!a_.aligned) {
+#pragma unroll 1
+      for (int i = 0; i < kCopies; ++i) {
+        const Element* source = paged ? paged_source(i) : plain_source(i);
+        CacheChunk elements;
 #pragma unroll
-    for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
-      const int index = i * hw::kWarpThreads + lane_, row = index / kChunks, chunk = index % kChunks;
-      const int dim = first_dim + chunk * kChunkElements;
-      const int count = token + row < tokens_ ? static_cast<int>(dims) - dim : 0;  // elements that exist
-      if (paged) {
-        const int64_t block = hw::shuffle(place.block, row), slot = hw::shuffle(place.slot, row);
-        next = from + block * block_stride + slot * token_stride + dim;
-      } else if constexpr (!kWholeRows) {
-        next = from + (token + row) * token_stride + dim;
+        for (int e = 0; e < kChunkElements; ++e) {
+          elements.bits[e] = e < count_of(i) ? source[e] : Element{0};
+        }
+        *reinterpret_cast<CacheChunk*>(target_of(i)) = elements;
       }
-      const Element* source = count > 0 ? next : from;
-      if constexpr (kWholeRows) next += kRowsAtOnce * token_stride;
-      char* target = to + Panels::Rows::offset(row, chunk);
-      if (a_.aligned) {
-        hw::copy_async(target, source, max_of(0, min_of(count, kChunkElements)) * int{sizeof(Element)});
-      } else {
-        CacheChunk elements{};
-        for (int e = 0; e < kChunkElements && e < count; ++e) elements.bits[e] = source[e];
-        *reinterpret_cast<CacheChunk*>(target) = elements;
+    } else {
+      // Where a warp copies whole rows at a time, one lane's chunks lie one below the other: the address
+      // moves on by adding, which takes fewer registers than products that the compiler keeps from step to
+      // step.
+      constexpr bool kWholeRows = hw::kWarpThreads % kChunks == 0;
+      const Element* next = plain_source(0);
+// All at once would keep their addresses in registers.
+#pragma unroll 2
+      for (int i = 0; i < kCopies; ++i) {
+        if (paged) {
+          next = paged_source(i);
+        } else if constexpr (!kWholeRows) {
+          next = plain_source(i);
+        }
+        const bool valid = count_of(i) > 0;
+        hw::copy_async(target_of(i), valid ? next : from, valid);
+        if constexpr (kWholeRows) next += hw::kWarpThreads / kChunks * token_stride;
       }
     }
   }
@@ -402,23 +437,22 @@ class DecodeCta {
   template <class Panels>
   LEAN_DEVICE void widen_panel(const char* panel) {
     constexpr int kChunks = Panels::Rows::chunks;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
       const int index = i * hw::kWarpThreads + lane_, row = index / kChunks, chunk = index % kChunks;
       const WordChunk narrow = *reinterpret_cast<const WordChunk*>(panel + Panels::Rows::offset(row, chunk));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        WordChunk wide_chunk;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const uint32_t four = narrow.words[half * 2 + e / 2];
-          wide_chunk.words[e] = hw::widen<T>(p_.cache_dtype, static_cast<uint16_t>(four >> (e % 2 * 16)));
-        }
-        *reinterpret_cast<WordChunk*>(wide() + Panels::WideRows::offset(row, chunk * 2 + half)) = wide_chunk;
+        const uint32_t low = narrow.words[half * 2], high = narrow.words[half * 2 + 1];
+        *reinterpret_cast<WordChunk*>(wide() + Panels::WideRows::offset(row, chunk * 2 + half)) = {
+            {widen_pair(low), widen_pair(low >> 16), widen_pair(high), widen_pair(high >> 16)}};
       }
     }
     hw::sync_warp();
   }
+
+  // The elements in the low half of a word.
+  LEAN_DEVICE uint32_t widen_pair(uint32_t pair) const { return hw::widen<T>(p_.cache_dtype, pair); }
 
   LEAN_DEVICE int first_of_step(int step) const {
     return (step * Config::token_warps + warp_ / Config::dim_warps) * kStepTokens;
@@ -561,11 +595,7 @@ class DecodeCta {
 
   LEAN_DEVICE bool is_seen(int row, int token) const {
     if (token < shared().spans[row][0] || token >= shared().spans[row][1]) return false;
-    if (!p_.tree_mask || token < shared().new_tokens || row >= shared().rows) return true;
-    const int64_t sequence = shared().segment.sequence, column = token - shared().new_tokens;
-    return column >= p_.tree_columns ||
-           p_.tree_mask[sequence * p_.tree_batch_stride +
-                        (p_.first_query(sequence) + query_token(row)) * p_.tree_row_stride + column];
+    return !p_.tree_mask || token < shared().new_tokens || shared().tree_rows[row][token];
   }
 
   // The scales of token lane % 16 of a step.

@@ -13,7 +13,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_pipeline.h>
 
 #include <cstdint>
@@ -74,10 +73,11 @@ LEAN_DEVICE bool any(bool value) {
   return __any_sync(0xffffffffu, value);
 }
 
-// Copies `bytes` of 16 bytes to shared memory, and zeros for the others, which are not read. They arrive when
-// the thread that asked has waited for them; other threads see them after a barrier with it.
-LEAN_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  __pipeline_memcpy_async(shared, global, 16, 16 - bytes);
+// Copies 16 bytes to shared memory, or writes 16 zero bytes there and reads nothing. They arrive when the
+// thread that asked has waited for them; other threads see them after a barrier with it. (All or nothing: a
+// count of bytes known only at run time compiles to a branch for each.)
+LEAN_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+  __pipeline_memcpy_async(shared, global, 16, valid ? 0 : 16);
 }
 // Closes the group of the copies since the last call (of this thread).
 LEAN_DEVICE void commit_copies() {
@@ -152,17 +152,31 @@ struct Numbers {
   }
 };
 
-// Two elements of a quantised cache, the first in the low byte, as two of T.
+// Two elements of a quantised cache, the first in the low byte, as two of T. Exact: bf16 and fp16 hold all.
 template <class T>
-LEAN_DEVICE uint32_t widen(DType from, uint16_t pair) {
+LEAN_DEVICE uint32_t widen(DType from, uint32_t pair) {
   if (from == DType::int8) {
     return pack<T>(static_cast<float>(static_cast<int8_t>(pair & 0xff)),
-                   static_cast<float>(static_cast<int8_t>(pair >> 8)));
+                   static_cast<float>(static_cast<int8_t>(pair >> 8 & 0xff)));
   }
-  const __half2_raw raw =
-      __nv_cvt_fp8x2_to_halfraw2(pair, from == DType::float8_e4m3 ? __NV_E4M3 : __NV_E5M2);
-  if constexpr (std::is_same_v<T, Half>) return reinterpret_cast<const uint32_t&>(raw);
-  const float2 floats = __half22float2(__half2(raw));
+  const uint32_t halves = (pair & 0xff) | (pair & 0xff00) << 8;  // a byte in each half
+  uint32_t fp16;
+  if (from == DType::float8_e5m2) {
+    fp16 = halves << 8;  // it is the upper byte of fp16
+  } else {
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(fp16) : "h"(static_cast<uint16_t>(pair)));
+#else
+    // Sign, exponent and mantissa in their places, and the exponent's bias made up for by 2^8; all ones are
+    // NaN.
+    const uint32_t magnitude = halves & 0x007f007f, bits = (halves & 0x00800080) << 8 | magnitude << 7;
+    const __half2 scaled =
+        __hmul2(reinterpret_cast<const __half2&>(bits), __half2half2(__ushort_as_half(0x5c00)));
+    fp16 = reinterpret_cast<const uint32_t&>(scaled) | (__vcmpeq2(magnitude, 0x007f007f) & 0x7e007e00);
+#endif
+  }
+  if constexpr (std::is_same_v<T, Half>) return fp16;
+  const float2 floats = __half22float2(reinterpret_cast<const __half2&>(fp16));
   return pack<T>(floats.x, floats.y);
 }
 

@@ -256,12 +256,12 @@ void Device::pause() {
 
 // ---- Asynchronous copies.
 
-void Device::copy_async(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16)) {
+void Device::copy_async(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
     fail("an asynchronous copy of 16 bytes is not aligned to 16");
   }
   std::memset(to, kPoison, 16);
-  fiber_->copies.back().push_back({to, from, bytes});
+  fiber_->copies.back().push_back({to, from});
 }
 
 void Device::commit_copies() {
@@ -273,8 +273,11 @@ void Device::wait_copies(size_t pending) {
   auto& groups = fiber_->copies;
   while (groups.size() > pending + 1) {
     for (const Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
     }
     groups.erase(groups.begin());
   }

@@ -59,8 +59,7 @@ enum class Collective {
 
 struct Copy {
   void* to;
-  const void* from;
-  int bytes;  // of 16; zeros follow
+  const void* from;  // null: zeros
 };
 
 struct Fiber {
@@ -127,7 +126,7 @@ class Device {
   void collective(Collective which, void* arguments);
   void sync_block();
   void pause();
-  void copy_async(void* to, const void* from, int bytes);
+  void copy_async(void* to, const void* from);
   void commit_copies();
   void wait_copies(size_t pending);
   void watch_load(const void* address, size_t bytes);

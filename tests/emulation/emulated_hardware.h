@@ -71,8 +71,8 @@ inline bool any(bool value) {
   return value;
 }
 
-inline void copy_async(void* shared, const void* global, int bytes) {
-  Device::get().copy_async(shared, global, bytes);
+inline void copy_async(void* shared, const void* global, bool valid) {
+  Device::get().copy_async(shared, valid ? global : nullptr);
 }
 inline void commit_copies() {
   Device::get().commit_copies();
@@ -123,7 +123,7 @@ inline float value_of(DType dtype, uint8_t bits) {
   return static_cast<int8_t>(bits);
 }
 template <class T>
-inline uint32_t widen(DType from, uint16_t pair) {
+inline uint32_t widen(DType from, uint32_t pair) {
   return pack<T>(value_of(from, static_cast<uint8_t>(pair)), value_of(from, static_cast<uint8_t>(pair >> 8)));
 }
 
