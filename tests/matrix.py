@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from allpairspy import AllPairs
+from hypothesis import strategies as st
 from torch import Tensor
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -81,6 +82,26 @@ def is_legal(values: list) -> bool:
 def all_pairs(**fixed: list) -> list[FeatureCase]:
     features = {**FEATURES, **fixed}
     return [FeatureCase(*values) for values in AllPairs(list(features.values()), filter_func=is_legal)]
+
+
+def any_case(**fixed: list) -> st.SearchStrategy[FeatureCase]:
+    """Any legal combination of all features."""
+    features = {**FEATURES, **fixed}
+    values = st.tuples(*(st.sampled_from(choices) for choices in features.values()))
+    return values.map(list).filter(is_legal).map(lambda chosen: FeatureCase(*chosen))
+
+
+# Many features at once, by name.
+TOGETHER = [
+    FeatureCase(cache="paged", sees="window_left", softcap=5.0, group=7, query=3, leftpad=True, num_ctas=5),
+    FeatureCase(F16, E4M3, "row", "pool", 5, "packed", "window_both", 5.0, "batch_heads", True, True, 5),
+    FeatureCase(
+        BF16, INT8, "row", "table_per_head", 16, "packed", "tree", 5.0, "", True, True, 4, (256, 256)
+    ),
+    FeatureCase(
+        F16, E5M2, "sequence_head", "slots", 16, 17, "causal", 5.0, "heads", True, True, 7, (512, 512)
+    ),
+]
 
 
 def query_counts(case: FeatureCase) -> list[int]:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lean_attention
 from lean_attention import reference
 from tests.emulation import load
 from tests.helpers import Case, assert_close, assert_same, make_inputs
-from tests.matrix import FeatureCase, all_pairs, make_arguments
+from tests.matrix import TOGETHER, FeatureCase, all_pairs, any_case, make_arguments
 from tests.test_decode import CASES
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -52,15 +54,25 @@ def test_matches_the_definition(case: Case, layout: str, decode: Decode) -> None
     assert_close(case, inputs, *decode(**inputs, **case.options()))
 
 
-SMALL_PAIRS = all_pairs(
-    dtype=[BF16, F16], lens=[(150, 1, 0), (63, 65, 64), (200, 3, 33)], query=[1, 3, 9, "packed"]
-)
+SMALL = {
+    "dtype": [BF16, F16],
+    "lens": [(150, 1, 0), (63, 65, 64), (200, 3, 33)],
+    "query": [1, 3, 9, "packed"],
+}
 
 
-@pytest.mark.parametrize("case", SMALL_PAIRS, ids=str)
+@pytest.mark.parametrize("case", [*all_pairs(**SMALL), *TOGETHER], ids=str)
 def test_pairs_of_features(case: FeatureCase, decode: Decode) -> None:
     arguments = make_arguments(case)
     assert_same(str(case), arguments, *decode(**arguments))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=any_case(**SMALL), seed=st.integers(0, 2**32))
+def test_any_combination_of_features(case: FeatureCase, seed: int) -> None:
+    load().configure(seed=seed, resident_ctas=1 + seed % 7, sms=1 + seed % 5)
+    arguments = make_arguments(case)
+    assert_same(str(case), arguments, *decode_emulated(**arguments))
 
 
 @pytest.mark.parametrize("num_ctas", [1, 2, 3, 5, 16, 61, 500, 2**40])

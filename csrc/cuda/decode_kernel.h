@@ -11,6 +11,7 @@
 #include "cuda/config.h"
 #include "cuda/errors.h"
 #include "cuda/fix_up.h"
+#include "cuda/shared_state.h"
 #include "params.h"
 #include "softmax_state.h"
 
@@ -22,29 +23,6 @@ struct DecodeArguments {
   ErrorRecord* errors;
   int64_t min_tiles_per_cta;
   bool aligned;  // every row of K and V begins and ends at a multiple of 16 bytes
-};
-
-// What the threads of a CTA tell each other.
-template <class Config>
-struct SharedState {
-  int64_t ticket;
-  Grid grid;
-  int64_t cta;
-  int64_t warp_tiles[kWarps];
-  bool more;
-  Segment segment;
-  int row_begin;  // first packed row of it
-  int rows;
-  int first_token;
-  int spans[Config::rows][2];  // tokens that a row sees, relative to first_token
-  alignas(SegmentWalk) char walk[sizeof(SegmentWalk)];
-  float slopes[Config::rows];           // of ALiBi, in units of log2
-  int positions[Config::rows];          // of the rows' query tokens, relative to the segment's first token
-  int new_tokens;                       // where the sequence's query tokens begin, likewise
-  const bool* tree_rows[Config::rows];  // of the tree mask, to be indexed by such tokens
-  float m[kWarps][Config::rows];        // of the warps; then the weight of their outputs
-  float l[kWarps][Config::rows];
-  float merged_m[Config::rows];
 };
 
 template <class Config>
@@ -122,7 +100,7 @@ class DecodeCta {
       if (lane_ == hw::kWarpThreads - 1) shared().warp_tiles[warp_] = sum;
     }
     hw::sync_block();
-    if (shared().ticket == 0) check_values();
+    if (shared().ticket == 0) check_values(p_, a_.errors, thread_, kThreads);  // one CTA tells for all
     if (p_.cu_seqlens_q) write_padding();
     if (ragged()) {
       for (int w = 0; w < kWarps; ++w) {
@@ -173,22 +151,6 @@ class DecodeCta {
   // Sequences may differ in their LeanTiles.
   LEAN_DEVICE bool ragged() const { return p_.seq_lens || p_.cache_leftpad || p_.cu_seqlens_q; }
 
-  // One CTA tells of numbers that all have brought into range.
-  LEAN_DEVICE void check_values() const {
-    for (int64_t b = thread_; b < p_.batch; b += kThreads) {
-      for (int64_t head = 0; head < (p_.lengths_per_head ? p_.num_kv_heads : 1); ++head) {
-        const int64_t tokens = p_.given_tokens(b, head);
-        if (tokens < 0 || tokens > p_.capacity()) complain(Culprit::seq_lens, b, head, 0, tokens);
-      }
-      if (p_.given_leftpad(b) < 0) complain(Culprit::cache_leftpad, b, 0, 0, p_.given_leftpad(b));
-      if (p_.cu_seqlens_q) {
-        const int64_t begin = p_.cu_seqlens_q[b], end = p_.cu_seqlens_q[b + 1];
-        const bool fits = !p_.tree_mask || end - begin <= p_.tree_columns;
-        if (begin < 0 || end < begin || end > p_.query_tokens || !fits)
-          complain(Culprit::cu_seqlens_q, b, 0, 0, end);
-      }
-    }
-  }
   LEAN_DEVICE void complain(Culprit culprit, int64_t sequence, int64_t kv_head, int64_t index,
                             int64_t value) const {
     report(a_.errors, culprit, sequence, kv_head, index, value);

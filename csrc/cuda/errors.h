@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/hardware.h"
+#include "params.h"
 
 namespace lean::cuda {
 
@@ -33,6 +34,26 @@ LEAN_DEVICE void report(ErrorRecord* record, Culprit culprit, int64_t sequence, 
     record->index = index;
     record->value = value;
     record->culprit = culprit;
+  }
+}
+
+// Reports lengths, paddings and counts that DecodeParams brings into range; sequences `first`, `first +
+// step`...
+LEAN_DEVICE void check_values(const DecodeParams& p, ErrorRecord* record, int64_t first, int64_t step) {
+  for (int64_t b = first; b < p.batch; b += step) {
+    for (int64_t head = 0; head < (p.lengths_per_head ? p.num_kv_heads : 1); ++head) {
+      const int64_t tokens = p.given_tokens(b, head);
+      if (tokens < 0 || tokens > p.capacity()) report(record, Culprit::seq_lens, b, head, 0, tokens);
+    }
+    const int64_t leftpad = p.given_leftpad(b);
+    if (leftpad < 0) report(record, Culprit::cache_leftpad, b, 0, 0, leftpad);
+    if (p.cu_seqlens_q) {
+      const int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
+      const bool fits = !p.tree_mask || end - begin <= p.tree_columns;
+      if (begin < 0 || end < begin || end > p.query_tokens || !fits) {
+        report(record, Culprit::cu_seqlens_q, b, 0, 0, end);
+      }
+    }
   }
 }
 
