@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/stream_read.h"
-#include "cpu/tile.h"
+#include "cpu/tiles/tile.h"
 #include "cuda/decode.h"
 #include "schedule.h"
 #include "softmax_state.h"

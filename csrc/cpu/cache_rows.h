@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cpu/tile.h"
+#include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
 

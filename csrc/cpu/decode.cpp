@@ -13,7 +13,7 @@
 #include "cpu/cache_rows.h"
 #include "cpu/check_values.h"
 #include "cpu/parallel.h"
-#include "cpu/tile.h"
+#include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
 namespace {

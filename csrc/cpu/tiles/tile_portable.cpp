@@ -1,9 +1,9 @@
 // Tile routines for any target.
-#include "cpu/tile_sets.h"
+#include "cpu/tiles/tile_sets.h"
 
 namespace lean::cpu::portable {
-#include "cpu/simd_portable.h"
-#include "cpu/tile_impl.h"
+#include "cpu/tiles/simd_portable.h"
+#include "cpu/tiles/tile_impl.h"
 
 const TileRoutine float32 = Tile<float>::routine("portable");
 const TileRoutine float16 = Tile<Half>::routine("portable");

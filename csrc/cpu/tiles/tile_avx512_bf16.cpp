@@ -1,13 +1,13 @@
 // Tile routines for AVX-512 with bf16 dot products.
-#include "cpu/tile_sets.h"
+#include "cpu/tiles/tile_sets.h"
 
 #if defined(LEAN_X86)
 #include <immintrin.h>
 
 LEAN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 namespace lean::cpu::avx512_bf16 {
-#include "cpu/simd_avx512.h"
-#include "cpu/tile_impl.h"
+#include "cpu/tiles/simd_avx512.h"
+#include "cpu/tiles/tile_impl.h"
 
 // vdpbf16ps adds two products of bf16 pairs to each fp32 lane. For q.k the pairs are neighbouring
 // columns; for the weighted sum they are two tokens, whose V rows are interleaved and whose weights

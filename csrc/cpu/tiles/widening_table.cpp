@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "cpu/tile.h"
+#include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // Chooses a tile routine: the best that this machine can run, or the one that is asked for.
-#include "cpu/tile_sets.h"
+#include "cpu/tiles/tile_sets.h"
 
 #include <cstdlib>
 #include <stdexcept>

@@ -1,13 +1,13 @@
 // Tile routines for AVX-512 without bf16 instructions.
-#include "cpu/tile_sets.h"
+#include "cpu/tiles/tile_sets.h"
 
 #if defined(LEAN_X86)
 #include <immintrin.h>
 
 LEAN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace lean::cpu::avx512 {
-#include "cpu/simd_avx512.h"
-#include "cpu/tile_impl.h"
+#include "cpu/tiles/simd_avx512.h"
+#include "cpu/tiles/tile_impl.h"
 
 const TileRoutine float32 = Tile<float>::routine("avx512");
 const TileRoutine float16 = Tile<Half>::routine("avx512");

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/tile.h"
+#include "cpu/tiles/tile.h"
 
 #if defined(__x86_64__)
 #define LEAN_X86
