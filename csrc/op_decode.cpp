@@ -55,22 +55,49 @@ class DecodeCall {
     p_.num_ctas = o_.num_ctas;
   }
 
+  // With the caller's outputs in place.
+  const DecodeParams& with_outputs(const Tensor& given_out, const Tensor& given_lse) {
+    const bool packed = p_.cu_seqlens_q != nullptr;
+    const Argument out_arg{"decode", "out", given_out}, lse_arg{"decode", "lse", given_lse};
+    const int64_t first = packed ? 0 : 1;
+    out_arg.has_shape(packed ? "[total_q, num_heads, head_dim_v]" : "[batch, q_len, num_heads, head_dim_v]",
+                      first + 3);
+    lse_arg.has_shape(packed ? "[num_heads, total_q]" : "[batch, num_heads, q_len]", first + 2);
+    out_arg.has_dtype(q_.tensor.scalar_type(), ", like q");
+    lse_arg.has_dtype(ScalarType::Float, "");
+    if (!packed) out_arg.has_size(0, p_.batch, "the batch size of q");
+    if (!packed) lse_arg.has_size(0, p_.batch, "the batch size of q");
+    out_arg.has_size(first, p_.query_tokens, "the query tokens of q");
+    out_arg.has_size(first + 1, p_.num_heads, "the num_heads of q");
+    out_arg.has_size(first + 2, p_.head_dim_v, "the head_dim_v of v_cache");
+    lse_arg.has_size(first, p_.num_heads, "the num_heads of q");
+    lse_arg.has_size(first + 1, p_.query_tokens, "the query tokens of q");
+    out_arg.is_on_device_of(q_);
+    lse_arg.is_on_device_of(q_);
+    out_arg.has_contiguous_rows();
+    lse_arg.has_contiguous_rows();
+    out = given_out;
+    lse = given_lse;
+    p_.out = out->mutable_data_ptr();
+    p_.lse = static_cast<float*>(lse->mutable_data_ptr());
+    p_.out_batch_stride = packed ? 0 : out->stride(0);
+    p_.out_token_stride = out->stride(first);
+    p_.out_head_stride = out->stride(first + 1);
+    p_.lse_batch_stride = packed ? 0 : lse->stride(0);
+    p_.lse_head_stride = lse->stride(first);
+    return p_;
+  }
+
   // With fresh outputs in place.
   const DecodeParams& with_outputs() {
     const bool packed = p_.cu_seqlens_q != nullptr;
     const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.head_dim_v;
-    out = packed ? torch::stable::new_empty(q_.tensor, {tokens, heads, dim})
-                 : torch::stable::new_empty(q_.tensor, {p_.batch, tokens, heads, dim});
-    lse = packed ? torch::stable::new_empty(q_.tensor, {heads, tokens}, ScalarType::Float)
-                 : torch::stable::new_empty(q_.tensor, {p_.batch, heads, tokens}, ScalarType::Float);
-    p_.out = out->mutable_data_ptr();
-    p_.lse = static_cast<float*>(lse->mutable_data_ptr());
-    p_.out_batch_stride = packed ? 0 : tokens * heads * dim;
-    p_.out_token_stride = heads * dim;
-    p_.out_head_stride = dim;
-    p_.lse_batch_stride = packed ? 0 : heads * tokens;
-    p_.lse_head_stride = tokens;
-    return p_;
+    if (packed) {
+      return with_outputs(torch::stable::new_empty(q_.tensor, {tokens, heads, dim}),
+                          torch::stable::new_empty(q_.tensor, {heads, tokens}, ScalarType::Float));
+    }
+    return with_outputs(torch::stable::new_empty(q_.tensor, {p_.batch, tokens, heads, dim}),
+                        torch::stable::new_empty(q_.tensor, {p_.batch, heads, tokens}, ScalarType::Float));
   }
 
   OptionalTensor out, lse;
@@ -331,6 +358,19 @@ class DecodeCall {
   int num_held_ = 0;
 };
 
+void run(const Tensor& q, const DecodeParams& params) {
+  if (params.batch * params.query_tokens == 0) return;
+  const auto on_cuda = [&](int device, void* stream) {
+    if (params.dtype == DType::float32) fail("decode: q is Float; on cuda it must be Half or BFloat16");
+    OptionalTensor workspace;  // until the launch is queued
+    cuda::decode(params, device, stream, [&](int64_t bytes) {
+      workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+      return workspace->mutable_data_ptr();
+    });
+  };
+  dispatch({"decode", "q", q}, [&] { cpu::decode(params); }, on_cuda);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -345,18 +385,23 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                               k_scale,     v_scale,      cu_seqlens_q,    tree_mask,     scale,        causal,
                               window_left, window_right, softcap,         num_ctas};
   DecodeCall call(q, k_cache, v_cache, options);
-  const DecodeParams& params = call.with_outputs();
-  if (call.out->numel() == 0) return {*call.out, *call.lse};
-  const auto on_cuda = [&](int device, void* stream) {
-    if (params.dtype == DType::float32) fail("decode: q is Float; on cuda it must be Half or BFloat16");
-    OptionalTensor workspace;  // until the launch is queued
-    cuda::decode(params, device, stream, [&](int64_t bytes) {
-      workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-      return workspace->mutable_data_ptr();
-    });
-  };
-  dispatch({"decode", "q", q}, [&] { cpu::decode(params); }, on_cuda);
+  run(q, call.with_outputs());
   return {*call.out, *call.lse};
+}
+
+void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Tensor out, Tensor lse,
+                const OptionalTensor& seq_lens, const OptionalTensor& block_table,
+                const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
+                const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                const OptionalTensor& cu_seqlens_q, const OptionalTensor& tree_mask,
+                std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right,
+                double softcap, int64_t num_ctas) {
+  const DecodeOptions options{seq_lens,    block_table,  cache_batch_idx, cache_leftpad, alibi_slopes, sinks,
+                              k_scale,     v_scale,      cu_seqlens_q,    tree_mask,     scale,        causal,
+                              window_left, window_right, softcap,         num_ctas};
+  DecodeCall call(q, k_cache, v_cache, options);
+  run(q, call.with_outputs(out, lse));
 }
 
 std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

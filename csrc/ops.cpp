@@ -12,13 +12,18 @@
 #define LEAN_LIBRARY lean_attn
 #endif
 
+#define LEAN_DECODE_OPTIONS                                                                           \
+  "Tensor? seq_lens=None, Tensor? block_table=None, Tensor? cache_batch_idx=None, "                   \
+  "Tensor? cache_leftpad=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, " \
+  "Tensor? v_scale=None, Tensor? cu_seqlens_q=None, Tensor? tree_mask=None, *, float? scale=None, "   \
+  "bool causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, int num_ctas=0"
+
 STABLE_TORCH_LIBRARY(LEAN_LIBRARY, m) {
+  m.def("decode(Tensor q, Tensor k_cache, Tensor v_cache, " LEAN_DECODE_OPTIONS
+        ") -> (Tensor out, Tensor lse)");
   m.def(
-      "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None, Tensor? block_table=None, "
-      "Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, Tensor? alibi_slopes=None, "
-      "Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? tree_mask=None, *, float? scale=None, bool causal=True, int window_left=-1, "
-      "int window_right=-1, float softcap=0.0, int num_ctas=0) -> (Tensor out, Tensor lse)");
+      "decode_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out, Tensor(b!) "
+      "lse, " LEAN_DECODE_OPTIONS ") -> ()");
   m.def(
       "decode_fixed_split(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None, *, int splits=1) "
       "-> (Tensor out, Tensor lse)");
@@ -33,6 +38,7 @@ STABLE_TORCH_LIBRARY(LEAN_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(LEAN_LIBRARY, CPU, m) {
   m.impl("decode", TORCH_BOX(&lean::decode));
+  m.impl("decode_out", TORCH_BOX(&lean::decode_out));
   m.impl("decode_fixed_split", TORCH_BOX(&lean::decode_fixed_split));
   m.impl("append_kv", TORCH_BOX(&lean::append_kv));
   m.impl("merge_states", TORCH_BOX(&lean::merge_states));
@@ -40,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(LEAN_LIBRARY, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(LEAN_LIBRARY, CUDA, m) {
   m.impl("decode", TORCH_BOX(&lean::decode));
+  m.impl("decode_out", TORCH_BOX(&lean::decode_out));
   m.impl("append_kv", TORCH_BOX(&lean::append_kv));
   m.impl("merge_states", TORCH_BOX(&lean::merge_states));
 }

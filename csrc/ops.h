@@ -21,6 +21,16 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   std::optional<double> scale, bool causal, int64_t window_left,
                                   int64_t window_right, double softcap, int64_t num_ctas);
 
+// The same into given tensors.
+void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Tensor out, Tensor lse,
+                const OptionalTensor& seq_lens, const OptionalTensor& block_table,
+                const OptionalTensor& cache_batch_idx, const OptionalTensor& cache_leftpad,
+                const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                const OptionalTensor& cu_seqlens_q, const OptionalTensor& tree_mask,
+                std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right,
+                double softcap, int64_t num_ctas);
+
 std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const OptionalTensor& seq_lens, int64_t splits);
 

@@ -31,6 +31,8 @@ def decode(
     window_right: int = -1,
     softcap: float = 0.0,
     num_ctas: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of a few query tokens over long KV caches, scheduled stream-K.
 
@@ -78,6 +80,8 @@ def decode(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: they stay.
         num_ctas: lean ranges to cut the work into; 0 lets the backend choose. The result depends on it in
             rounding only, and is bitwise the same for the same inputs and ``num_ctas``.
+        out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
+            last dimension; both or neither. Nothing is allocated then but, on a GPU, the workspace.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
@@ -96,10 +100,10 @@ def decode(
             at them, they are brought into range and :func:`check_errors` tells of them.
         RuntimeError: the result was asked for its gradient; or the GPU cannot run the kernels.
     """
+    if (out is None) != (lse is None):
+        missing = "out" if out is None else "lse"
+        raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
     tensors = (
-        q,
-        k_cache,
-        v_cache,
         seq_lens,
         block_table,
         cache_batch_idx,
@@ -123,7 +127,10 @@ def decode(
         )
         if value != default
     }
-    return _call(torch.ops.lean_attn.decode.default, *tensors, **options)
+    if out is not None:
+        _call(torch.ops.lean_attn.decode_out.default, q, k_cache, v_cache, out, lse, *tensors, **options)
+        return out, lse
+    return _call(torch.ops.lean_attn.decode.default, q, k_cache, v_cache, *tensors, **options)
 
 
 def _call(op, *tensors, **options):
@@ -179,6 +186,11 @@ def _(
     **_options,
 ):
     return _fake_attention(q, k_cache, v_cache, cu_seqlens_q is not None)
+
+
+@torch.library.register_fake("lean_attn::decode_out")
+def _(q, k_cache, v_cache, out, lse, *_tensors, **_options):
+    return None
 
 
 # decode_fixed_split is decode by FlashAttention-2's and FlashDecoding's schedules, for benchmarks only.

@@ -1,0 +1,74 @@
+"""Results into given tensors, as serving engines ask for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lean_attention
+from tests.helpers import Case, make_inputs
+from tests.matrix import FeatureCase, make_arguments
+
+CASE = Case(torch.bfloat16, lens=(300, 0, 17), heads=6, kv_heads=2, head_dim=64, q_len=2)
+
+
+@pytest.mark.parametrize("query", [3, "packed"])
+def test_out_and_lse_are_written_and_returned(query: int | str) -> None:
+    arguments = make_arguments(FeatureCase(query=query, group=4, lens=(300, 0, 17)))
+    want, want_lse = lean_attention.decode(**arguments)
+    pool = torch.full((*want.shape[:-1], 2, want.shape[-1] + 8), torch.nan, dtype=want.dtype)
+    out = pool[..., 1, :-8]  # a view with gaps
+    lse = torch.full((2, *want_lse.shape), torch.nan)[1]
+    got = lean_attention.decode(**arguments, out=out, lse=lse)
+    assert got[0] is out and got[1] is lse
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert pool[..., 0, :].isnan().all() and pool[..., 1, -8:].isnan().all(), "written between the rows"
+
+
+def test_nothing_else_is_allocated() -> None:
+    inputs = make_inputs(CASE)
+    out, lse = lean_attention.decode(**inputs)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.inference_mode():
+        lean_attention.decode(**inputs, out=out, lse=lse)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.events()) == 0
+
+
+def test_opcheck() -> None:
+    inputs = {name: t.nan_to_num() for name, t in make_inputs(CASE).items()}
+    out, lse = (torch.empty_like(t) for t in lean_attention.decode(**inputs))
+    op = torch.ops.lean_attn.decode_out.default
+    torch.library.opcheck(
+        op, (inputs["q"], inputs["k_cache"], inputs["v_cache"], out, lse, inputs["seq_lens"])
+    )
+
+
+def test_compiles() -> None:
+    inputs = make_inputs(CASE)
+    want = lean_attention.decode(**inputs)
+
+    def step(out, lse, **arguments):
+        lean_attention.decode(**arguments, out=out, lse=lse)
+        return out * 2
+
+    out, lse = torch.empty_like(want[0]), torch.empty_like(want[1])
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(out, lse, **inputs), want[0] * 2)
+    torch.testing.assert_close((out, lse), want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lse": None}, "lse is missing; out and lse are given together"),
+        ({"out": torch.empty(3, 2, 6, 64)}, "out is Float; it must be BFloat16, like q"),
+        ({"out": torch.empty(3, 2, 6, 72).bfloat16()}, r"out has shape .* dimension 3 must be 64"),
+        ({"out": torch.empty(2, 6, 64).bfloat16()}, r"out has shape .* it must have 4 dimensions"),
+        ({"lse": torch.empty(3, 2, 6)}, r"lse has shape .* dimension 1 must be 6, the num_heads"),
+        ({"lse": torch.empty(3, 6, 2).double()}, "lse is Double; it must be Float"),
+        ({"out": torch.empty(3, 2, 6, 128).bfloat16()[..., ::2]}, "out has stride 2 in its last dimension"),
+    ],
+)
+def test_errors(changes: dict, message: str) -> None:
+    inputs = make_inputs(CASE)
+    given = {"out": torch.empty(3, 2, 6, 64).bfloat16(), "lse": torch.empty(3, 6, 2), **changes}
+    with pytest.raises(ValueError, match=f"decode: {message}"):
+        lean_attention.decode(**inputs, **given)

@@ -1,0 +1,197 @@
+"""Small models with random weights: every step's logits as by eager attention, and the same greedy tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from lean_attention.integrations.transformers import NAME, register, visible_tokens  # noqa: E402
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MODELS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 12},
+    "gemma2": {"head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 12},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi": {},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+}
+
+
+def make_model(kind: str, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **MODELS[kind]})
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    )
+    # Random logits that are not all alike, and sinks that are not all zero.
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or "sinks" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def left_padded(lengths: tuple[int, ...]) -> dict:
+    longest = max(lengths)
+    ids, mask = (
+        torch.randint(2, 128, (len(lengths), longest)),
+        torch.ones(len(lengths), longest, dtype=torch.long),
+    )
+    for b, length in enumerate(lengths):
+        ids[b, : longest - length] = 0
+        mask[b, : longest - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs: dict, **options):
+    return model.generate(
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list:
+    calls = []
+    import lean_attention
+
+    decode = lean_attention.decode
+    monkeypatch.setattr(lean_attention, "decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_greedy_tokens_and_logits_are_those_of_eager(
+    kind: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_model(kind), left_padded((17, 9, 1))
+    # Static caches are for compiled steps; whether it compiles is another test.
+    options = {"cache_implementation": cache, "disable_compile": True} if cache == "static" else {}
+    want = generate(model, inputs, **options)
+    calls = count_decodes(monkeypatch)
+    model.set_attn_implementation(NAME)
+    got = generate(model, inputs, **options)
+    assert len(calls) >= 19 * SMALL["num_hidden_layers"]
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text"])
+@torch.no_grad()
+def test_bf16_logits_are_as_near_to_fp32_as_those_of_eager(kind: str) -> None:
+    """Teacher-forced, step by step, so that one different token does not make the rest incomparable."""
+    inputs, steps = left_padded((17, 9, 1)), torch.randint(2, 128, (3, 12))
+
+    def logits(dtype: torch.dtype, attention: str) -> torch.Tensor:
+        model = make_model(kind, dtype)
+        model.set_attn_implementation(attention)
+        cache = transformers.DynamicCache(config=model.config)
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        out = []
+        for i in range(steps.shape[1] + 1):
+            step = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            out.append(step.logits[:, -1].float())
+            if i < steps.shape[1]:
+                ids, mask = steps[:, i : i + 1], torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+        return torch.stack(out)
+
+    want = logits(torch.float32, "eager")
+    eager, ours = logits(torch.bfloat16, "eager"), logits(torch.bfloat16, NAME)
+    assert (ours - want).abs().max() <= 2 * (eager - want).abs().max()
+
+
+@torch.no_grad()
+def test_beam_search_and_assisted_generation() -> None:
+    model, inputs = make_model("llama"), left_padded((9,))
+    assistant = make_model("qwen2")
+    for options in ({"num_beams": 3}, {"assistant_model": assistant}):
+        want = model.generate(**inputs, max_new_tokens=20, do_sample=False, **options)
+        model.set_attn_implementation(NAME)
+        assistant.set_attn_implementation(NAME)
+        got = model.generate(**inputs, max_new_tokens=20, do_sample=False, **options)
+        model.set_attn_implementation("eager")
+        assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_masks_with_holes_are_left_to_another_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make_model("llama"), left_padded((17, 9))
+    inputs["attention_mask"][0, 5:8] = 0
+    want = generate(model, inputs)
+    model.set_attn_implementation(NAME)
+    said: list[str] = []
+    monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
+    got = generate(model, inputs)
+    assert torch.equal(got.sequences, want.sequences)
+    assert set(said) == {
+        "lean_attention: some steps are left to 'sdpa': an attention mask that is not lengths, left padding "
+        "and one window"
+    }
+
+
+@torch.no_grad()
+def test_static_cache_compiles() -> None:
+    model, inputs = make_model("llama"), left_padded((17, 9))
+    want = generate(model, inputs)
+    model.set_attn_implementation(NAME)
+    got = generate(model, inputs, cache_implementation="static")
+    assert torch.equal(got.sequences, want.sequences)
+
+
+def test_training_is_left_to_another() -> None:
+    model, inputs = make_model("llama"), left_padded((5,))
+    model.set_attn_implementation(NAME)
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_visible_tokens_says_what_the_mask_says() -> None:
+    token = torch.arange(30)
+    position = 20 + torch.arange(4)[:, None]
+    causal = (token <= position).expand(2, 1, 4, 30).clone()
+    visible = visible_tokens(causal.clone())
+    assert (visible.seq_lens == 24).all() and (visible.leftpad == 0).all() and visible.window_left == -1
+    padded = causal.clone()
+    padded[1, ..., :7] = False
+    assert visible_tokens(padded).leftpad.tolist() == [0, 7]
+    windowed = padded & (token >= position - 9)
+    assert visible_tokens(windowed).window_left == 9
+    holes = causal.clone()
+    holes[0, 0, :, 11] = False
+    assert visible_tokens(holes) is None
+    nothing = torch.zeros(1, 1, 1, 30, dtype=torch.bool)
+    assert visible_tokens(nothing).seq_lens.tolist() == [0]
+
+
+def test_an_unknown_prefill_is_named() -> None:
+    with pytest.raises(ValueError, match=r"prefill is 'fast'; it must be one of .*sdpa"):
+        register(prefill="fast")
