@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     demo.add_argument("--heads", type=positive, default=32, metavar="N", help="query heads")
     demo.add_argument("--kv-heads", type=positive, default=8, metavar="N", help="KV heads")
-    demo.add_argument("--head-dim", type=positive, default=128, metavar="N", help="a multiple of 8 up to 256")
+    demo.add_argument("--head-dim", type=positive, default=128, metavar="N", help="a multiple of 8 up to 512")
     demo.add_argument(
         "--max-tokens",
         type=positive,
@@ -42,13 +42,43 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest sequence; less if a quarter of the free memory does not hold the batch",
     )
+    demo.add_argument(
+        "--context", type=positive, default=6000, metavar="N", help="prompt of the generation at the end"
+    )
     demo.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     demo.add_argument("--ctas", type=positive, default=48, metavar="N", help="grid of the picture")
     demo.add_argument(
         "--picture", type=Path, default=Path("demo-output/schedule.png"), metavar="PATH", help="PNG to write"
     )
     demo.set_defaults(run=run_demo)
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text with a transformers model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help="a directory, or a name on the Hugging Face hub",
+    )
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="tokens to add")
+    generate.add_argument(
+        "--attn", choices=["lean_attention", "sdpa", "eager"], default="lean_attention", help="attention"
+    )
+    generate.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the weights"
+    )
+    generate.set_defaults(run=run_generate)
     return top
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    from lean_attention.generation import generate
+
+    generate(arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.attn, arguments.dtype)
 
 
 def run_info(_arguments: argparse.Namespace) -> None:
@@ -69,14 +99,14 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
     if arguments.heads % arguments.kv_heads:
         sys.exit(f"demo: --heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}")
-    if arguments.head_dim % 8 or arguments.head_dim > 256:
-        sys.exit(f"demo: --head-dim {arguments.head_dim} is not a multiple of 8 up to 256")
+    if arguments.head_dim % 8 or arguments.head_dim > 512:
+        sys.exit(f"demo: --head-dim {arguments.head_dim} is not a multiple of 8 up to 512")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     shape = DemoShape(dtype, arguments.heads, arguments.kv_heads, arguments.head_dim)
     with torch.inference_mode():
-        run(shape, arguments.max_tokens, arguments.ctas, arguments.picture)
+        run(shape, arguments.max_tokens, arguments.ctas, arguments.picture, arguments.context)
 
 
 def main() -> None:

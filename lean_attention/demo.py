@@ -149,8 +149,11 @@ def table(shape: DemoShape, rows: list[Row], bandwidth: float) -> Table:
     return result
 
 
-def run(shape: DemoShape, max_tokens: int, num_ctas: int, picture: Path) -> None:
-    """Runs the demo and prints its table; `picture` is where the schedule is drawn (PNG)."""
+def run(shape: DemoShape, max_tokens: int, num_ctas: int, picture: Path, context: int) -> None:
+    """Runs the demo and prints its tables.
+
+    `picture` is where the schedule is drawn (PNG), `context` the prompt of the generation in tokens.
+    """
     console = Console()
     longest = longest_length(shape, max_tokens)
     ragged = [max(1, int(longest * share / 64)) for share in RAGGED]
@@ -177,6 +180,35 @@ def run(shape: DemoShape, max_tokens: int, num_ctas: int, picture: Path) -> None
     console.print(table(shape, rows, bandwidth))
     console.print(NOTES, soft_wrap=True)
     draw(Schedule(ragged, shape.num_kv_heads, num_ctas, head_dim=shape.head_dim), picture, console)
+    generate(context, console)
+
+
+NEW_TOKENS = 48
+
+
+def generate(context: int, console: Console) -> None:
+    """A small Llama goes on from a text, with PyTorch's attention and with this one."""
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError:
+        console.print("no generation: transformers is not installed (pip install 'lean_attention[demo]')")
+        return
+    from lean_attention.generation import compare
+
+    with console.status(f"a Llama reads {context:,} bytes of text and writes {NEW_TOKENS}, twice"):
+        results = compare(context, NEW_TOKENS)
+    same = len({tuple(result.tokens) for result in results.values()}) == 1
+    result = Table(
+        title=f"a Llama of 28 million random weights, float32, {context:,} bytes of text as its prompt:\n"
+        f"{NEW_TOKENS} tokens, greedy, {'the same' if same else 'NOT THE SAME'} with both"
+    )
+    result.add_column("attention")
+    for column in ("tokens/s", "in attention"):
+        result.add_column(column, justify="right")
+    for name, generation in results.items():
+        share = generation.seconds_in_attention / generation.seconds
+        result.add_row(name, f"{generation.tokens_per_second:.1f}", f"{share:.0%}")
+    console.print(result)
 
 
 def draw(schedule: Schedule, picture: Path, console: Console) -> None:

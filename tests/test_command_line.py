@@ -27,12 +27,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "schedule.png"
-    result = run("demo", "--max-tokens", "2000", "--kv-heads", "2", "--heads", "8", "--picture", str(picture))
+    small = ("--max-tokens", "2000", "--kv-heads", "2", "--heads", "8", "--context", "300")
+    result = run("demo", *small, "--picture", str(picture))
     assert result.returncode == 0, result.stderr
     for text in (
         "bfloat16, 8 query heads, 2 KV heads",
         "8 from 15 to 2,000",
         "FlashDecoding (8 splits)",
+        "48 tokens, greedy, the same with both",
         str(picture),
     ):
         assert text in result.stdout
@@ -55,7 +57,7 @@ def test_info_names_versions_and_the_forced_instruction_set() -> None:
         (("demo", "--threads", "many"), "'many' is not a positive whole number"),
         (("demo", "--dtype", "int8"), "invalid choice: 'int8'"),
         (("demo", "--heads", "7", "--kv-heads", "2"), "--heads 7 is not a multiple of --kv-heads 2"),
-        (("demo", "--head-dim", "20"), "--head-dim 20 is not a multiple of 8 up to 256"),
+        (("demo", "--head-dim", "20"), "--head-dim 20 is not a multiple of 8 up to 512"),
     ],
 )
 def test_bad_command_lines(arguments: tuple[str, ...], message: str) -> None:
@@ -79,3 +81,34 @@ def test_the_picture_shows_all_the_work() -> None:
         for cta in range(7):
             bars = [bar for bar in panel.bars if bar.cta == cta]
             assert all(a.end <= b.begin for a, b in itertools.pairwise(bars))
+
+
+@pytest.mark.parametrize("attention", ["lean_attention", "sdpa"])
+def test_generate_streams_text_from_a_local_model(tmp_path: Path, attention: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {
+        "<unk>": 0,
+        **{word: i for i, word in enumerate(["the", "cat", "sat", "on", "a", "mat"], start=1)},
+    }
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    arguments = ("--model", str(tmp_path), "--prompt", "the cat sat", "--max-new-tokens", "5")
+    result = run("generate", *arguments, "--attn", attention)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("the cat sat")
+    assert "[5 tokens after 3 in " in result.stderr and f"with {attention} on" in result.stderr
+
+
+def test_generate_says_that_a_model_cannot_be_had() -> None:
+    pytest.importorskip("transformers")
+    result = run("generate", "--model", "nobody/nothing", "--prompt", "x", HF_HUB_OFFLINE="1")
+    assert result.returncode != 0
+    assert "generate: 'nobody/nothing' is neither a directory with a model nor to be had" in result.stderr
+    assert "Traceback" not in result.stderr

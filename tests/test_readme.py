@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import lean_attention
@@ -13,6 +14,7 @@ from lean_attention import reference
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 FEATURES = (ROOT / "docs" / "features.md").read_text()
+TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
 
 
 def code_blocks(page: str) -> list[str]:
@@ -48,6 +50,14 @@ def test_the_features_run_in_order() -> None:
         exec(block, names)
         if "lse" in names:
             assert names["out"].isfinite().all()
+
+
+def test_the_transformers_page_runs() -> None:
+    pytest.importorskip("transformers")
+    names: dict = {}
+    (block,) = code_blocks(TRANSFORMERS)
+    exec(block, names)
+    assert names["tokens"].shape == (2, 15)
 
 
 def test_the_files_that_it_names_exist() -> None:
