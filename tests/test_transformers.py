@@ -36,6 +36,8 @@ MODELS = {
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32):
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SMALL, **MODELS[kind]})
     model = (
@@ -46,6 +48,13 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32):
         if parameter.dim() > 1 or "sinks" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def use(model, attention: str) -> None:
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(attention)
+    else:  # before transformers 4.55
+        model.config._attn_implementation = attention
 
 
 def left_padded(lengths: tuple[int, ...]) -> dict:
@@ -96,7 +105,7 @@ def test_greedy_tokens_and_logits_are_those_of_eager(
     options = {"cache_implementation": cache, "disable_compile": True} if cache == "static" else {}
     want = generate(model, inputs, **options)
     calls = count_decodes(monkeypatch)
-    model.set_attn_implementation(NAME)
+    use(model, NAME)
     got = generate(model, inputs, **options)
     assert len(calls) >= 19 * SMALL["num_hidden_layers"]
     assert torch.equal(got.sequences, want.sequences)
@@ -112,7 +121,7 @@ def test_bf16_logits_are_as_near_to_fp32_as_those_of_eager(kind: str) -> None:
 
     def logits(dtype: torch.dtype, attention: str) -> torch.Tensor:
         model = make_model(kind, dtype)
-        model.set_attn_implementation(attention)
+        use(model, attention)
         cache = transformers.DynamicCache(config=model.config)
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         out = []
@@ -134,10 +143,10 @@ def test_beam_search_and_assisted_generation() -> None:
     assistant = make_model("qwen2")
     for options in ({"num_beams": 3}, {"assistant_model": assistant}):
         want = model.generate(**inputs, max_new_tokens=20, do_sample=False, **options)
-        model.set_attn_implementation(NAME)
-        assistant.set_attn_implementation(NAME)
+        use(model, NAME)
+        use(assistant, NAME)
         got = model.generate(**inputs, max_new_tokens=20, do_sample=False, **options)
-        model.set_attn_implementation("eager")
+        use(model, "eager")
         assert torch.equal(got, want)
 
 
@@ -146,7 +155,7 @@ def test_masks_with_holes_are_left_to_another_and_said_so(monkeypatch: pytest.Mo
     model, inputs = make_model("llama"), left_padded((17, 9))
     inputs["attention_mask"][0, 5:8] = 0
     want = generate(model, inputs)
-    model.set_attn_implementation(NAME)
+    use(model, NAME)
     said: list[str] = []
     monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
     got = generate(model, inputs)
@@ -161,14 +170,14 @@ def test_masks_with_holes_are_left_to_another_and_said_so(monkeypatch: pytest.Mo
 def test_static_cache_compiles() -> None:
     model, inputs = make_model("llama"), left_padded((17, 9))
     want = generate(model, inputs)
-    model.set_attn_implementation(NAME)
+    use(model, NAME)
     got = generate(model, inputs, cache_implementation="static")
     assert torch.equal(got.sequences, want.sequences)
 
 
 def test_training_is_left_to_another() -> None:
     model, inputs = make_model("llama"), left_padded((5,))
-    model.set_attn_implementation(NAME)
+    use(model, NAME)
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
