@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml lean_attention/_build.py lean_attention/_version.py \
            $(shell find csrc -type f)
 
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: test demo bench sanitize cuda-check lint format clean
 

@@ -108,6 +108,27 @@ def build_in_place() -> object:
     )
 
 
+def build_ops_library() -> Path:
+    """Builds the ops alone, for the CPU, as a shared library for programs without Python; returns its path.
+
+    From a source checkout, into torch's extension cache. Not in a process that has imported lean_attention:
+    building also loads it, and the ops can be registered once. `python lean_attention/_build.py` does it.
+    """
+    from torch.utils import cpp_extension
+
+    directory = Path(cpp_extension._get_build_directory("lean_attention_ops", verbose=False))
+    _refuse_stale_lock(directory / "lock")
+    cpp_extension.load(
+        name="lean_attention_ops",
+        sources=[str(ROOT / source) for source in sources() if not source.endswith("bindings.cpp")],
+        extra_cflags=COMPILE_FLAGS,
+        extra_include_paths=include_dirs(),
+        build_directory=str(directory),
+        is_python_module=False,
+    )
+    return directory / "lean_attention_ops.so"
+
+
 def _refuse_stale_lock(lock: Path) -> None:
     """cpp_extension.load waits for a lock file without end, also where a killed build left it behind."""
     import time
@@ -117,3 +138,7 @@ def _refuse_stale_lock(lock: Path) -> None:
             f"lean_attention: another build has held {lock} for over 15 minutes; if none is running, "
             "delete that file and import again"
         )
+
+
+if __name__ == "__main__":
+    print(build_ops_library())
