@@ -5,6 +5,8 @@
 
 #include "arguments.h"
 #include "cpu/decode.h"
+#include "cuda/decode.h"
+#include "dispatch.h"
 #include "ops.h"
 
 namespace lean {
@@ -61,10 +63,14 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
   params.lses = lse_pointers.data();
   params.out = out.mutable_data_ptr();
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  if (!out.is_cpu()) {
-    fail("merge_states: outs[0] is on ", device_of(out), "; it runs on cpu only, not yet on cuda");
-  }
-  cpu::merge_states(params);
+  const auto on_cuda = [&](int, void* stream) {
+    if (params.num_states > cuda::kMaxMergedStates) {
+      fail("merge_states: outs has ", params.num_states, " tensors; on cuda there may be ",
+           cuda::kMaxMergedStates);
+    }
+    cuda::merge_states(params, stream);
+  };
+  if (out.numel() > 0) dispatch(first, [&] { cpu::merge_states(params); }, on_cuda);
   return {out, lse};
 }
 

@@ -59,6 +59,11 @@ LEAN_HOST_DEVICE inline float log_sum_exp(SoftmaxState s) {
   return s.l == 0.0f ? kMinusInfinity : (s.m + log2f(s.l)) * kLn2;
 }
 
+// The same to the base whose log2 is given.
+LEAN_HOST_DEVICE inline float log_sum_exp_to(SoftmaxState s, float log2_base) {
+  return s.l == 0.0f ? kMinusInfinity : (s.m + log2f(s.l)) / log2_base;
+}
+
 // The state whose normalised output has this log-sum-exp, to the base whose log2 is given.
 LEAN_HOST_DEVICE inline SoftmaxState from_log_sum_exp(float lse, float log2_base = kLog2e) {
   return {lse * log2_base, lse == kMinusInfinity ? 0.0f : 1.0f};

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import lean_attention
 from lean_attention import reference
 from lean_attention._core import core
+from tests.emulation import load
 from tests.helpers import Case, make_inputs
 
 EMPTY = (-math.inf, 0.0)
@@ -78,12 +79,27 @@ def test_nan_is_not_lost_in_an_empty_looking_state() -> None:
         assert math.isnan(result[1])
 
 
+def merge_emulated(outs: list, lses: list, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    load().configure(seed=torch.randint(2**31, ()).item())
+    return torch.ops.lean_attn_emulated.merge_states(outs, lses, base=base)
+
+
+def merge_on_gpu(outs: list, lses: list, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    outs, lses = ([t.cuda() for t in tensors] for tensors in (outs, lses))
+    return tuple(t.cpu() for t in lean_attention.merge_states(outs, lses, base=base))
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [lean_attention.merge_states, merge_emulated, pytest.param(merge_on_gpu, marks=pytest.mark.gpu)],
+    ids=["cpu", "emulated", "gpu"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("states", [1, 2, 5])
 @pytest.mark.parametrize("base", [math.e, 2.0, 10.0])
 @pytest.mark.parametrize("packed", [False, True])
 def test_merge_states_matches_the_definition(
-    dtype: torch.dtype, states: int, base: float, packed: bool
+    merge, dtype: torch.dtype, states: int, base: float, packed: bool
 ) -> None:
     outs = [torch.randn(3, 2, 4, 24, dtype=dtype) for _ in range(states)]
     lses = [10 / math.log(base) * torch.randn(3, 4, 2) for _ in range(states)]
@@ -93,7 +109,7 @@ def test_merge_states_matches_the_definition(
         out[empty.transpose(1, 2)] = torch.nan  # an empty state's output may hold anything
     if packed:
         outs, lses = [out[0] for out in outs], [lse[0] for lse in lses]
-    out, lse = lean_attention.merge_states(outs, lses, base=base)
+    out, lse = merge(outs, lses, base=base)
     want, want_lse = reference.merge_states(outs, lses, base=base)
     # Log-sum-exps near 30 have a last place of 2e-6, and so have the weights.
     epsilon = max(torch.finfo(dtype).eps, 2e-6)

@@ -2,7 +2,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cmath>
 #include <vector>
 
 #include "cpu/decode.h"
@@ -29,7 +28,7 @@ void merge_row(const MergeParams& p, int64_t row, int64_t lse_index, std::vector
   const float factor = normaliser(state.l);
   T* out = static_cast<T*>(p.out) + row * p.head_dim_v;
   for (int64_t d = 0; d < p.head_dim_v; ++d) out[d] = static_cast<T>(sum[d] * factor);
-  p.lse[lse_index] = state.l == 0.0f ? kMinusInfinity : (state.m + std::log2(state.l)) / p.log2_base;
+  p.lse[lse_index] = log_sum_exp_to(state, p.log2_base);
 }
 
 template <class T>

@@ -20,6 +20,10 @@ void decode(const DecodeParams& params, int device, void* stream,
 // Queues the append. A token that would go outside the cache is not written.
 void append_kv(const AppendParams& params, int device, void* stream);
 
+// Queues the merge of at most so many states.
+constexpr int64_t kMaxMergedStates = 128;
+void merge_states(const MergeParams& params, void* stream);
+
 // The first number out of range that kernels have met on a device since the last call: what it says, or an
 // empty string. Waits for the device.
 std::string take_error(int device);

@@ -3,3 +3,4 @@
 #include "cuda/decode.cu"
 #include "cuda/kernels_bf16.cu"
 #include "cuda/kernels_fp16.cu"
+#include "cuda/merge_states.cu"

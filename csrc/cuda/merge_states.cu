@@ -1,0 +1,59 @@
+// Merging normalised partial outputs by their log-sum-exps, a row per CTA and turn.
+#include <algorithm>
+
+#include "cuda/decode.h"
+#include "cuda/hardware.h"
+#include "softmax_state.h"
+
+namespace lean::cuda {
+namespace {
+
+constexpr int kMergeThreads = 128;
+constexpr int64_t kMaxMergeCtas = 4096;
+
+struct MergeArguments {
+  MergeParams p;  // its arrays of pointers are the host's
+  const void* outs[kMaxMergedStates];
+  const float* lses[kMaxMergedStates];
+};
+
+template <class T>
+LEAN_KERNEL(kMergeThreads, 1)
+merge_kernel(LEAN_KERNEL_PARAMETER MergeArguments arguments) {
+  const MergeParams& p = arguments.p;
+  for (int64_t row = hw::cta_index(); row < p.batch * p.q_len * p.num_heads; row += hw::num_ctas()) {
+    const int64_t head = row % p.num_heads, token = row / p.num_heads % p.q_len,
+                  sequence = row / p.num_heads / p.q_len;
+    const int64_t lse_index = (sequence * p.num_heads + head) * p.q_len + token;
+    for (int64_t d = hw::thread_index(); d < p.head_dim_v; d += kMergeThreads) {
+      SoftmaxState state;
+      float sum = 0.0f;
+      for (int64_t i = 0; i < p.num_states; ++i) {
+        const SoftmaxState next = from_log_sum_exp(arguments.lses[i][lse_index], p.log2_base);
+        if (next.l == 0.0f) continue;  // whatever is in the output of an empty state
+        const Merged merged = merge(state, next);
+        const float out =
+            hw::Numbers::to_float(static_cast<const T*>(arguments.outs[i])[row * p.head_dim_v + d]);
+        sum = sum * merged.weight_a + out * merged.weight_b;
+        state = merged.state;
+      }
+      static_cast<T*>(p.out)[row * p.head_dim_v + d] = hw::Numbers::from_float<T>(sum * normaliser(state.l));
+      if (d == 0) p.lse[lse_index] = log_sum_exp_to(state, p.log2_base);
+    }
+  }
+}
+
+}  // namespace
+
+void merge_states(const MergeParams& p, void* stream) {
+  MergeArguments arguments{p, {}, {}};
+  std::copy_n(p.outs, p.num_states, arguments.outs);
+  std::copy_n(p.lses, p.num_states, arguments.lses);
+  void (*kernel)(MergeArguments) = p.dtype == DType::float16    ? &merge_kernel<hw::Half>
+                                   : p.dtype == DType::bfloat16 ? &merge_kernel<hw::BFloat16>
+                                                                : &merge_kernel<float>;
+  const int64_t ctas = std::min(p.batch * p.q_len * p.num_heads, kMaxMergeCtas);
+  hw::launch(kernel, arguments, ctas, kMergeThreads, 0, stream);
+}
+
+}  // namespace lean::cuda
