@@ -359,7 +359,8 @@ class DecodeCall {
 };
 
 void run(const Tensor& q, const DecodeParams& params) {
-  if (params.batch * params.query_tokens == 0) return;
+  // Packed query tokens that are no sequence's are written too.
+  if (params.query_tokens == 0 || (params.batch == 0 && params.cu_seqlens_q == nullptr)) return;
   const auto on_cuda = [&](int device, void* stream) {
     if (params.dtype == DType::float32) fail("decode: q is Float; on cuda it must be Half or BFloat16");
     OptionalTensor workspace;  // until the launch is queued

@@ -154,6 +154,24 @@ def test_the_launch_does_not_depend_on_lengths() -> None:
     assert len(grids) == 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("num_ctas", [0, 3])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_packed_queries_of_no_sequence(backend: str, num_ctas: int, batch: int, decode: Decode) -> None:
+    """As in a captured graph whose batch has gone: rows that see nothing, not what memory held."""
+    cache = torch.randn(batch, 40, 2, 64).to(BF16)
+    arguments = {
+        "q": torch.randn(3, 4, 64).to(BF16),
+        "k_cache": cache,
+        "v_cache": cache,
+        "seq_lens": torch.full((batch,), 17, dtype=torch.int32),
+        "cu_seqlens_q": torch.zeros(batch + 1, dtype=torch.int32),
+        "num_ctas": num_ctas,
+    }
+    out, lse = (lean_attention.decode if backend == "cpu" else decode)(**arguments)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_whole_cache_without_lengths(decode: Decode) -> None:
     case = Case(BF16, lens=(333, 333), heads=8, kv_heads=2)
     inputs = make_inputs(case)

@@ -23,7 +23,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 // The kernel that wastes least: rows beyond 16 in tiles of 32 where there are such, else in more row blocks.
 const Kernel& choose_kernel(const DecodeParams& p) {
   // Packed queries count by their average, so that the choice depends on shapes alone.
-  const int64_t q_len = p.cu_seqlens_q ? ceil_div(p.query_tokens, p.batch) : p.query_tokens;
+  const int64_t q_len = p.cu_seqlens_q ? ceil_div(p.query_tokens, greater(1, p.batch)) : p.query_tokens;
   const int64_t rows = p.group() * q_len;
   const bool quantised = p.cache_dtype != p.dtype;
   const Kernel* best = nullptr;
@@ -94,7 +94,7 @@ int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
     return p.sequences() * geometry.sequence_tiles({p.capacity(), 0, p.query_tokens});
   }
   const int64_t row_blocks = p.query_tokens * p.group() / geometry.rows_per_block + p.batch;
-  return p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.capacity()});
+  return greater(1, p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.capacity()}));
 }
 
 }  // namespace
