@@ -121,6 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
         study = run_study(fits, contenders, options.output, resume=options.resume, seconds=options.seconds)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; --resume continues from {options.output}")
+    except ValueError as error:
+        sys.exit(str(error))
     print_table(study, console)
     picture = options.output.with_suffix(".png")
     draw(study, picture)

@@ -32,6 +32,8 @@ from lean_attention.bandwidth import read_seconds
 
 PROBE_BYTES = 2**28
 OURS = "lean_attention"
+# Facts in which all cases of a study must agree.
+COMPARABLE = ("cpu", "cores", "threads", "forced_instruction_set", "packages")
 # What a contender may be off by from fp32: outputs are averages of standard normal values.
 MAX_ERROR = 0.05
 
@@ -182,6 +184,12 @@ def measure_case(
         except Unavailable as reason:
             results[contender.name] = {"unavailable": str(reason)}
             continue
+        except Exception as error:  # a peer's own failure does not end the study; ours does
+            if contender.name == OURS:
+                raise
+            text = (str(error).strip().splitlines() or [""])[0]
+            results[contender.name] = {"unavailable": f"{type(error).__name__}: {text[:120]}"}
+            continue
         calls[contender.name] = prepared
         results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
     tick(f"{case.id}: measuring")
@@ -234,12 +242,20 @@ def run_study(
         cases: what to measure; ids must differ.
         contenders: who takes part.
         output: the JSON file; with `resume`, cases that it already has are not measured again.
+            Raises ValueError where they were measured on another machine or with other settings.
         seconds: time for each contender of a case.
         least_sets: copies of a case's inputs, at least, that the rounds go through.
     """
     study = {"machine": machine_facts(), "cases": {}}
     if resume and output.is_file():
-        study["cases"] = json.loads(output.read_text())["cases"]
+        before = json.loads(output.read_text())
+        for fact in COMPARABLE:
+            if before["machine"].get(fact) != study["machine"][fact]:
+                raise ValueError(
+                    f"{output} was measured with {fact} {before['machine'].get(fact)!r}, this run would be with "
+                    f"{study['machine'][fact]!r}; start anew, without --resume"
+                )
+        study["cases"] = before["cases"]
     left = [case for case in cases if case.id not in study["cases"]]
     output.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -50,6 +50,29 @@ def test_a_resumed_study_measures_only_what_is_missing(tmp_path: Path) -> None:
     assert list(after["cases"]) == [first.id, second.id]
 
 
+def test_a_study_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    output, case = tmp_path / "study.json", Case(torch.float32, (64,), 2, 1, 64)
+    study = run_study([case], [LeanAttention()], output, seconds=0.001)
+    study["machine"]["threads"] = 1000
+    output.write_text(json.dumps(study))
+    with pytest.raises(ValueError, match=r"was measured with threads 1000, .*start anew, without --resume"):
+        run_study([case], [LeanAttention()], output, seconds=0.001, resume=True)
+
+
+def test_a_peer_that_fails_is_told_of_and_does_not_end_the_study(tmp_path: Path) -> None:
+    class Broken:
+        name = "broken"
+
+        def prepare(self, case: Case, inputs: object):
+            raise RuntimeError("no such kernel\nand more")
+
+    case = Case(torch.float32, (64,), 2, 1, 64)
+    study = run_study([case], [LeanAttention(), Broken()], tmp_path / "study.json", seconds=0.001)
+    results = study["cases"][case.id]["contenders"]
+    assert results["broken"] == {"unavailable": "RuntimeError: no such kernel"}
+    assert "seconds" in results["lean_attention"]
+
+
 def test_the_studies_list_their_cases_once() -> None:
     for cases in (cpu_decode.subset(), cpu_decode.full_grid()):
         ids = [case.id for case in cases]
