@@ -250,10 +250,11 @@ def run_study(
     if resume and output.is_file():
         before = json.loads(output.read_text())
         for fact in COMPARABLE:
-            if before["machine"].get(fact) != study["machine"][fact]:
+            was, now = before["machine"].get(fact), study["machine"][fact]
+            if was != now:
                 raise ValueError(
-                    f"{output} was measured with {fact} {before['machine'].get(fact)!r}, this run would be with "
-                    f"{study['machine'][fact]!r}; start anew, without --resume"
+                    f"{output} was measured with {fact} {was!r}, this run would be with {now!r}; start anew, "
+                    "without --resume"
                 )
         study["cases"] = before["cases"]
     left = [case for case in cases if case.id not in study["cases"]]
