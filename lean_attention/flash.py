@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lean_attention import ops
+from lean_attention import ops, reference
 
 
 def flash_attn_with_kvcache(
@@ -193,13 +193,5 @@ def _rotate(
         sequence = sequence.clamp(max=len(seq_lens) - 1)
         positions = seq_lens[sequence] + (token - cu_seqlens[sequence] if by_token else 0)
     positions = positions.clamp(0, len(cos) - 1).long()
-    cos, sin = cos[positions].float()[..., None, :], sin[positions].float()[..., None, :]
-    half = cos.shape[-1]
-    rotated, rest = q[..., : 2 * half].float(), q[..., 2 * half :]
-    if interleaved:
-        a, b = rotated[..., ::2], rotated[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    else:
-        a, b = rotated[..., :half], rotated[..., half:]
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    return torch.cat([turned.to(q.dtype), rest], dim=-1)
+    cos, sin = cos[positions][..., None, :], sin[positions][..., None, :]  # for all heads
+    return reference.rotate(q, cos, sin, interleaved).to(q.dtype)
