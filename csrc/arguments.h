@@ -79,6 +79,28 @@ struct Argument {
   }
 };
 
+// The dtype of a quantised tensor; nothing where it is not one of those.
+inline std::optional<DType> quantised_dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float8_e4m3fn:
+      return DType::float8_e4m3;
+    case ScalarType::Float8_e5m2:
+      return DType::float8_e5m2;
+    case ScalarType::Char:
+      return DType::int8;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Where a sequence lies is said once.
+inline void refuse_slots_beside_pages(const char* op, bool slots, bool pages) {
+  if (slots && pages) {
+    fail(op,
+         ": cache_batch_idx cannot be combined with block_table, which already says where a sequence lies");
+  }
+}
+
 inline DType dtype_of(const Argument& argument) {
   switch (argument.tensor.scalar_type()) {
     case ScalarType::Float:

@@ -37,7 +37,8 @@ class AppendCall {
     p.head_dim_v = v.size(last);
     p.tokens = k.size(last - 2);
     for (int64_t dim = 0; dim < last; ++dim) v_arg.has_size(dim, k.size(dim), "like k");
-    p.dtype = dtype();
+    const auto quantised = quantised_dtype_of(k);
+    p.dtype = quantised ? *quantised : dtype_of(k_);
     v_arg.has_dtype(k.scalar_type(), ", like k");
     p.num_blocks = k_cache.size(0);
     p.block_size = k_cache.size(1);
@@ -53,19 +54,13 @@ class AppendCall {
     k_cache_arg.has_size(3, p.head_dim, "the head_dim of k");
     v_cache_arg.has_size(3, p.head_dim_v, "the head_dim of v");
     p.batch = packed_ ? cu_seqlens->numel() - 1 : k.size(0);
+    if (p.batch < 0) fail("append_kv: cu_seqlens is empty; it must have batch + 1 entries");
 
     p.seq_lens = list("seq_lens", "[batch]", seq_lens, p.batch);
-    if (packed_) {
-      if (p.batch < 0) fail("append_kv: cu_seqlens is empty; it must have batch + 1 entries");
-      p.cu_seqlens = list("cu_seqlens", "[batch + 1]", *cu_seqlens, p.batch + 1);
-    }
+    if (packed_) p.cu_seqlens = list("cu_seqlens", "[batch + 1]", *cu_seqlens, p.batch + 1);
+    refuse_slots_beside_pages("append_kv", cache_batch_idx.has_value(), paged);
     p.max_blocks = 1;
     if (paged) {
-      if (cache_batch_idx) {
-        fail(
-            "append_kv: cache_batch_idx cannot be combined with block_table, which already says where a "
-            "sequence lies");
-      }
       const Argument table{"append_kv", "block_table", *block_table};
       table.has_shape("[batch, max_blocks]", 2);
       table.has_dtype(ScalarType::Int, "");
@@ -109,19 +104,6 @@ class AppendCall {
     arg.is_on_device_of(k_);
   }
 
-  DType dtype() const {
-    switch (k_.tensor.scalar_type()) {
-      case ScalarType::Float8_e4m3fn:
-        return DType::float8_e4m3;
-      case ScalarType::Float8_e5m2:
-        return DType::float8_e5m2;
-      case ScalarType::Char:
-        return DType::int8;
-      default:
-        return dtype_of(k_);
-    }
-  }
-
   void take_rotary(const OptionalTensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
                    bool interleaved) {
     if (cos.has_value() != sin.has_value()) {
@@ -130,7 +112,7 @@ class AppendCall {
     if (q && !cos)
       fail("append_kv: q is given without rotary_cos and rotary_sin; there is nothing to do to it");
     if (!cos) return;
-    if (element_size(p.dtype) == 1) {
+    if (quantised_dtype_of(k_.tensor)) {
       fail("append_kv: k is ", k_.tensor.scalar_type(), "; rotary embedding needs Float, Half or BFloat16");
     }
     const Argument cos_arg{"append_kv", "rotary_cos", *cos}, sin_arg{"append_kv", "rotary_sin", *sin};

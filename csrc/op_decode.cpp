@@ -178,21 +178,12 @@ class DecodeCall {
   }
 
   DType cache_dtype() const {
-    switch (k_.tensor.scalar_type()) {
-      case ScalarType::Float8_e4m3fn:
-        return DType::float8_e4m3;
-      case ScalarType::Float8_e5m2:
-        return DType::float8_e5m2;
-      case ScalarType::Char:
-        return DType::int8;
-      default:
-        k_.has_dtype(q_.tensor.scalar_type(), ", like q, or Float8_e4m3fn, Float8_e5m2 or Char (int8)");
-        return p_.dtype;
-    }
+    if (const auto quantised = quantised_dtype_of(k_.tensor)) return *quantised;
+    k_.has_dtype(q_.tensor.scalar_type(), ", like q, or Float8_e4m3fn, Float8_e5m2 or Char (int8)");
+    return p_.dtype;
   }
 
   void take_lengths() {
-    p_.max_blocks = o_.block_table ? o_.block_table->size(o_.block_table->dim() - 1) : 1;
     if (o_.seq_lens) {
       const Argument arg{"decode", "seq_lens", *o_.seq_lens};
       p_.lengths_per_head = o_.block_table && arg.tensor.dim() == 2;
@@ -219,13 +210,9 @@ class DecodeCall {
   }
 
   void take_blocks() {
+    refuse_slots_beside_pages("decode", o_.cache_batch_idx.has_value(), o_.block_table.has_value());
+    p_.max_blocks = 1;
     if (o_.cache_batch_idx) {
-      if (o_.block_table) {
-        fail(
-            "decode: cache_batch_idx cannot be combined with block_table, which already says where a "
-            "sequence "
-            "lies");
-      }
       const Argument arg{"decode", "cache_batch_idx", *o_.cache_batch_idx};
       arg.is_list_of("[batch]", p_.batch, "the batch size of q");
       p_.cache_batch_idx = integers(arg);
@@ -241,6 +228,7 @@ class DecodeCall {
     arg.has_contiguous_rows();
     arg.is_on_device_of(q_);
     p_.block_table = static_cast<const int32_t*>(table.const_data_ptr());
+    p_.max_blocks = table.size(table.dim() - 1);
     p_.table_batch_stride = table.stride(0);
     p_.table_head_stride = per_head ? table.stride(1) : 0;
   }

@@ -156,6 +156,7 @@ def test_writes_outside_the_cache_are_refused(append, name: str, at, value: int,
         assert changed == (4 if value != 24 else 5)
 
 
+PACKED = {"k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 40)}
 BAD = [
     ({"k": torch.randn(3, 1, 2, 64).half()}, "v is Float; it must be Half, like k"),
     ({"k_cache": torch.randn(4, 25, 2, 64).half()}, "k_cache is Half; it must be Float, like k"),
@@ -172,6 +173,8 @@ BAD = [
         {"rotary_cos": torch.ones(9, 32), "rotary_sin": torch.ones(9, 32)},
         "is at position 13; rotary_cos has pos",
     ),
+    ({**PACKED, "cu_seqlens": torch.empty(0, dtype=torch.int32)}, "cu_seqlens is empty; it must have batch"),
+    ({"block_table": torch.zeros(3, 5).int()}, "cache_batch_idx cannot be combined with block_table"),
     ({"cache_batch_idx": None}, "k_cache has shape .* dimension 0 must be 3, the batch size of k"),
 ]
 

@@ -107,6 +107,7 @@ BAD = [
         "sequence 1 has 2 query tokens by cu_seqlens_q; tree_mask has columns for 1",
     ),
     ({**PAGED, "block_table": I32(0, 1)}, r"block_table has shape \[2\]; it must have 2 dimensions"),
+    ({**PAGED, "block_table": torch.tensor(3).int()}, r"block_table has shape \[\]; it must have 2 dim"),
     ({**PAGED, "block_table": torch.zeros(2, 2)}, "block_table is Float; it must be Int"),
     ({**PAGED, "block_table": torch.zeros(3, 2).int()}, r"block_table has shape \[3, 2\]; its dimension 0"),
     (

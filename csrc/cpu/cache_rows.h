@@ -68,7 +68,7 @@ class WideRows {
   WideRows(const DecodeParams& p, const TileRoutine& routine, float* memory)
       : p_(p),
         routine_(routine),
-        table_(widening_table(p.cache_dtype, p.dtype)),
+        table_(p.cache_dtype == p.dtype ? nullptr : widening_table(p.cache_dtype, p.dtype)),
         k_(reinterpret_cast<char*>(memory)),
         v_(k_ + kRunTokens * p.head_dim * element_size(p.dtype)) {}
 
