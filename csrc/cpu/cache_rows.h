@@ -62,6 +62,69 @@ class CacheRows {
   const bool v_scaled_;
 };
 
+// Heads that a thread may take through the tokens abreast.
+inline constexpr int64_t kMaxAbreast = 8;
+
+// Tokens of neighbouring heads of a sequence.
+struct Stretch {
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t heads;  // at most kMaxAbreast
+  TokenSpan tokens;
+};
+
+// The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if that
+// has any tokens. It looks a place ahead, so that the next place's blocks are asked for early.
+class RunQueue {
+ public:
+  RunQueue(const CacheRows& rows, const Stretch& stretch, const Stretch& upcoming)
+      : rows_(rows), from_(stretch), upcoming_(upcoming), begin_(stretch.tokens.begin) {
+    fill_next();
+  }
+
+  // To the first place, then from each to the next.
+  void advance() {
+    next_ ^= 1;
+    fill_next();
+  }
+
+  // Both stay as they are until the next call of advance().
+  const Run& run(int64_t head) const { return now().runs[head].run; }
+  const Run* after(int64_t head) const {
+    if (head + 1 < now().heads) return &now().runs[head + 1].run;
+    return next().heads > 0 ? &next().runs[0].run : nullptr;
+  }
+
+ private:
+  struct Place {
+    int64_t heads = 0;
+    RunMemory runs[kMaxAbreast];
+  };
+  const Place& now() const { return places_[next_ ^ 1]; }
+  const Place& next() const { return places_[next_]; }
+
+  void fill_next() {
+    Place& place = places_[next_];
+    place.heads = 0;
+    if (begin_ >= from_.tokens.end) {
+      from_ = upcoming_;
+      begin_ = from_.tokens.begin;
+      if (begin_ >= from_.tokens.end) return;
+    }
+    for (; place.heads < from_.heads; ++place.heads) {
+      rows_.fill(place.runs[place.heads], from_.sequence, from_.kv_head + place.heads, begin_, from_.tokens.end);
+    }
+    begin_ += kRunTokens;
+  }
+
+  const CacheRows& rows_;
+  Stretch from_;
+  const Stretch upcoming_;
+  int64_t begin_;
+  Place places_[2];
+  int next_ = 0;
+};
+
 // Converts the rows of a run to the dtype of q before they are multiplied: once for all query rows.
 class WideRows {
  public:

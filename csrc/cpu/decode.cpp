@@ -60,10 +60,10 @@ class ScratchMemory {
   size_t size_ = 0;
 };
 
-// Where caches are stored tokens first, the rows of one token's heads are neighbours in memory, and hardware
-// prefetchers fetch them with each other. So a thread takes up to this many heads through the tokens abreast,
-// as long as a run of all of them leaves the second cache level room for the next.
-constexpr int64_t kMaxAbreast = 8;
+// A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
+// memory: in caches stored tokens first hardware prefetchers fetch them with each other, and in short pages
+// the next place's blocks are asked for that much earlier. As many as leave the next place room in the second
+// cache level.
 constexpr int64_t kMaxBytesAbreast = 256 * 1024;
 
 // A partial state set aside: O of every row, then m and l of every row.
@@ -95,9 +95,11 @@ class Decode {
     geometry_ = p_.geometry(std::clamp<int64_t>(p_.group() * max_q_len, 1, kMaxRows),
                             lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v)));
     const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
-    max_abreast_ = tokens_first ? std::clamp<int64_t>(kMaxBytesAbreast / (kRunTokens * token_bytes()), 1,
-                                                      std::min(kMaxAbreast, p_.heads_per_sequence()))
-                                : 1;
+    const bool short_pages = p_.block_table != nullptr && p_.block_size <= kRunTokens;
+    if (tokens_first || short_pages) {
+      max_abreast_ = std::clamp<int64_t>(kMaxBytesAbreast / (kRunTokens * token_bytes()), 1,
+                                         std::min(kMaxAbreast, p_.heads_per_sequence()));
+    }
     lay_out_sequences();
     write_padding();
   }
@@ -360,7 +362,8 @@ class Decode {
   }
 
   void attend(const Work* works, int64_t count, const Segment* then, WideRows& wide) const {
-    const TokenSpan tokens = works[0].segment.tokens(geometry_.tile_tokens);
+    const Segment& segment = works[0].segment;
+    const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
     for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
       const bool first = begin == tokens.begin;
@@ -369,20 +372,17 @@ class Decode {
         clear(works[i].tile);
       }
       const int64_t end = std::min(begin + kChunkTokens, tokens.end);
-      Upcoming upcoming{&works[0].segment, {end, tokens.end}};
-      if (end == tokens.end && then != nullptr) upcoming = {then, then->tokens(geometry_.tile_tokens)};
+      Stretch upcoming{segment.sequence, segment.kv_head, count, {end, tokens.end}};
+      if (end == tokens.end && then != nullptr) {
+        upcoming = {then->sequence, then->kv_head, 1, then->tokens(geometry_.tile_tokens)};
+      }
       attend_chunk(works, count, {begin, end}, upcoming, wide);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(works[i].tile, works[i].aside);
     }
   }
 
-  // What a thread reads after a chunk, so that its beginning is prefetched too; maybe nothing.
-  struct Upcoming {
-    const Segment* segment;
-    TokenSpan tokens;
-  };
-
-  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Upcoming& upcoming,
+  // `upcoming` is what the thread reads after the chunk, so that its beginning is prefetched too; maybe nothing.
+  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Stretch& upcoming,
                     WideRows& wide) const {
     const Segment& segment = works[0].segment;
     const int rows = works[0].tile.rows;
@@ -392,31 +392,15 @@ class Decode {
     TokenSpan common = {visible_tokens(p_.visibility, length, last_query, last_query).begin,
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
-    RunMemory runs[2];
-    const auto fill = [&](RunMemory& memory, const Segment& of, int64_t begin, int64_t end) {
-      cache_rows_.fill(memory, of.sequence, of.kv_head, begin, end);
-    };
-    fill(runs[0], segment, tokens.begin, tokens.end);
+    RunQueue runs(cache_rows_, {segment.sequence, segment.kv_head, count, tokens}, upcoming);
     RowView views[kMaxRows];
-    int current = 0;
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kRunTokens) {
       const int64_t end = std::min(begin + kRunTokens, tokens.end);
       const bool viewed = begin < common.begin || end > common.end || p_.alibi_slopes != nullptr;
       if (viewed) fill_views(views, rows, segment, length, begin);
-      for (int64_t i = 0; i < count; ++i, current ^= 1) {
-        const bool last_head = i + 1 == count;
-        RunMemory& other = runs[current ^ 1];
-        const Run* next = &other.run;
-        if (!last_head) {
-          fill(other, works[i + 1].segment, begin, tokens.end);
-        } else if (end < tokens.end) {
-          fill(other, segment, end, tokens.end);
-        } else if (upcoming.tokens.begin < upcoming.tokens.end) {
-          fill(other, *upcoming.segment, upcoming.tokens.begin, upcoming.tokens.end);
-        } else {
-          next = nullptr;
-        }
-        const Run& run = runs[current].run;
+      runs.advance();
+      for (int64_t i = 0; i < count; ++i) {
+        const Run &run = runs.run(i), *next = runs.after(i);
         if (quantised_) {
           routine_.attend(works[i].tile, wide.widen(run, next), viewed ? views : nullptr, nullptr);
         } else {
@@ -487,7 +471,7 @@ class Decode {
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
   Geometry geometry_;
-  int64_t max_abreast_;
+  int64_t max_abreast_ = 1;
   Grid grid_;
   std::vector<int64_t> sequence_begin_;
   float* workspace_ = nullptr;      // the slots
