@@ -12,7 +12,6 @@
 namespace lean {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 512;
 
 void check_head_dim(const char* name, int64_t head_dim) {
   if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {

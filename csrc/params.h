@@ -7,6 +7,9 @@
 
 namespace lean {
 
+// The largest head_dim and head_dim_v.
+inline constexpr int64_t kMaxHeadDim = 512;
+
 enum class DType : int32_t { float32, float16, bfloat16, float8_e4m3, float8_e5m2, int8 };
 
 constexpr int64_t element_size(DType dtype) {

@@ -145,12 +145,13 @@ def test_large_scores(offset: float) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("place", [257, 299])
 def test_non_finite_values_in_use_propagate(
-    dtype: torch.dtype, value: float, where: str, instruction_set: str
+    dtype: torch.dtype, value: float, where: str, place: int, instruction_set: str
 ) -> None:
     case = Case(dtype, lens=(300, 100), heads=4, kv_heads=2, head_dim=64)
     inputs = make_inputs(case)
-    inputs[where][0, 257, 1, 3] = value
+    inputs[where][0, place, 1, 3] = value
     inputs["q"][..., 3].abs_()
     out, lse = lean_attention.decode(**inputs, num_ctas=5)
     want, want_lse = reference.decode(**inputs)
@@ -223,3 +224,28 @@ def test_exp_is_right_to_2e_7(instruction_set: str) -> None:
     weight = torch.exp2(-x)
     error = out[:, 0, 0, 0].double() / (weight / (1 + weight)) - 1
     assert error.abs().max() < 4e-7  # the bound of exp, and the roundings of the sum and the division
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("head_dim_v", [256, 264, 296, 312])
+def test_every_value_of_a_quantised_cache(
+    cache_dtype: torch.dtype, dtype: torch.dtype, head_dim_v: int, instruction_set: str
+) -> None:
+    """The output over a single token is its V: all 256 values, the first also as columns of a tail."""
+    bits = torch.arange(head_dim_v).to(torch.uint8)
+    values = bits.view(cache_dtype).float()
+    finite = values.isfinite()
+    one = torch.tensor(1.0)
+    q = torch.randn(1, 1, 4, 64).to(dtype)
+    k = torch.zeros(1, 1, 2, 64, dtype=torch.uint8).view(cache_dtype)
+    v = bits.repeat(1, 1, 2, 1).view(cache_dtype)
+    out, _ = lean_attention.decode(q, k, v, k_scale=one, v_scale=one)
+    assert torch.equal(out[..., finite].float(), values[finite].expand(1, 1, 4, -1))
+    assert not out[..., ~finite].isfinite().any()
+
+    # A q that picks one column of a single K makes the lse that column's value.
+    k = torch.where(finite, bits, 0)[:256].repeat(256, 1, 1, 1).view(cache_dtype)
+    q = torch.eye(256).to(dtype).view(256, 1, 1, 256)
+    _, lse = lean_attention.decode(q, k, k, k_scale=one, v_scale=one, scale=1.0)
+    torch.testing.assert_close(lse.flatten(), k[0, 0, 0].float(), rtol=1e-6, atol=0)

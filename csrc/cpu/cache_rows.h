@@ -14,6 +14,10 @@ struct RunMemory {
   float v_scales[kRunTokens];
 };
 
+// Stands in for the rows of a run after its last token. (That token's own would not do: if it is infinite,
+// its product with no weight is not 0.)
+alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
+
 class CacheRows {
  public:
   explicit CacheRows(const DecodeParams& p)
@@ -49,9 +53,8 @@ class CacheRows {
         v += size * p_.v_token_stride;
       }
     }
-    const int last = run.tokens - 1;
-    std::fill(run.k_rows + run.tokens, run.k_rows + kRunTokens, run.k_rows[last]);
-    std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, run.v_rows[last]);
+    std::fill(run.k_rows + run.tokens, run.k_rows + kRunTokens, kZeroRow);
+    std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, kZeroRow);
     if (k_scaled_) std::fill(memory.k_scales + run.tokens, memory.k_scales + kRunTokens, 1.0f);
     if (v_scaled_) std::fill(memory.v_scales + run.tokens, memory.v_scales + kRunTokens, 1.0f);
   }
@@ -73,8 +76,8 @@ struct Stretch {
   TokenSpan tokens;
 };
 
-// The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if that
-// has any tokens. It looks a place ahead, so that the next place's blocks are asked for early.
+// The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if
+// that has any tokens. It looks a place ahead, so that the next place's blocks are asked for early.
 class RunQueue {
  public:
   RunQueue(const CacheRows& rows, const Stretch& stretch, const Stretch& upcoming)
@@ -112,7 +115,8 @@ class RunQueue {
       if (begin_ >= from_.tokens.end) return;
     }
     for (; place.heads < from_.heads; ++place.heads) {
-      rows_.fill(place.runs[place.heads], from_.sequence, from_.kv_head + place.heads, begin_, from_.tokens.end);
+      rows_.fill(place.runs[place.heads], from_.sequence, from_.kv_head + place.heads, begin_,
+                 from_.tokens.end);
     }
     begin_ += kRunTokens;
   }
@@ -125,18 +129,19 @@ class RunQueue {
   int next_ = 0;
 };
 
-// Converts the rows of a run to the dtype of q before they are multiplied: once for all query rows.
+// Converts the rows of a run to the routine's dtype before they are multiplied: once for all query rows.
 class WideRows {
  public:
   WideRows(const DecodeParams& p, const TileRoutine& routine, float* memory)
       : p_(p),
         routine_(routine),
-        table_(p.cache_dtype == p.dtype ? nullptr : widening_table(p.cache_dtype, p.dtype)),
+        table_(p.cache_dtype == p.dtype ? nullptr : &widening_table(p.cache_dtype, routine.row_dtype)),
         k_(reinterpret_cast<char*>(memory)),
-        v_(k_ + kRunTokens * p.head_dim * element_size(p.dtype)) {}
+        v_(k_ + kRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
 
-  static int64_t memory_floats(const DecodeParams& p) {
-    return ceil_div(kRunTokens * (p.head_dim + p.head_dim_v) * element_size(p.dtype), sizeof(float));
+  static int64_t memory_floats(const DecodeParams& p, const TileRoutine& routine) {
+    return ceil_div(kRunTokens * (p.head_dim + p.head_dim_v) * element_size(routine.row_dtype),
+                    sizeof(float));
   }
 
   // Valid until the next call. Prefetches `next`, if not null.
@@ -144,27 +149,22 @@ class WideRows {
     wide_.tokens = run.tokens;
     wide_.k_scales = run.k_scales;
     wide_.v_scales = run.v_scales;
-    const Run& ahead = next != nullptr ? *next : run;
-    widen_rows(run.tokens, run.k_rows, ahead.k_rows, static_cast<int>(p_.head_dim), k_, wide_.k_rows);
-    widen_rows(run.tokens, run.v_rows, ahead.v_rows, static_cast<int>(p_.head_dim_v), v_, wide_.v_rows);
+    widen_rows(run.tokens, run.k_rows, next ? next->k_rows : nullptr, p_.head_dim, k_, wide_.k_rows);
+    widen_rows(run.tokens, run.v_rows, next ? next->v_rows : nullptr, p_.head_dim_v, v_, wide_.v_rows);
     return wide_;
   }
 
  private:
-  void widen_rows(int tokens, const void* const* from, const void* const* ahead, int columns, char* to,
+  void widen_rows(int count, const void* const* from, const void* const* next, int64_t columns, char* to,
                   const void** rows) const {
-    const int64_t step = columns * element_size(p_.dtype);
-    for (int i = 0; i < kRunTokens; ++i) {
-      const char* row = static_cast<const char*>(ahead[i]);
-      for (int column = 0; column < columns; column += 64) __builtin_prefetch(row + column, 0, 2);
-      if (i < tokens) routine_.widen(p_.cache_dtype, table_, from[i], columns, to + i * step);
-      rows[i] = to + std::min(i, tokens - 1) * step;
-    }
+    routine_.widen(p_.cache_dtype, *table_, from, count, static_cast<int>(columns), to, next);
+    const int64_t step = columns * element_size(routine_.row_dtype);
+    for (int i = 0; i < kRunTokens; ++i) rows[i] = i < count ? to + i * step : kZeroRow;
   }
 
   const DecodeParams& p_;
   const TileRoutine& routine_;
-  const uint16_t* const table_;
+  const WideningTable* const table_;
   char* const k_;
   char* const v_;
   Run wide_{};

@@ -84,9 +84,9 @@ class Decode {
  public:
   explicit Decode(const DecodeParams& params)
       : p_(params),
-        routine_(tile_routine(params.dtype)),
-        cache_rows_(params),
         quantised_(params.cache_dtype != params.dtype),
+        routine_(tile_routine(params.dtype, quantised_)),
+        cache_rows_(params),
         padded_head_dim_(round_up(params.head_dim, routine_.chunk_columns)),
         padded_head_dim_v_(round_up(params.head_dim_v, routine_.chunk_columns)) {
     check_values(p_);
@@ -196,7 +196,7 @@ class Decode {
 
   // A thread has the memory of its Works, then that of its WideRows.
   int64_t thread_floats() const {
-    const int64_t wide = quantised_ ? round_up(WideRows::memory_floats(p_), kCacheLineFloats) : 0;
+    const int64_t wide = quantised_ ? round_up(WideRows::memory_floats(p_, routine_), kCacheLineFloats) : 0;
     return max_abreast_ * work_floats() + wide;
   }
   float* wide_memory(int64_t thread) const {
@@ -381,7 +381,8 @@ class Decode {
     }
   }
 
-  // `upcoming` is what the thread reads after the chunk, so that its beginning is prefetched too; maybe nothing.
+  // `upcoming` is what the thread reads after the chunk, so that its beginning is prefetched too; maybe
+  // nothing.
   void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Stretch& upcoming,
                     WideRows& wide) const {
     const Segment& segment = works[0].segment;
@@ -465,9 +466,9 @@ class Decode {
   }
 
   const DecodeParams& p_;
+  const bool quantised_;
   const TileRoutine& routine_;
   const CacheRows cache_rows_;
-  const bool quantised_;
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
   Geometry geometry_;

@@ -78,10 +78,43 @@ struct Simd {
   static Pair load_halves(const BFloat16* lower, const BFloat16* upper) {
     return split(_mm256_set_m128i(load_128(upper), load_128(lower)), BFloat16{});
   }
+  // Converts rows of a quantised cache.
   template <class T>
-  static void widen(DType, const uint16_t* table, const uint8_t* p, int columns, T* to) {
-    widen_by_table(table, p, columns, to);
-  }
+  class Widener {
+   public:
+    Widener(DType from, const WideningTable&) : from_(from) {}
+
+    void operator()(const uint8_t* row, int columns, T* to) const {
+      for (int column = 0; column < columns; column += 8) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + column));
+        store_exact(to + column, from_ == DType::int8 ? _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
+                                                      : widen_fp8(_mm_cvtepu8_epi16(bytes)));
+      }
+    }
+
+   private:
+    F widen_fp8(__m128i x) const {
+      if (from_ == DType::float8_e5m2) return _mm256_cvtph_ps(_mm_slli_epi16(x, 8));
+      // e4m3's exponent and mantissa mean 2^8 times what they mean in fp16. It has no infinity, and NaN where
+      // all their bits are set.
+      const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+      const __m128i nan = _mm_srli_epi16(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)), 1);
+      const __m128i sign = _mm_slli_epi16(_mm_sub_epi16(x, magnitude), 8);
+      const __m128i bits = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign), nan);
+      return mul(_mm256_cvtph_ps(bits), set1(256.0f));
+    }
+    static void store_exact(float* to, F x) { store(to, x); }
+    static void store_exact(Half* to, F x) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_NO_EXC));
+    }
+    static void store_exact(BFloat16* to, F x) {
+      const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+    }
+
+    const DType from_;
+  };
 
   // With 8 columns there is never a tail.
   template <class T>

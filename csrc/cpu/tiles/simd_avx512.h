@@ -131,28 +131,46 @@ struct Simd {
     _mm512_mask_storeu_epi16(p, tail_mask(columns), join(a, b, T{}));
   }
 
-  // fp8 is sign and magnitude: the magnitude is looked up in the first half of the table.
+  // Converts rows of a quantised cache. fp8 is sign and magnitude: the magnitude is looked up in the first
+  // half of the table.
   template <class T>
-  static void widen(DType from, const uint16_t* table, const uint8_t* p, int columns, T* to) {
-    const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 32),
-                  t2 = _mm512_loadu_si512(table + 64), t3 = _mm512_loadu_si512(table + 96);
-    for (int column = 0; column < columns; column += 32) {
-      const __mmask32 mask = columns - column >= 32 ? ~__mmask32{0} : tail_mask(columns - column);
-      const __m256i bytes = _mm256_maskz_loadu_epi8(mask, p + column);
-      __m512i x;  // in the table's format
-      if (from == DType::int8) {
-        x = narrow_exact(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
-                         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1))), T{});
-      } else {
-        const __m512i i = _mm512_cvtepu8_epi16(bytes);
-        x = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(i, _mm512_set1_epi16(0x40)),
-                                    _mm512_permutex2var_epi16(t0, i, t1),
-                                    _mm512_permutex2var_epi16(t2, i, t3));
-        x = _mm512_ternarylogic_epi32(x, _mm512_slli_epi16(i, 8), _mm512_set1_epi16(-0x8000), 0xf8);
+  class Widener {
+   public:
+    Widener(DType from, const WideningTable& table)
+        : int8_(from == DType::int8),
+          t0_(_mm512_load_si512(table.values)),
+          t1_(_mm512_load_si512(table.values + 32)),
+          t2_(_mm512_load_si512(table.values + 64)),
+          t3_(_mm512_load_si512(table.values + 96)) {}
+
+    void operator()(const uint8_t* row, int columns, T* to) const {
+      int column = 0;
+      for (; column + 32 <= columns; column += 32) {
+        store_widened(to + column, widen(load_256(row + column)));
       }
-      store_widened(to + column, mask, x);
+      if (column == columns) return;
+      const __mmask32 mask = tail_mask(columns - column);
+      store_widened(to + column, mask, widen(_mm256_maskz_loadu_epi8(mask, row + column)));
     }
-  }
+
+   private:
+    // To the table's format.
+    __m512i widen(__m256i bytes) const {
+      if (int8_) {
+        return narrow_exact(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
+                            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1))),
+                            T{});
+      }
+      const __m512i i = _mm512_cvtepu8_epi16(bytes);
+      const __m512i x = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(i, _mm512_set1_epi16(0x40)),
+                                                _mm512_permutex2var_epi16(t0_, i, t1_),
+                                                _mm512_permutex2var_epi16(t2_, i, t3_));
+      return _mm512_ternarylogic_epi32(x, _mm512_slli_epi16(i, 8), _mm512_set1_epi16(-0x8000), 0xf8);
+    }
+
+    const bool int8_;
+    const __m512i t0_, t1_, t2_, t3_;
+  };
 
   template <class T>
   static __m128i load_128(const T* p) {
@@ -188,14 +206,22 @@ struct Simd {
   }
   static __m512i narrow_exact(F a, F b, Half) { return join(a, b, Half{}); }
   template <class T>
+  static void store_widened(T* to, __m512i x) {
+    _mm512_storeu_si512(to, x);
+  }
+  template <class T>
   static void store_widened(T* to, __mmask32 mask, __m512i x) {
     _mm512_mask_storeu_epi16(to, mask, x);
   }
+  static __m512i upper_bits(__m256i x) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+  static void store_widened(float* to, __m512i x) {
+    _mm512_storeu_si512(to, upper_bits(_mm512_castsi512_si256(x)));
+    _mm512_storeu_si512(to + 16, upper_bits(_mm512_extracti64x4_epi64(x, 1)));
+  }
   static void store_widened(float* to, __mmask32 mask, __m512i x) {
-    const auto widen = [](__m256i half) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); };
-    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), widen(_mm512_castsi512_si256(x)));
+    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), upper_bits(_mm512_castsi512_si256(x)));
     _mm512_mask_storeu_epi32(to + 16, static_cast<__mmask16>(mask >> 16),
-                             widen(_mm512_extracti64x4_epi64(x, 1)));
+                             upper_bits(_mm512_extracti64x4_epi64(x, 1)));
   }
   static __m512i join(F a, F b, Half) {
     return _mm512_inserti64x4(

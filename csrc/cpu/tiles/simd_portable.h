@@ -82,10 +82,26 @@ struct Simd {
     return {zero(), zero()};
   }
 
+  // Converts rows of a quantised cache, element by element.
   template <class T>
-  static void widen(DType, const uint16_t* table, const uint8_t* p, int columns, T* to) {
-    widen_by_table(table, p, columns, to);
-  }
+  class Widener {
+   public:
+    Widener(DType, const WideningTable& table) : values_(table.values) {}
+
+    void operator()(const uint8_t* row, int columns, T* to) const {
+      for (int i = 0; i < columns; ++i) {
+        if constexpr (sizeof(T) == 4) {
+          const uint32_t bits = uint32_t{values_[row[i]]} << 16;
+          memcpy(to + i, &bits, sizeof bits);
+        } else {
+          to[i].bits = values_[row[i]];
+        }
+      }
+    }
+
+   private:
+    const uint16_t* values_;
+  };
 
   static Pair load_pair(const float* p) { return {load(p), load(p + 4)}; }
   template <class T>

@@ -24,8 +24,8 @@ inline constexpr int kMaxRows = 64;
 // Rows are processed in strips of up to this many, whose accumulators stay in registers.
 inline constexpr int kMaxStripRows = 8;
 
-// A run of tokens. The arrays hold kRunTokens pointers; those from `tokens` on repeat a valid one,
-// so that routines need no tail code: they compute garbage there and give it no weight.
+// A run of tokens. The arrays hold kRunTokens pointers; those from `tokens` on are readable and
+// hold finite numbers, so that routines need no tail code: they give what they compute there no weight.
 struct Run {
   int tokens;
   const void* k_rows[kRunTokens];
@@ -59,8 +59,18 @@ struct TileState {
   int64_t output_stride;
 };
 
+// All values of a quantised dtype in a 16-bit one that holds them exactly.
+struct alignas(64) WideningTable {
+  uint16_t values[256];
+  // The bytes of the values 0 to 127 (of int8, these; of fp8, whose sign is a bit, all magnitudes).
+  uint8_t low[128];
+  uint8_t high[128];
+};
+
 struct TileRoutine {
   const char* instruction_set;
+  // Of the rows of K and V. That of q and out, but where quantised rows are widened to another.
+  DType row_dtype;
   // Columns that are processed at once; rows of q and O are padded to a multiple of it.
   int chunk_columns;
   // Packs a row of q.
@@ -70,18 +80,19 @@ struct TileRoutine {
   void (*attend)(const TileState& state, const Run& run, const RowView* views, const Run* next);
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);
-  // Converts a row of a quantised cache to the routine's dtype, unscaled. `table` is widening_table of the
-  // two.
-  void (*widen)(DType from, const uint16_t* table, const void* row, int columns, void* to);
+  // Converts `count` rows of a quantised cache to row_dtype, unscaled, one after another. `table` is
+  // widening_table of the two. As many rows of `next`, if not null, are prefetched.
+  void (*widen)(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
+                void* to, const void* const* next);
 };
 
 // The best routine of this machine that is not above the instruction set named by the environment
 // variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if the name
-// is unknown or the machine lacks the instructions.
-const TileRoutine& tile_routine(DType dtype);
+// is unknown or the machine lacks the instructions. `quantised` says of what kind the caches are.
+const TileRoutine& tile_routine(DType dtype, bool quantised);
 
-// All 256 values of a quantised dtype, in fp16 for `to` float16, else in bf16: both hold them exactly.
-const uint16_t* widening_table(DType from, DType to);
+// In fp16 for `to` float16, else in bf16.
+const WideningTable& widening_table(DType from, DType to);
 
 // Instruction sets this machine can run, best first, with spaces between.
 std::string runnable_instruction_sets();

@@ -12,6 +12,8 @@
 template <class T>
 struct Fp32Format {
   using F = Simd::F;
+  using Tensor = T;  // q and out
+  static constexpr DType kRowDtype = dtype_of(T{});
   using Query = float;
   using Weight = float;
   // Columns of a step of the dot products (half a vector for each of two tokens, twice) and of the weighted
@@ -31,9 +33,10 @@ struct Fp32Format {
   static Chunk load_query(const Query* q) {
     return {Simd::load_twice(q), Simd::load_twice(q + Simd::kLanes / 2)};
   }
-  static void store_query(Query* q, Chunk x) {
-    Simd::store_lower(q, x.a);
-    Simd::store_lower(q + Simd::kLanes / 2, x.b);
+  static void pack_query(Query* to, const T* q, int columns) {
+    const Chunk x = columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q);
+    Simd::store_lower(to, x.a);
+    Simd::store_lower(to + Simd::kLanes / 2, x.b);
   }
   static F dot(F sum, Chunk k, Chunk q) { return Simd::fma(k.b, q.b, Simd::fma(k.a, q.a, sum)); }
 
@@ -54,6 +57,7 @@ struct Fp32Format {
     return scores;
   }
   static void store_output(T* out, int columns, F a, F b) { Simd::store_pair_tail(out, columns, a, b); }
+  using Widener = Simd::Widener<T>;
 };
 
 // (2^x - 1) / x on [-1/2, 1/2]; 2^x comes out to 9.2e-8 relative, minimax.
@@ -366,12 +370,9 @@ struct Tile {
     const StripRows strip = strip_of(t.rows, row);
     auto* packed = static_cast<typename Format::Query*>(t.q) + strip.first * padded(t.head_dim) +
                    (row - strip.first) * Format::kDotColumns;
-    const auto* from = static_cast<const T*>(q);
-    for (int column = 0; column < t.head_dim; column += Format::kDotColumns, from += Format::kDotColumns) {
-      const int columns = t.head_dim - column;
-      Format::store_query(packed + column * strip.count, columns < Format::kDotColumns
-                                                             ? Format::load_two_tail(from, from, columns)
-                                                             : Format::load_two(from, from));
+    const auto* from = static_cast<const typename Format::Tensor*>(q);
+    for (int column = 0; column < t.head_dim; column += Format::kDotColumns) {
+      Format::pack_query(packed + column * strip.count, from + column, t.head_dim - column);
     }
   }
 
@@ -395,7 +396,7 @@ struct Tile {
   static void write_output(const TileState& t, int row, float row_factor, void* out) {
     const S::F factor = S::set1(row_factor);
     const float* from = t.output + row * t.output_stride;
-    auto* to = static_cast<T*>(out);
+    auto* to = static_cast<typename Format::Tensor*>(out);
     for (int column = 0; column < t.head_dim_v; column += Format::kColumns) {
       const int columns = t.head_dim_v - column;
       Format::store_output(to + column, columns < Format::kColumns ? columns : Format::kColumns,
@@ -404,11 +405,16 @@ struct Tile {
     }
   }
 
-  static void widen(DType from, const uint16_t* table, const void* row, int columns, void* to) {
-    S::widen(from, table, static_cast<const uint8_t*>(row), columns, static_cast<T*>(to));
+  static void widen(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
+                    void* to, const void* const* next) {
+    const typename Format::Widener widener(from, table);
+    for (int i = 0; i < count; ++i) {
+      if (next != nullptr) prefetch(static_cast<const uint8_t*>(next[i]), columns);
+      widener(static_cast<const uint8_t*>(rows[i]), columns, static_cast<T*>(to) + i * columns);
+    }
   }
 
   static constexpr TileRoutine routine(const char* instruction_set) {
-    return {instruction_set, Format::kColumns, pack_query, attend, write_output, widen};
+    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query, attend, write_output, widen};
   }
 };

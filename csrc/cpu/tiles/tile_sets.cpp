@@ -11,8 +11,10 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool (*runnable)();
-  // By DType; null where a better one has nothing to add, and the next set is used.
+  // By DType, for caches of that dtype and for quantised ones; null where a set has nothing to add to the
+  // next.
   const TileRoutine* routines[3];
+  const TileRoutine* over_quantised[3];
 };
 
 // Best first.
@@ -21,23 +23,30 @@ const InstructionSet kInstructionSets[] = {
     {"avx512_bf16",
      [] {
        return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vbmi");
      },
-     {nullptr, nullptr, &avx512_bf16::bfloat16}},
+     {nullptr, nullptr, &avx512_bf16::bfloat16},
+     {nullptr, &avx512_bf16::float16_over_quantised, &avx512_bf16::bfloat16}},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      },
+     {&avx512::float32, &avx512::float16, &avx512::bfloat16},
      {&avx512::float32, &avx512::float16, &avx512::bfloat16}},
     {"avx2",
      [] {
        // Every processor with AVX2 and FMA has F16C.
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
+     {&avx2::float32, &avx2::float16, &avx2::bfloat16},
      {&avx2::float32, &avx2::float16, &avx2::bfloat16}},
 #endif
-    {"portable", [] { return true; }, {&portable::float32, &portable::float16, &portable::bfloat16}},
+    {"portable",
+     [] { return true; },
+     {&portable::float32, &portable::float16, &portable::bfloat16},
+     {&portable::float32, &portable::float16, &portable::bfloat16}},
 };
 
 }  // namespace
@@ -50,7 +59,7 @@ std::string runnable_instruction_sets() {
   return names;
 }
 
-const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
+const TileRoutine& tile_routine(DType dtype, bool quantised, const std::string& at_most) {
   bool allowed = at_most.empty();
   for (const InstructionSet& set : kInstructionSets) {
     if (at_most == set.name) {
@@ -60,16 +69,16 @@ const TileRoutine& tile_routine(DType dtype, const std::string& at_most) {
       }
       allowed = true;
     }
-    const TileRoutine* routine = set.routines[static_cast<int>(dtype)];
+    const TileRoutine* routine = (quantised ? set.over_quantised : set.routines)[static_cast<int>(dtype)];
     if (allowed && routine != nullptr && set.runnable()) return *routine;
   }
   throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
                               " (this machine can run: " + runnable_instruction_sets() + ")");
 }
 
-const TileRoutine& tile_routine(DType dtype) {
+const TileRoutine& tile_routine(DType dtype, bool quantised) {
   const char* forced = std::getenv("LEAN_ATTENTION_CPU");
-  return tile_routine(dtype, forced == nullptr ? "" : forced);
+  return tile_routine(dtype, quantised, forced == nullptr ? "" : forced);
 }
 
 }  // namespace lean::cpu

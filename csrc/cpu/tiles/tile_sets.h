@@ -34,22 +34,19 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// A row of a quantised cache, element by element.
-template <class T>
-static void widen_by_table(const uint16_t* table, const uint8_t* from, int columns, T* to) {
-  for (int i = 0; i < columns; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      const uint32_t bits = uint32_t{table[from[i]]} << 16;
-      memcpy(to + i, &bits, sizeof bits);
-    } else {
-      to[i].bits = table[from[i]];
-    }
-  }
+constexpr DType dtype_of(float) {
+  return DType::float32;
+}
+constexpr DType dtype_of(Half) {
+  return DType::float16;
+}
+constexpr DType dtype_of(BFloat16) {
+  return DType::bfloat16;
 }
 
 #if defined(LEAN_X86)
 namespace avx512_bf16 {
-extern const TileRoutine bfloat16;
+extern const TileRoutine bfloat16, float16_over_quantised;
 }
 namespace avx512 {
 extern const TileRoutine float32, float16, bfloat16;

@@ -4,8 +4,6 @@
 #include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <array>
-
 #include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
@@ -22,25 +20,27 @@ float value_of(DType dtype, uint8_t bits) {
   }
 }
 
-using Table = std::array<uint16_t, 256>;
-
 template <class T>
-Table table_of(DType from) {
-  Table table;
-  for (int bits = 0; bits < 256; ++bits) table[bits] = T(value_of(from, static_cast<uint8_t>(bits))).x;
+WideningTable table_of(DType from) {
+  WideningTable table;
+  for (int bits = 0; bits < 256; ++bits) table.values[bits] = T(value_of(from, static_cast<uint8_t>(bits))).x;
+  for (int bits = 0; bits < 128; ++bits) {
+    table.low[bits] = static_cast<uint8_t>(table.values[bits]);
+    table.high[bits] = static_cast<uint8_t>(table.values[bits] >> 8);
+  }
   return table;
 }
 
 template <class T>
-const uint16_t* kept_table(DType from) {
-  static const Table e4m3 = table_of<T>(DType::float8_e4m3), e5m2 = table_of<T>(DType::float8_e5m2),
-                     int8 = table_of<T>(DType::int8);
-  return (from == DType::float8_e4m3 ? e4m3 : from == DType::float8_e5m2 ? e5m2 : int8).data();
+const WideningTable& kept_table(DType from) {
+  static const WideningTable e4m3 = table_of<T>(DType::float8_e4m3), e5m2 = table_of<T>(DType::float8_e5m2),
+                             int8 = table_of<T>(DType::int8);
+  return from == DType::float8_e4m3 ? e4m3 : from == DType::float8_e5m2 ? e5m2 : int8;
 }
 
 }  // namespace
 
-const uint16_t* widening_table(DType from, DType to) {
+const WideningTable& widening_table(DType from, DType to) {
   return to == DType::float16 ? kept_table<c10::Half>(from) : kept_table<c10::BFloat16>(from);
 }
 
