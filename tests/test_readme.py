@@ -54,10 +54,13 @@ def test_the_features_run_in_order() -> None:
 
 def test_the_transformers_page_runs() -> None:
     pytest.importorskip("transformers")
+    generate, generate_batch = code_blocks(TRANSFORMERS)
     names: dict = {}
-    (block,) = code_blocks(TRANSFORMERS)
-    exec(block, names)
+    exec(generate, names)
     assert names["tokens"].shape == (2, 15)
+    names = {}
+    exec(generate_batch, names)
+    assert [len(tokens) for tokens in names["tokens"]] == [10, 10]
 
 
 def test_the_files_that_it_names_exist() -> None:

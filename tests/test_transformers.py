@@ -7,7 +7,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from lean_attention.integrations.transformers import NAME, register, visible_tokens  # noqa: E402
+from lean_attention.integrations.transformers import (  # noqa: E402
+    HAS_PAGED_CACHE,
+    NAME,
+    PAGED_NAME,
+    register,
+    visible_tokens,
+)
 
 SMALL = {
     "vocab_size": 128,
@@ -173,6 +179,107 @@ def test_static_cache_compiles() -> None:
     use(model, NAME)
     got = generate(model, inputs, cache_implementation="static")
     assert torch.equal(got.sequences, want.sequences)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+@torch.no_grad()
+def test_compiled_steps_of_several_tokens_have_no_graph_break(kind: str) -> None:
+    """As in speculation: the model is compiled whole, so that nothing may look at a mask's contents."""
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 asks a static cache for its length, which does not compile whole")
+    torch.compiler.reset()
+    model, inputs = make_model(kind), left_padded((17, 9))
+    drafts = torch.randint(2, 128, (2, 2, 4))
+
+    def logits(step) -> list[torch.Tensor]:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+        mask = inputs["attention_mask"]
+        model(**inputs, past_key_values=cache)
+        out = []
+        for draft in drafts:
+            mask = torch.cat([mask, torch.ones_like(draft)], dim=1)
+            out.append(step(input_ids=draft, attention_mask=mask, past_key_values=cache).logits)
+        return out
+
+    want = logits(model)
+    use(model, NAME)
+    got = logits(torch.compile(model, backend="eager", fullgraph=True))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+needs_paged_cache = pytest.mark.skipif(
+    not HAS_PAGED_CACHE, reason="before transformers 5.19 continuous batching has another cache"
+)
+PROMPTS = (3, 40, 17, 29, 100, 1)
+
+
+def generate_batch(model, prompts: list[list[int]], page_size: int) -> list[list[int]]:
+    """By continuous batching: in steps of 64 tokens of prompts and new ones, so that steps mix the two."""
+    done = model.generate_batch(
+        prompts,
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        continuous_batching_config=transformers.generation.ContinuousBatchingConfig(
+            num_blocks=64, max_batch_tokens=64, page_size=page_size
+        ),
+        progress_bar=False,
+    )
+    return [done[name].generated_tokens for name in sorted(done, key=lambda name: int(name.split("_")[-1]))]
+
+
+@needs_paged_cache
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("page_size", [16, 5])
+@torch.no_grad()
+def test_continuous_batching(kind: str, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(kind)
+    prompts = [torch.randint(2, 128, (length,)).tolist() for length in PROMPTS]
+    want = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    use(model, PAGED_NAME)
+    said: list[str] = []
+    monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
+    calls = count_decodes(monkeypatch)
+    assert generate_batch(model, prompts, page_size) == want
+    assert len(calls) >= 20 * SMALL["num_hidden_layers"]
+    assert not said
+
+
+@needs_paged_cache
+@torch.no_grad()
+def test_continuous_batching_of_head_dims_that_the_op_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "qwen3", {"head_dim": 12})
+    model = make_model("qwen3")
+    prompt = torch.randint(2, 128, (17,)).tolist()
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 17:].tolist()
+    use(model, PAGED_NAME)
+    said: list[str] = []
+    monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
+    assert generate_batch(model, [prompt], 16) == [want]
+    assert set(said) == {"lean_attention: continuous batching is left to transformers: a head_dim of 12"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+        ("falcon", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}),
+        ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+    ],
+)
+@torch.no_grad()
+def test_models_that_the_interface_does_not_reach_stay_as_they_are(kind: str, options: dict) -> None:
+    """The families with ALiBi have attention of their own, which takes no implementation by name."""
+    config = transformers.AutoConfig.for_model(kind, vocab_size=128, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    inputs = left_padded((9, 4))
+    want = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    use(model, NAME)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), want)
 
 
 def test_training_is_left_to_another() -> None:

@@ -9,6 +9,9 @@ Steps of few query tokens (decoding, speculation) go to :func:`lean_attention.de
 to another implementation. The masks that transformers makes are turned into lengths, left padding and
 windows, and compared with what these mean, element by element: a mask that they cannot say goes to the other
 implementation too, and a warning says so once.
+
+Continuous batching (``model.generate_batch``) runs through this package under the name that transformers
+admits there, ``"paged|eager"``.
 """
 
 from __future__ import annotations
@@ -30,7 +33,18 @@ except ImportError as error:  # no transformers, or one from before 4.53
         "lean_attention.integrations.transformers needs transformers 4.53 or newer (pip install transformers)"
     ) from error
 
+try:
+    import transformers.generation.continuous_batching.cache_allocators  # noqa: F401
+    from transformers.integrations.eager_paged import eager_paged_attention_forward
+
+    HAS_PAGED_CACHE = True
+except ImportError:  # before 5.19 the cache is another
+    HAS_PAGED_CACHE = False
+
 NAME = "lean_attention"
+
+# What continuous batching calls its attention without flash-attn; it takes no name that it does not know.
+PAGED_NAME = "paged|eager"
 
 # Query tokens from which on a step counts as prefill: there it is products that take the time, not the cache.
 MAX_QUERY_TOKENS = 32
@@ -41,6 +55,9 @@ _prefill = "sdpa"
 
 def register(prefill: str = "sdpa") -> None:
     """Makes ``attn_implementation="lean_attention"`` known to transformers; calling it again is harmless.
+
+    From transformers 5.19 on the attention of continuous batching, ``"paged|eager"``, becomes this package's
+    too: it reads the pages where they lie, which transformers' own gathers first.
 
     Args:
         prefill: the attention implementation for steps of many query tokens, one of transformers' own names.
@@ -57,6 +74,8 @@ def register(prefill: str = "sdpa") -> None:
     _prefill = prefill
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    if HAS_PAGED_CACHE:
+        AttentionInterface.register(PAGED_NAME, _paged_attention)
 
 
 @dataclass(frozen=True)
@@ -68,22 +87,24 @@ class Visible:
     window_left: int
 
 
-def visible_tokens(mask: Tensor) -> Visible | None:
+def visible_tokens(mask: Tensor, sliding_window: int | None = None) -> Visible | None:
     """Lengths, padding and window that say exactly what a mask says, or None where none do.
 
     Args:
         mask: bool, ``[batch, 1, q_len, tokens]``.
+        sliding_window: tokens that the layer sees of the mask at most. Needed only where the mask cannot be
+            looked at, which is while compiling.
     """
     if torch.compiler.is_compiling():
-        return _visible_tokens(mask)
+        return _visible_tokens(mask, sliding_window)
     known = getattr(mask, "_lean_attention_visible", None)  # a step's layers share the mask
     if known is None:
-        known = (_visible_tokens(mask),)
+        known = (_visible_tokens(mask, sliding_window),)
         mask._lean_attention_visible = known
     return known[0]
 
 
-def _visible_tokens(mask: Tensor) -> Visible | None:
+def _visible_tokens(mask: Tensor, sliding_window: int | None) -> Visible | None:
     rows = mask[:, 0]
     q_len, tokens = rows.shape[1:]
     token = torch.arange(tokens, device=mask.device)
@@ -92,7 +113,9 @@ def _visible_tokens(mask: Tensor) -> Visible | None:
     begin_of_last = torch.where(last, token, tokens).amin(dim=1)
     leftpad = torch.where(rows.any(dim=1), token, tokens).amin(dim=1)
     window_left = -1
-    if q_len > 1:  # where the last row begins later than others there is a window
+    if q_len > 1 and torch.compiler.is_compiling():
+        window_left = sliding_window - 1 if sliding_window is not None else -1
+    elif q_len > 1:  # where the last row begins later than others there is a window
         moves = begin_of_last > leftpad
         if bool(moves.any()):
             window_left = int((seq_lens - 1 - begin_of_last)[moves].max())
@@ -131,7 +154,7 @@ def _attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     visible = None
     if reason is None and attention_mask is not None and (changed or q_len <= MAX_QUERY_TOKENS):
-        visible = visible_tokens(attention_mask)
+        visible = visible_tokens(attention_mask, kwargs.get("sliding_window"))
         if visible is None:
             reason = "an attention mask that is not lengths, left padding and one window"
     # Without a mask every token is seen; by more than one query token, in their order, as a prefill means it.
@@ -160,6 +183,65 @@ def _attention(
         sinks=None if s_aux is None else s_aux.float(),
     )
     return out, None
+
+
+@torch.compiler.disable  # as transformers' own: the cache is written in place, through views of one tensor
+def _paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """A step of continuous batching: new tokens of all requests, packed, ``[1, heads, tokens, dim]``."""
+    cache = kwargs.get("cache")
+    reason = "no paged cache is given"
+    if cache is not None:
+        reason = _why_not(query, key, value, None, dropout, {**kwargs, "cache": None})
+    if reason is not None:
+        _logger.warning_once(f"lean_attention: continuous batching is left to transformers: {reason}")
+        options = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window, **kwargs}
+        return eager_paged_attention_forward(module, query, key, value, attention_mask, scaling, **options)
+    layer = module.layer_idx
+    allocator = cache.layer_to_allocator[layer]
+    ends = kwargs["cu_seq_lens_k"][allocator.layer_type].int()
+    begins, longest = ends[:-1, None], kwargs["max_length_k"][allocator.layer_type]
+    reads = kwargs["read_index"][allocator.index]
+    if allocator.supports_block_table and reads.numel() > 0:
+        # All visible tokens are in the cache once the new ones are: nothing is gathered.
+        indices = list(kwargs["read_index"])
+        indices[allocator.index] = reads[:0]
+        cache.update(key, value, layer, {**kwargs, "read_index": indices})
+        k_cache, v_cache = allocator.get_cache_for_block_table(layer)
+        block_size = k_cache.shape[1]
+        first_tokens = begins + torch.arange(0, longest, block_size, device=reads.device)
+        block_table = reads[first_tokens.clamp(max=reads.numel() - 1)] // block_size
+        window_left = -1
+    else:
+        # A ring buffer, or no token in the cache yet: transformers lays the sequences end to end.
+        key, value = cache.update(key, value, layer, dict(kwargs))
+        k_cache, v_cache = (x[0].transpose(0, 1)[:, None] for x in (key, value))
+        block_table = begins + torch.arange(longest, device=key.device)
+        window_left = sliding_window - 1 if sliding_window is not None else -1
+    out, _ = lean_attention.decode(
+        query[0].transpose(0, 1),
+        k_cache,
+        v_cache,
+        ends.diff(),
+        block_table.int(),
+        cu_seqlens_q=kwargs["cu_seq_lens_q"].int(),
+        window_left=window_left,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
+    )
+    return out[None], None
 
 
 def _why_not(
