@@ -376,3 +376,52 @@ def test_a_thousand_graph_replays_on_a_gpu() -> None:
         graph.replay()
         now = {**inputs, "seq_lens": lens}
         assert_close(dataclasses.replace(case, lens=tuple(lens.tolist())), now, out.cpu(), lse.cpu())
+
+
+@pytest.mark.gpu
+def test_graph_replays_with_changing_pages_on_a_gpu() -> None:
+    """Captured once: then other block tables, lengths and contents."""
+    blocks, kv_heads, head_dim = 60, 2, 128
+    q = torch.randn(3, 1, 8, head_dim, device="cuda", dtype=BF16)
+    k_cache, v_cache = torch.randn(2, blocks, 16, kv_heads, head_dim, device="cuda", dtype=BF16)
+    seq_lens = torch.full((3,), 300, device="cuda", dtype=torch.int32)
+    block_table = torch.zeros(3, 40, device="cuda", dtype=torch.int32)
+    lean_attention.decode(q, k_cache, v_cache, seq_lens, block_table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = lean_attention.decode(q, k_cache, v_cache, seq_lens, block_table)
+    for _ in range(100):
+        block_table.copy_(torch.randint(0, blocks, block_table.shape))
+        seq_lens.copy_(torch.randint(0, 641, seq_lens.shape))
+        for contents in (q, k_cache, v_cache):
+            contents.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        arguments = (q, k_cache, v_cache, seq_lens, block_table)
+        want, want_lse = reference.decode(*(tensor.cpu() for tensor in arguments))
+        torch.testing.assert_close(out.cpu().double(), want, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(lse.cpu().double(), want_lse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_reduce_overhead_on_a_gpu() -> None:
+    """torch.compile's CUDA graphs around a decode step that writes its caches in place."""
+
+    def step(q, k_new, v_new, k_cache, v_cache, seq_lens):
+        lean_attention.append_kv(k_cache, v_cache, k_new, v_new, seq_lens)
+        seq_lens += 1
+        return lean_attention.decode(q * 2, k_cache, v_cache, seq_lens)[0] + 1
+
+    q = torch.randn(2, 1, 8, 64, device="cuda", dtype=BF16)
+    caches = [torch.zeros(2, 100, 2, 64, device="cuda", dtype=BF16) for _ in range(2)]
+    other_caches = [cache.clone() for cache in caches]
+    seq_lens = torch.tensor([50, 0], device="cuda", dtype=torch.int32)
+    other_lens = seq_lens.clone()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(20):
+        new = torch.randn(2, 2, 1, 2, 64, device="cuda", dtype=BF16)
+        got = compiled(q, *new, *caches, seq_lens).clone()
+        want = step(q, *new, *other_caches, other_lens)
+        torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+    for cache, other in zip(caches, other_caches, strict=True):
+        assert torch.equal(cache, other)

@@ -14,6 +14,7 @@ from lean_attention import reference
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 FEATURES = (ROOT / "docs" / "features.md").read_text()
+COMPILERS = (ROOT / "docs" / "compilers.md").read_text()
 TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
 
 
@@ -50,6 +51,21 @@ def test_the_features_run_in_order() -> None:
         exec(block, names)
         if "lse" in names:
             assert names["out"].isfinite().all()
+
+
+def test_the_compilers_page_runs() -> None:
+    names: dict = {}
+    lengths = [[7, 300], [10, 303], [10, 303]]  # after each block: setting up, compiled steps, exporting
+    *blocks, graphs = code_blocks(COMPILERS)
+    for block, want in zip(blocks, lengths, strict=True):
+        exec(block, names)
+        assert names["seq_lens"].tolist() == want
+    q, k_cache, v_cache = (names[name].cpu() for name in ("q", "k_cache", "v_cache"))
+    want, _ = reference.decode(q, k_cache, v_cache, names["seq_lens"].cpu())
+    torch.testing.assert_close(names["out"].cpu().double(), want, atol=0.02, rtol=0.02)
+    exec(graphs, names)
+    if torch.cuda.is_available():
+        assert names["seq_lens"].tolist() == [403, 3]
 
 
 def test_the_transformers_page_runs() -> None:
