@@ -24,10 +24,13 @@ struct Scales {
 
   // The tokens of one sequence and head differ.
   LEAN_HOST_DEVICE constexpr bool per_token() const { return block_stride != 0 || token_stride != 0; }
+  LEAN_HOST_DEVICE constexpr const float* address(int64_t sequence, int64_t block, int64_t slot,
+                                                  int64_t head) const {
+    return data +
+           (sequence * sequence_stride + block * block_stride + slot * token_stride + head * head_stride);
+  }
   LEAN_HOST_DEVICE constexpr float at(int64_t sequence, int64_t block, int64_t slot, int64_t head) const {
-    return data ? data[sequence * sequence_stride + block * block_stride + slot * token_stride +
-                       head * head_stride]
-                : 1.0f;
+    return data ? *address(sequence, block, slot, head) : 1.0f;
   }
 };
 

@@ -44,11 +44,15 @@ class CacheRows {
       // its rows. Asked for here, a run's walks go on together and before its rows are wanted.
       __builtin_prefetch(k, 0, 2);
       __builtin_prefetch(v, 0, 2);
-      for (; i < end_of_block; ++i, ++slot) {
+      const auto copy_scales = [&](const Scales& scales, float* to) {
+        const float* from = scales.address(sequence, block, slot, kv_head);
+        for (int64_t j = 0; j < end_of_block - i; ++j) to[i + j] = from[j * scales.token_stride];
+      };
+      if (k_scaled_) copy_scales(p_.k_scale, memory.k_scales);
+      if (v_scaled_) copy_scales(p_.v_scale, memory.v_scales);
+      for (; i < end_of_block; ++i) {
         run.k_rows[i] = k;
         run.v_rows[i] = v;
-        if (k_scaled_) memory.k_scales[i] = p_.k_scale.at(sequence, block, slot, kv_head);
-        if (v_scaled_) memory.v_scales[i] = p_.v_scale.at(sequence, block, slot, kv_head);
         k += size * p_.k_token_stride;
         v += size * p_.v_token_stride;
       }
