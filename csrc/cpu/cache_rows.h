@@ -18,15 +18,25 @@ struct RunMemory {
 // its product with no weight is not 0.)
 alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
+// Tokens of a run of quantised rows. The next run is prefetched while these are converted, which takes less
+// time than to read it: in two halves, more of the reading is left to the multiplication between them.
+inline constexpr int kWideRunTokens = kRunTokens / 2;
+
 class CacheRows {
  public:
   explicit CacheRows(const DecodeParams& p)
-      : p_(p), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
+      : p_(p),
+        run_tokens_(p.cache_dtype == p.dtype ? kRunTokens : kWideRunTokens),
+        k_scaled_(p.k_scale.per_token()),
+        v_scaled_(p.v_scale.per_token()) {}
+
+  // Tokens of all runs but the last of a stretch.
+  int run_tokens() const { return run_tokens_; }
 
   // The run that begins at token `begin` of a sequence, and ends at `end` at the latest.
   void fill(RunMemory& memory, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end) const {
     Run& run = memory.run;
-    run.tokens = static_cast<int>(std::min<int64_t>(kRunTokens, end - begin));
+    run.tokens = static_cast<int>(std::min<int64_t>(run_tokens_, end - begin));
     run.k_scales = k_scaled_ ? memory.k_scales : nullptr;
     run.v_scales = v_scaled_ ? memory.v_scales : nullptr;
     const int64_t size = element_size(p_.cache_dtype);
@@ -65,6 +75,7 @@ class CacheRows {
 
  private:
   const DecodeParams& p_;
+  const int run_tokens_;
   const bool k_scaled_;
   const bool v_scaled_;
 };
@@ -122,7 +133,7 @@ class RunQueue {
       rows_.fill(place.runs[place.heads], from_.sequence, from_.kv_head + place.heads, begin_,
                  from_.tokens.end);
     }
-    begin_ += kRunTokens;
+    begin_ += rows_.run_tokens();
   }
 
   const CacheRows& rows_;
@@ -141,10 +152,10 @@ class WideRows {
         routine_(routine),
         table_(p.cache_dtype == p.dtype ? nullptr : &widening_table(p.cache_dtype, routine.row_dtype)),
         k_(reinterpret_cast<char*>(memory)),
-        v_(k_ + kRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
+        v_(k_ + kWideRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
 
   static int64_t memory_floats(const DecodeParams& p, const TileRoutine& routine) {
-    return ceil_div(kRunTokens * (p.head_dim + p.head_dim_v) * element_size(routine.row_dtype),
+    return ceil_div(kWideRunTokens * (p.head_dim + p.head_dim_v) * element_size(routine.row_dtype),
                     sizeof(float));
   }
 

@@ -395,8 +395,8 @@ class Decode {
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
     RunQueue runs(cache_rows_, {segment.sequence, segment.kv_head, count, tokens}, upcoming);
     RowView views[kMaxRows];
-    for (int64_t begin = tokens.begin; begin < tokens.end; begin += kRunTokens) {
-      const int64_t end = std::min(begin + kRunTokens, tokens.end);
+    for (int64_t begin = tokens.begin; begin < tokens.end; begin += cache_rows_.run_tokens()) {
+      const int64_t end = std::min(begin + cache_rows_.run_tokens(), tokens.end);
       const bool viewed = begin < common.begin || end > common.end || p_.alibi_slopes != nullptr;
       if (viewed) fill_views(views, rows, segment, length, begin);
       runs.advance();
