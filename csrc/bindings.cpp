@@ -112,7 +112,7 @@ PYBIND11_MODULE(_C, m) {
     const auto type = dtype == "float32"   ? lean::DType::float32
                       : dtype == "float16" ? lean::DType::float16
                                            : lean::DType::bfloat16;
-    return std::string(lean::cpu::tile_routine(type, false).instruction_set);
+    return std::string(lean::cpu::tile_routine(type, type).instruction_set);
   });
   m.def(
       "stream_read",

@@ -18,17 +18,15 @@ struct RunMemory {
 // its product with no weight is not 0.)
 alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
-// Tokens of a run of quantised rows. The next run is prefetched while these are converted, which takes less
-// time than to read it: in two halves, more of the reading is left to the multiplication between them.
+// Tokens of a run of quantised rows that are converted before they are multiplied. The next run is prefetched
+// while these are converted, which takes less time than to read it: in two halves, more of the reading is
+// left to the multiplication between them.
 inline constexpr int kWideRunTokens = kRunTokens / 2;
 
 class CacheRows {
  public:
-  explicit CacheRows(const DecodeParams& p)
-      : p_(p),
-        run_tokens_(p.cache_dtype == p.dtype ? kRunTokens : kWideRunTokens),
-        k_scaled_(p.k_scale.per_token()),
-        v_scaled_(p.v_scale.per_token()) {}
+  CacheRows(const DecodeParams& p, int run_tokens)
+      : p_(p), run_tokens_(run_tokens), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
 
   // Tokens of all runs but the last of a stretch.
   int run_tokens() const { return run_tokens_; }
@@ -147,10 +145,10 @@ class RunQueue {
 // Converts the rows of a run to the routine's dtype before they are multiplied: once for all query rows.
 class WideRows {
  public:
-  WideRows(const DecodeParams& p, const TileRoutine& routine, float* memory)
+  WideRows(const DecodeParams& p, const TileRoutine& routine, const WideningTable* table, float* memory)
       : p_(p),
         routine_(routine),
-        table_(p.cache_dtype == p.dtype ? nullptr : &widening_table(p.cache_dtype, routine.row_dtype)),
+        table_(table),
         k_(reinterpret_cast<char*>(memory)),
         v_(k_ + kWideRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
 

@@ -84,9 +84,11 @@ class Decode {
  public:
   explicit Decode(const DecodeParams& params)
       : p_(params),
-        quantised_(params.cache_dtype != params.dtype),
-        routine_(tile_routine(params.dtype, quantised_)),
-        cache_rows_(params),
+        routine_(tile_routine(params.dtype, params.cache_dtype)),
+        table_(params.cache_dtype == params.dtype ? nullptr
+                                                  : &widening_table(params.cache_dtype, routine_.row_dtype)),
+        widens_(table_ != nullptr && routine_.widen != nullptr),
+        cache_rows_(params, widens_ ? kWideRunTokens : kRunTokens),
         padded_head_dim_(round_up(params.head_dim, routine_.chunk_columns)),
         padded_head_dim_v_(round_up(params.head_dim_v, routine_.chunk_columns)) {
     check_values(p_);
@@ -123,7 +125,7 @@ class Decode {
     std::atomic<int64_t> next_piece{0}, next_output{0};
     parallel_for(std::min(threads, count * splits), [&](int64_t thread) {
       Work work = works_of(thread)[0];
-      WideRows wide(p_, routine_, wide_memory(thread));
+      WideRows wide(p_, routine_, table_, wide_memory(thread));
       for (int64_t piece; (piece = next_piece++) < count * splits;) {
         work.segment = outputs[piece / splits];
         const int64_t tiles = work.segment.output_end - work.segment.output_begin, split = piece % splits;
@@ -196,7 +198,7 @@ class Decode {
 
   // A thread has the memory of its Works, then that of its WideRows.
   int64_t thread_floats() const {
-    const int64_t wide = quantised_ ? round_up(WideRows::memory_floats(p_, routine_), kCacheLineFloats) : 0;
+    const int64_t wide = widens_ ? round_up(WideRows::memory_floats(p_, routine_), kCacheLineFloats) : 0;
     return max_abreast_ * work_floats() + wide;
   }
   float* wide_memory(int64_t thread) const {
@@ -228,6 +230,7 @@ class Decode {
     t.head_dim_v = static_cast<int>(p_.head_dim_v);
     t.softcap = p_.softcap * kLog2e;
     t.output_stride = padded_head_dim_v_;
+    t.table = table_;
     t.q = memory;
     t.output = memory + geometry_.rows_per_block * padded_head_dim_;
     t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
@@ -253,7 +256,7 @@ class Decode {
   // and since those publish before they wait for anything, every wait ends, on however few threads.
   void take_ranges(int64_t thread) {
     std::array<Work, kMaxAbreast> works = works_of(thread);
-    WideRows wide(p_, routine_, wide_memory(thread));
+    WideRows wide(p_, routine_, table_, wide_memory(thread));
     for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
       process_range(works.data(), grid_.num_ctas - 1 - ticket, wide);
     }
@@ -402,7 +405,7 @@ class Decode {
       runs.advance();
       for (int64_t i = 0; i < count; ++i) {
         const Run &run = runs.run(i), *next = runs.after(i);
-        if (quantised_) {
+        if (widens_) {
           routine_.attend(works[i].tile, wide.widen(run, next), viewed ? views : nullptr, nullptr);
         } else {
           routine_.attend(works[i].tile, run, viewed ? views : nullptr, next);
@@ -466,8 +469,9 @@ class Decode {
   }
 
   const DecodeParams& p_;
-  const bool quantised_;
   const TileRoutine& routine_;
+  const WideningTable* const table_;  // null: caches of q's dtype
+  const bool widens_;
   const CacheRows cache_rows_;
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;

@@ -43,22 +43,6 @@ struct RowView {
   uint64_t hidden;  // bit i: token i is not seen
 };
 
-// One output tile in work. The arrays belong to the thread that works on it.
-struct TileState {
-  int rows;
-  int head_dim;
-  int head_dim_v;
-  float scale;    // of the dot products, to units of log2; with a softcap, to units of the softcap
-  float softcap;  // in units of log2; 0: none
-  float* slopes;  // [rows + kMaxStripRows], of ALiBi, in units of log2; null: none
-  void* q;        // packed query rows, in the routine's own form
-  float* m;       // [rows + kMaxStripRows], the partial state's m and l of each row; the rest is padding
-  float* l;
-  float* output;  // [rows, output_stride]: unnormalised O, columns in the routine's own order
-  float* scores;  // scratch of kRunTokens * kMaxStripRows floats
-  int64_t output_stride;
-};
-
 // All values of a quantised dtype in a 16-bit one that holds them exactly.
 struct alignas(64) WideningTable {
   uint16_t values[256];
@@ -67,9 +51,26 @@ struct alignas(64) WideningTable {
   uint8_t high[128];
 };
 
+// One output tile in work. The arrays belong to the thread that works on it.
+struct TileState {
+  int rows;
+  int head_dim;
+  int head_dim_v;
+  float scale;    // of the dot products, to units of log2; with a softcap, to units of the softcap
+  float softcap;  // in units of log2; 0: none
+  float* slopes;  // [rows + kMaxStripRows], of ALiBi, in units of log2; null: none
+  const WideningTable* table;  // of quantised rows that are taken as they are
+  void* q;                     // packed query rows, in the routine's own form
+  float* m;  // [rows + kMaxStripRows], the partial state's m and l of each row; the rest is padding
+  float* l;
+  float* output;  // [rows, output_stride]: unnormalised O, columns in the routine's own order
+  float* scores;  // scratch of kRunTokens * kMaxStripRows floats
+  int64_t output_stride;
+};
+
 struct TileRoutine {
   const char* instruction_set;
-  // Of the rows of K and V. That of q and out, but where quantised rows are widened to another.
+  // What rows of K and V are multiplied as.
   DType row_dtype;
   // Columns that are processed at once; rows of q and O are padded to a multiple of it.
   int chunk_columns;
@@ -80,7 +81,8 @@ struct TileRoutine {
   void (*attend)(const TileState& state, const Run& run, const RowView* views, const Run* next);
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);
-  // Converts `count` rows of a quantised cache to row_dtype, unscaled, one after another. `table` is
+  // Null if `attend` takes rows of a quantised cache as they are, with TileState's table. Otherwise converts
+  // `count` of them to row_dtype, unscaled, one after another. `table` is
   // widening_table of the two. As many rows of `next`, if not null, are prefetched.
   void (*widen)(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
                 void* to, const void* const* next);
@@ -88,8 +90,8 @@ struct TileRoutine {
 
 // The best routine of this machine that is not above the instruction set named by the environment
 // variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if the name
-// is unknown or the machine lacks the instructions. `quantised` says of what kind the caches are.
-const TileRoutine& tile_routine(DType dtype, bool quantised);
+// is unknown or the machine lacks the instructions.
+const TileRoutine& tile_routine(DType dtype, DType cache_dtype);
 
 // In fp16 for `to` float16, else in bf16.
 const WideningTable& widening_table(DType from, DType to);

@@ -1,6 +1,9 @@
 // Tile routines for AVX-512 with bf16 dot products and byte permutations (VBMI).
 #include "cpu/tiles/tile_sets.h"
 
+#include <algorithm>
+#include <array>
+
 #if defined(LEAN_X86)
 #include <immintrin.h>
 
@@ -13,6 +16,8 @@ namespace lean::cpu::avx512_bf16 {
 // columns; for the weighted sum they are two tokens, whose V rows are interleaved and whose weights
 // are rounded to bf16 (as every half-precision kernel does) and stored as pairs.
 struct Bf16Format {
+  explicit Bf16Format(const TileState&) {}
+
   using F = Simd::F;
   using Tensor = BFloat16;
   static constexpr DType kRowDtype = DType::bfloat16;
@@ -21,6 +26,7 @@ struct Bf16Format {
   static constexpr int kDotColumns = 16;
   static constexpr int kColumns = 32;
   static constexpr int kTokensPerStep = 2;
+  static constexpr int kPairsAtOnce = 4;
 
   struct Chunk {
     __m512i x;
@@ -43,7 +49,9 @@ struct Bf16Format {
   }
   static Chunk load_query(const Query* q) { return {_mm512_broadcast_i64x4(Simd::load_256(q))}; }
   static void pack_query(Query* to, const BFloat16* q, int columns) {
-    store(to, columns < kDotColumns ? _mm256_zextsi128_si256(Simd::load_128(q)) : Simd::load_256(q));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), columns < kDotColumns
+                                                            ? _mm256_zextsi128_si256(Simd::load_128(q))
+                                                            : Simd::load_256(q));
   }
   static F dot(F sum, Chunk k, Chunk q) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(k.x), reinterpret_cast<__m512bh>(q.x));
@@ -86,81 +94,113 @@ struct Bf16Format {
   }
 
   static void store_output(BFloat16* out, int columns, F a, F b) {
-    store_in_order(out, columns, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
-  }
-
-  // Low and high bytes are looked up apart, by the magnitude, and interleaved.
-  class Widener {
-   public:
-    Widener(DType from, const WideningTable& table)
-        : int8_(from == DType::int8),
-          low0_(_mm512_load_si512(table.low)),
-          low1_(_mm512_load_si512(table.low + 64)),
-          high0_(_mm512_load_si512(table.high)),
-          high1_(_mm512_load_si512(table.high + 64)) {}
-
-    void operator()(const uint8_t* row, int columns, BFloat16* to) const {
-      int column = 0;
-      for (; column + 64 <= columns; column += 64) {
-        const Wide x = widen(_mm512_loadu_si512(row + column));
-        _mm512_storeu_si512(to + column, x.lower);
-        _mm512_storeu_si512(to + column + 32, x.upper);
-      }
-      if (column == columns) return;
-      const __mmask64 mask = (uint64_t{1} << (columns - column)) - 1;
-      const Wide x = widen(_mm512_maskz_loadu_epi8(mask, row + column));
-      _mm512_mask_storeu_epi16(to + column, static_cast<__mmask32>(mask), x.lower);
-      _mm512_mask_storeu_epi16(to + column + 32, static_cast<__mmask32>(mask >> 32), x.upper);
-    }
-
-   private:
-    struct Wide {
-      __m512i lower, upper;
-    };
-    Wide widen(__m512i bytes) const {
-      // So that interleaving within 128-bit lanes brings the columns into their order.
-      bytes = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), bytes);
-      const __m512i magnitude = int8_ ? _mm512_abs_epi8(bytes) : bytes, lowest = _mm512_set1_epi8(-128);
-      const __m512i low = _mm512_permutex2var_epi8(low0_, magnitude, low1_);
-      __m512i high = _mm512_permutex2var_epi8(high0_, magnitude, high1_);
-      if (int8_) {  // 128 has no place in the table: in bf16 it is 0x4300
-        high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(bytes, lowest), _mm512_set1_epi8(0x43));
-      }
-      high = _mm512_ternarylogic_epi32(high, bytes, lowest, 0xf8);  // the sign
-      return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
-    }
-
-    const bool int8_;
-    const __m512i low0_, low1_, high0_, high1_;
-  };
-
- protected:
-  template <class To>
-  static void store(To* to, __m256i x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x);
-  }
-
-  // Columns as load_step leaves them, those of a before those of b.
-  template <class To>
-  static void store_in_order(To* out, int columns, __m512i x) {
     alignas(64) static constexpr uint16_t order[32] = {0,  1,  2,  3,  16, 17, 18, 19, 4,  5,  6,
                                                        7,  20, 21, 22, 23, 8,  9,  10, 11, 24, 25,
                                                        26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+    const auto x = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
     _mm512_mask_storeu_epi16(out, Simd::tail_mask(columns),
                              _mm512_permutexvar_epi16(_mm512_load_si512(order), x));
   }
 };
 
-// fp16 queries over quantised rows, which bf16 holds exactly: queries and weights are sums of two bf16
-// numbers, which hold 16 bits (fp16 has 11). That takes as many products as fp32 would, but no conversions.
-// (Infinite numbers of e5m2 make NaN, because the low part may be 0.)
-struct TwiceBf16Format : Bf16Format {
+// Quantised rows, which bf16 holds exactly: converted in registers. Low and high bytes are looked up apart,
+// by the magnitude, and interleaved, which happens within the 128-bit lanes and so reorders columns.
+template <bool int8>
+class QuantisedFormat : public Bf16Format {
+ public:
+  explicit QuantisedFormat(const TileState& t)
+      : Bf16Format(t),
+        low0_(_mm512_load_si512(t.table->low)),
+        low1_(_mm512_load_si512(t.table->low + 64)),
+        high0_(_mm512_load_si512(t.table->high)),
+        high1_(_mm512_load_si512(t.table->high + 64)) {}
+
+  static constexpr int kDotColumns = 32;
+  static constexpr int kPairsAtOnce = 2;  // of twice the columns
+
+  // Columns 0-7 and 16-23 in a, the others in b; the first row's in the lower halves.
+  struct Chunk {
+    __m512i a, b;
+  };
+  Chunk load_two(const uint8_t* lower, const uint8_t* upper) const {
+    return widen(Simd::join_halves(Simd::load_256(lower), Simd::load_256(upper)));
+  }
+  Chunk load_two_tail(const uint8_t* lower, const uint8_t* upper, int columns) const {
+    return widen(Simd::join_halves(load_tail(lower, columns), load_tail(upper, columns)));
+  }
+  // Four words of eight columns each, in the order of a and b.
+  static void pack_query(Query* to, const BFloat16* q, int columns) {
+    store_in_chunk_order(to, _mm512_maskz_loadu_epi16(Simd::tail_mask(std::min(columns, kDotColumns)), q));
+  }
+  static Chunk load_query(const Query* q) {
+    return {Bf16Format::load_query(q).x, Bf16Format::load_query(q + 16).x};
+  }
+  static F dot(F sum, Chunk k, Chunk q) {
+    return Bf16Format::dot(Bf16Format::dot(sum, {k.a}, {q.a}), {k.b}, {q.b});
+  }
+
+  static __m256i load(const uint8_t* row) { return Simd::load_256(row); }
+  static __m256i load_tail(const uint8_t* row, int columns) {
+    return _mm256_maskz_loadu_epi8(Simd::tail_mask(columns), row);
+  }
+  template <class Load>
+  Step load_step(const void* const* rows, const Load& load) const {
+    // Bytes of the two tokens alternate, in the order that makes the columns of a and b follow each other.
+    alignas(64) static constexpr auto order = [] {
+      std::array<uint8_t, 64> order{};
+      for (int i = 0; i < 64; ++i) {
+        const int lane = i / 16, column = i % 16 < 8 ? 4 * lane + i % 8 / 2 : 16 + 4 * lane + i % 8 / 2;
+        order[i] = static_cast<uint8_t>(i % 2 * 32 + column);
+      }
+      return order;
+    }();
+    const __m512i bytes = Simd::join_halves(load(static_cast<const uint8_t*>(rows[0])),
+                                            load(static_cast<const uint8_t*>(rows[1])));
+    const Chunk v = widen(_mm512_permutexvar_epi8(_mm512_load_si512(order.data()), bytes));
+    return {reinterpret_cast<__m512bh>(v.a), reinterpret_cast<__m512bh>(v.b)};
+  }
+  static void store_output(BFloat16* out, int columns, F a, F b) {
+    _mm512_mask_storeu_epi16(out, Simd::tail_mask(columns),
+                             reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+  }
+
+ protected:
+  template <class To>
+  static void store_in_chunk_order(To* to, __m512i x) {
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(3, 1, 2, 0)));
+  }
+
+ private:
+  Chunk widen(__m512i bytes) const {
+    const __m512i magnitude = int8 ? _mm512_abs_epi8(bytes) : bytes, lowest = _mm512_set1_epi8(-128);
+    const __m512i low = _mm512_permutex2var_epi8(low0_, magnitude, low1_);
+    __m512i high = _mm512_permutex2var_epi8(high0_, magnitude, high1_);
+    if (int8) {  // 128 has no place in the table: in bf16 it is 0x4300
+      high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(bytes, lowest), _mm512_set1_epi8(0x43));
+    }
+    high = _mm512_ternarylogic_epi32(high, bytes, lowest, 0xf8);  // the sign
+    return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+  }
+
+  const __m512i low0_, low1_, high0_, high1_;
+};
+
+// fp16 queries over them: queries and weights are sums of two bf16 numbers, which hold 16 bits (fp16 has 11).
+// That takes as many products as fp32 would, but no conversions. (Infinite numbers of e5m2 make NaN, because
+// the low part may be 0.)
+template <bool int8>
+struct TwiceQuantisedFormat : QuantisedFormat<int8> {
+  using Base = QuantisedFormat<int8>;
+  using Base::Base;
+  using typename Base::Chunk;
+  using typename Base::F;
+  using typename Base::Step;
   using Tensor = Half;
-  using Query = uint32_t;   // 16 columns: the high parts of all, then the low ones
+  using Query = uint32_t;   // 32 columns: the high parts of all, then the low ones
   using Weight = uint64_t;  // the high parts of two tokens, then the low ones
 
   struct QueryParts {
-    __m512i high, low;
+    Chunk high, low;
   };
   struct Parts {
     __m256bh high, low;
@@ -174,32 +214,32 @@ struct TwiceBf16Format : Bf16Format {
   static F wide(__m256bh x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)), 16));
   }
+  static __m512i join(__m256bh a, __m256bh b) {
+    return Simd::join_halves(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  }
 
   static void pack_query(Query* to, const Half* q, int columns) {
-    const auto parts = split(_mm512_cvtph_ps(columns < kDotColumns ? _mm256_zextsi128_si256(Simd::load_128(q))
-                                                                   : Simd::load_256(q)));
-    store(to, reinterpret_cast<__m256i>(parts.high));
-    store(to + 8, reinterpret_cast<__m256i>(parts.low));
+    const __m512i x = _mm512_maskz_loadu_epi16(Simd::tail_mask(std::min(columns, Base::kDotColumns)), q);
+    const Parts a = split(_mm512_cvtph_ps(_mm512_castsi512_si256(x)));
+    const Parts b = split(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1)));
+    Base::store_in_chunk_order(to, join(a.high, b.high));
+    Base::store_in_chunk_order(to + 16, join(a.low, b.low));
   }
   static QueryParts load_query(const Query* q) {
-    return {_mm512_broadcast_i64x4(Simd::load_256(q)), _mm512_broadcast_i64x4(Simd::load_256(q + 8))};
+    const auto* parts = reinterpret_cast<const typename Base::Query*>(q);
+    return {Base::load_query(parts), Base::load_query(parts + 32)};
   }
-  static F dot(F sum, Chunk k, QueryParts q) {
-    return Bf16Format::dot(Bf16Format::dot(sum, k, {q.low}), k, {q.high});
-  }
+  static F dot(F sum, Chunk k, QueryParts q) { return Base::dot(Base::dot(sum, k, q.low), k, q.high); }
 
   template <int period>
   static const Weight* pack_weights(float* scores, int tokens) {
-    const __m512i permutation = pair_order<period>();
-    const auto in_order = [&](__m256bh a, __m256bh b) {
-      return _mm512_permutexvar_epi16(
-          permutation, Simd::join_halves(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-    };
+    const __m512i permutation = Base::template pair_order<period>();
     // Words 0, 16, 1, 17, ... of two vectors.
     const __m512i mix = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < tokens * period; i += 32) {
-      const auto a = split(_mm512_loadu_ps(scores + i)), b = split(_mm512_loadu_ps(scores + i + 16));
-      const __m512i high = in_order(a.high, b.high), low = in_order(a.low, b.low);
+      const Parts a = split(_mm512_loadu_ps(scores + i)), b = split(_mm512_loadu_ps(scores + i + 16));
+      const __m512i high = _mm512_permutexvar_epi16(permutation, join(a.high, b.high));
+      const __m512i low = _mm512_permutexvar_epi16(permutation, join(a.low, b.low));
       _mm512_storeu_si512(scores + i, _mm512_permutex2var_epi32(high, mix, low));
       _mm512_storeu_si512(scores + i + 16,
                           _mm512_permutex2var_epi32(high, _mm512_add_epi32(mix, _mm512_set1_epi32(8)), low));
@@ -207,19 +247,25 @@ struct TwiceBf16Format : Bf16Format {
     return reinterpret_cast<const Weight*>(scores);
   }
   static void accumulate(F& a, F& b, const Weight* weight, Step v) {
-    const auto* parts = reinterpret_cast<const Bf16Format::Weight*>(weight);
-    Bf16Format::accumulate(a, b, parts + 1, v);
-    Bf16Format::accumulate(a, b, parts, v);
+    const auto* parts = reinterpret_cast<const typename Base::Weight*>(weight);
+    Base::accumulate(a, b, parts + 1, v);
+    Base::accumulate(a, b, parts, v);
   }
 
   static void store_output(Half* out, int columns, F a, F b) {
     constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    store_in_order(out, columns, Simd::join_halves(_mm512_cvtps_ph(a, kRound), _mm512_cvtps_ph(b, kRound)));
+    _mm512_mask_storeu_epi16(out, Simd::tail_mask(columns),
+                             Simd::join_halves(_mm512_cvtps_ph(a, kRound), _mm512_cvtps_ph(b, kRound)));
   }
 };
 
-const TileRoutine bfloat16 = Tile<BFloat16, Bf16Format>::routine("avx512_bf16");
-const TileRoutine float16_over_quantised = Tile<BFloat16, TwiceBf16Format>::routine("avx512_bf16");
+const TileRoutine bfloat16 = Tile<BFloat16, Bf16Format>::routine("avx512_bf16", false);
+const TileRoutine bfloat16_over_fp8 = Tile<uint8_t, QuantisedFormat<false>>::routine("avx512_bf16", false);
+const TileRoutine bfloat16_over_int8 = Tile<uint8_t, QuantisedFormat<true>>::routine("avx512_bf16", false);
+const TileRoutine float16_over_fp8 =
+    Tile<uint8_t, TwiceQuantisedFormat<false>>::routine("avx512_bf16", false);
+const TileRoutine float16_over_int8 =
+    Tile<uint8_t, TwiceQuantisedFormat<true>>::routine("avx512_bf16", false);
 }  // namespace lean::cpu::avx512_bf16
 LEAN_TARGET_END
 #endif

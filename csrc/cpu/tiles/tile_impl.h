@@ -11,6 +11,8 @@
 // How rows of dtype T are multiplied: converted to fp32.
 template <class T>
 struct Fp32Format {
+  explicit Fp32Format(const TileState&) {}
+
   using F = Simd::F;
   using Tensor = T;  // q and out
   static constexpr DType kRowDtype = dtype_of(T{});
@@ -21,6 +23,7 @@ struct Fp32Format {
   static constexpr int kDotColumns = Simd::kLanes;
   static constexpr int kColumns = 2 * Simd::kLanes;
   static constexpr int kTokensPerStep = 1;
+  static constexpr int kPairsAtOnce = 4;
 
   using Chunk = Simd::Pair;
 
@@ -57,7 +60,6 @@ struct Fp32Format {
     return scores;
   }
   static void store_output(T* out, int columns, F a, F b) { Simd::store_pair_tail(out, columns, a, b); }
-  using Widener = Simd::Widener<T>;
 };
 
 // (2^x - 1) / x on [-1/2, 1/2]; 2^x comes out to 9.2e-8 relative, minimax.
@@ -118,8 +120,8 @@ struct Strip {
   // Scores of kRoundTokens tokens, which are two vectors. A dot product is summed in half a vector: an
   // accumulator holds one row's sums for two tokens half a score vector apart, so that half as many need
   // reducing. `q` holds the strip's packed rows.
-  static void block_scores(int head_dim, const typename Format::Query* q, const void* const* k_rows,
-                           const void* const* next_rows, F (&scores)[2]) {
+  static void block_scores(const Format& format, int head_dim, const typename Format::Query* q,
+                           const void* const* k_rows, const void* const* next_rows, F (&scores)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     constexpr int kStepsPerLine = kColumns * sizeof(T) < 64 ? 64 / (kColumns * sizeof(T)) : 1;
@@ -127,7 +129,7 @@ struct Strip {
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
     // A few pairs at a time, so that K chunks fit the registers beside the accumulators.
-    constexpr int kGroup = kPairs < 2 ? 2 : 4;
+    constexpr int kGroup = kPairs < 2 ? 2 : Format::kPairsAtOnce;
 #pragma GCC unroll 16
     for (int first = 0; first < 2 * kPairs; first += kGroup) {
       const typename Format::Query* q_chunk = q;
@@ -159,11 +161,11 @@ struct Strip {
       };
       int column = 0;
       for (; column + kColumns <= head_dim; column += kColumns) {
-        add_chunk(column, [](const T* a, const T* b) { return Format::load_two(a, b); });
+        add_chunk(column, [&](const T* a, const T* b) { return format.load_two(a, b); });
       }
       if (column < head_dim) {
         const int tail = head_dim - column;
-        add_chunk(column, [&](const T* a, const T* b) { return Format::load_two_tail(a, b, tail); });
+        add_chunk(column, [&](const T* a, const T* b) { return format.load_two_tail(a, b, tail); });
       }
     }
     scores[0] = S::sum_halves(sums[0]);
@@ -178,13 +180,14 @@ struct Strip {
     LaneViews lanes{};
     if (masked) lanes = lane_views(t, first_row, run, views);
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
+    const Format format(t);
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(head_dim);
     float* out = t.scores;
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F s[2];
-      block_scores(head_dim, q, run.k_rows + token, next.k_rows + token, s);
+      block_scores(format, head_dim, q, run.k_rows + token, next.k_rows + token, s);
 #pragma GCC unroll 16
       for (int i = 0; i < 2; ++i) {
         s[i] = S::mul(s[i], scale);
@@ -250,22 +253,23 @@ struct Strip {
                                                    const Run& next, int tokens,
                                                    const typename Format::Weight* weights,
                                                    const float* correction, int column) {
+    const Format format(t);
     F sums[chunks][rows][2];
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
     }
-    auto step = [&](const void* const* v_rows, const typename Format::Weight* weight, auto load)
-                    __attribute__((always_inline)) {
+    auto step = [&](const void* const* v_rows, const typename Format::Weight* weight,
+                    auto load) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-                      for (int c = 0; c < chunks; ++c) {
-                        const auto v = Format::load_step(
-                            v_rows, [&](const T* row) { return load(row + column + c * Format::kColumns); });
+      for (int c = 0; c < chunks; ++c) {
+        const auto v =
+            format.load_step(v_rows, [&](const T* row) { return load(row + column + c * Format::kColumns); });
 #pragma GCC unroll 16
-                        for (int r = 0; r < rows; ++r) {
-                          Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, v);
-                        }
-                      }
-                    };
+        for (int r = 0; r < rows; ++r) {
+          Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, v);
+        }
+      }
+    };
     for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
       const auto* weight = weights + token / Format::kTokensPerStep * kPeriod;
 #pragma GCC unroll 16
@@ -407,14 +411,16 @@ struct Tile {
 
   static void widen(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
                     void* to, const void* const* next) {
-    const typename Format::Widener widener(from, table);
+    const Simd::Widener<T> widener(from, table);
     for (int i = 0; i < count; ++i) {
       if (next != nullptr) prefetch(static_cast<const uint8_t*>(next[i]), columns);
       widener(static_cast<const uint8_t*>(rows[i]), columns, static_cast<T*>(to) + i * columns);
     }
   }
 
-  static constexpr TileRoutine routine(const char* instruction_set) {
-    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query, attend, write_output, widen};
+  // `widens`: quantised rows are converted to T; otherwise the routine takes none, or as they are.
+  static constexpr TileRoutine routine(const char* instruction_set, bool widens) {
+    return {instruction_set, Format::kRowDtype, Format::kColumns,        pack_query,
+            attend,          write_output,      widens ? widen : nullptr};
   }
 };

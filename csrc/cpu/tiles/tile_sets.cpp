@@ -11,10 +11,15 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool (*runnable)();
-  // By DType, for caches of that dtype and for quantised ones; null where a set has nothing to add to the
-  // next.
-  const TileRoutine* routines[3];
-  const TileRoutine* over_quantised[3];
+  // By DType, for caches of that dtype, of fp8 and of int8; null where a set has nothing to add to the next.
+  const TileRoutine* plain[3];
+  const TileRoutine* over_fp8[3];
+  const TileRoutine* over_int8[3];
+
+  const TileRoutine* routine(DType dtype, DType cache_dtype) const {
+    const auto& routines = cache_dtype == dtype ? plain : cache_dtype == DType::int8 ? over_int8 : over_fp8;
+    return routines[static_cast<int>(dtype)];
+  }
 };
 
 // Best first.
@@ -27,12 +32,14 @@ const InstructionSet kInstructionSets[] = {
               __builtin_cpu_supports("avx512vbmi");
      },
      {nullptr, nullptr, &avx512_bf16::bfloat16},
-     {nullptr, &avx512_bf16::float16_over_quantised, &avx512_bf16::bfloat16}},
+     {nullptr, &avx512_bf16::float16_over_fp8, &avx512_bf16::bfloat16_over_fp8},
+     {nullptr, &avx512_bf16::float16_over_int8, &avx512_bf16::bfloat16_over_int8}},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      },
+     {&avx512::float32, &avx512::float16, &avx512::bfloat16},
      {&avx512::float32, &avx512::float16, &avx512::bfloat16},
      {&avx512::float32, &avx512::float16, &avx512::bfloat16}},
     {"avx2",
@@ -41,10 +48,12 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
      {&avx2::float32, &avx2::float16, &avx2::bfloat16},
+     {&avx2::float32, &avx2::float16, &avx2::bfloat16},
      {&avx2::float32, &avx2::float16, &avx2::bfloat16}},
 #endif
     {"portable",
      [] { return true; },
+     {&portable::float32, &portable::float16, &portable::bfloat16},
      {&portable::float32, &portable::float16, &portable::bfloat16},
      {&portable::float32, &portable::float16, &portable::bfloat16}},
 };
@@ -59,7 +68,7 @@ std::string runnable_instruction_sets() {
   return names;
 }
 
-const TileRoutine& tile_routine(DType dtype, bool quantised, const std::string& at_most) {
+const TileRoutine& tile_routine(DType dtype, DType cache_dtype, const std::string& at_most) {
   bool allowed = at_most.empty();
   for (const InstructionSet& set : kInstructionSets) {
     if (at_most == set.name) {
@@ -69,16 +78,16 @@ const TileRoutine& tile_routine(DType dtype, bool quantised, const std::string& 
       }
       allowed = true;
     }
-    const TileRoutine* routine = (quantised ? set.over_quantised : set.routines)[static_cast<int>(dtype)];
+    const TileRoutine* routine = set.routine(dtype, cache_dtype);
     if (allowed && routine != nullptr && set.runnable()) return *routine;
   }
   throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
                               " (this machine can run: " + runnable_instruction_sets() + ")");
 }
 
-const TileRoutine& tile_routine(DType dtype, bool quantised) {
+const TileRoutine& tile_routine(DType dtype, DType cache_dtype) {
   const char* forced = std::getenv("LEAN_ATTENTION_CPU");
-  return tile_routine(dtype, quantised, forced == nullptr ? "" : forced);
+  return tile_routine(dtype, cache_dtype, forced == nullptr ? "" : forced);
 }
 
 }  // namespace lean::cpu
