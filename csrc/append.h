@@ -9,17 +9,15 @@ namespace lean {
 
 // Strides are in elements; the last dimensions are contiguous. With cu_seqlens the tokens of k, v and q are
 // packed, as in DecodeParams.
-struct AppendParams {
-  void* k_cache;                   // [num_blocks, block_size, num_kv_heads, head_dim]
-  void* v_cache;                   // [num_blocks, block_size, num_kv_heads, head_dim_v]
-  const void* k;                   // [batch, tokens, num_kv_heads, head_dim] or [total, ...]
-  const void* v;                   // [batch, tokens, num_kv_heads, head_dim_v] or [total, ...]
-  void* q;                         // [batch, tokens, num_heads, head_dim] or [total, ...], or null
-  const int32_t* seq_lens;         // [batch], tokens in the caches before
-  const int32_t* block_table;      // [batch, max_blocks] or null
-  const int32_t* cache_batch_idx;  // [batch] or null
-  const int32_t* cu_seqlens;       // [batch + 1] or null
-  const void* cos;                 // [max_position, rotary_dim / 2] or null
+struct AppendParams : CacheBlocks {
+  void* k_cache;              // [num_blocks, block_size, num_kv_heads, head_dim]
+  void* v_cache;              // [num_blocks, block_size, num_kv_heads, head_dim_v]
+  const void* k;              // [batch, tokens, num_kv_heads, head_dim] or [total, ...]
+  const void* v;              // [batch, tokens, num_kv_heads, head_dim_v] or [total, ...]
+  void* q;                    // [batch, tokens, num_heads, head_dim] or [total, ...], or null
+  const int32_t* seq_lens;    // [batch], tokens in the caches before
+  const int32_t* cu_seqlens;  // [batch + 1] or null
+  const void* cos;            // [max_position, rotary_dim / 2] or null
   const void* sin;
   DType dtype;         // of q, and of what is rotated; 1-byte dtypes are only copied
   DType rotary_dtype;  // of cos and sin
@@ -27,7 +25,6 @@ struct AppendParams {
   int64_t batch;
   int64_t tokens;  // per sequence, or of all
   int64_t num_heads, num_kv_heads, head_dim, head_dim_v;
-  int64_t num_blocks, block_size, max_blocks;
   int64_t max_position, rotary_dim;
   int64_t k_cache_block_stride, k_cache_token_stride, k_cache_head_stride;
   int64_t v_cache_block_stride, v_cache_token_stride, v_cache_head_stride;
@@ -35,12 +32,9 @@ struct AppendParams {
   int64_t v_batch_stride, v_token_stride, v_head_stride;
   int64_t q_batch_stride, q_token_stride, q_head_stride;
   int64_t cos_stride, sin_stride;
-  int64_t table_batch_stride;
 
-  LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
   LEAN_HOST_DEVICE constexpr int64_t rows_per_token() const { return 2 * num_kv_heads + (q ? num_heads : 0); }
   LEAN_HOST_DEVICE constexpr int64_t all_tokens() const { return cu_seqlens ? tokens : batch * tokens; }
-  LEAN_HOST_DEVICE constexpr bool is_block(int64_t block) const { return block >= 0 && block < num_blocks; }
 };
 
 // A new token: whose it is, and where it goes.
@@ -72,9 +66,7 @@ LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t tok
   if (p.seq_lens[t.sequence] < 0 || t.position >= p.capacity()) return t;
   const int64_t index = p.block_table ? t.position / p.block_size : 0;
   t.slot = t.position - index * p.block_size;
-  const int64_t block = p.block_table       ? p.block_table[t.sequence * p.table_batch_stride + index]
-                        : p.cache_batch_idx ? p.cache_batch_idx[t.sequence]
-                                            : t.sequence;
+  const int64_t block = p.given_block(t.sequence, 0, index);
   t.block = p.is_block(block) ? block : -1;
   return t;
 }

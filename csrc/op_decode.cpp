@@ -12,7 +12,6 @@
 namespace lean {
 namespace {
 
-
 void check_head_dim(const char* name, int64_t head_dim) {
   if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
     fail("decode: ", name, " is ", head_dim, "; it must be a multiple of 8 from 8 to ", kMaxHeadDim);

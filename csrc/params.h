@@ -36,22 +36,38 @@ struct Scales {
 
 // The caches are blocks of block_size token slots. A paged sequence has a list of blocks in block_table; a
 // contiguous cache is one block per slot of the batch, as long as max_len, and a sequence has one of them.
-//
+struct CacheBlocks {
+  const int32_t* block_table;      // [batch, max_blocks] or [batch, num_kv_heads, max_blocks]; null: no pages
+  const int32_t* cache_batch_idx;  // [batch], the sequence's slot; null: its index in the batch
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t max_blocks;  // of a sequence
+  int64_t table_batch_stride, table_head_stride;
+
+  // Tokens that a sequence may have.
+  LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
+  // What the caller's numbers say, which may be no block.
+  LEAN_HOST_DEVICE constexpr int64_t given_block(int64_t b, int64_t kv_head, int64_t index) const {
+    return block_table       ? block_table[b * table_batch_stride + kv_head * table_head_stride + index]
+           : cache_batch_idx ? cache_batch_idx[b]
+                             : b;
+  }
+  LEAN_HOST_DEVICE constexpr bool is_block(int64_t block) const { return block >= 0 && block < num_blocks; }
+};
+
 // Strides are in elements and named after the dimension that they step over; the last dimension of
 // q and of the caches is contiguous. Query tokens [b, i] of a packed q are its tokens cu_seqlens_q[b] + i,
 // and its batch stride is 0; the same holds for out, lse and the rows of tree_mask.
-struct DecodeParams {
-  const void* q;                   // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
-  const void* k_cache;             // [num_blocks, block_size, num_kv_heads, head_dim]
-  const void* v_cache;             // [num_blocks, block_size, num_kv_heads, head_dim_v]
-  const int32_t* seq_lens;         // [batch] or [batch, num_kv_heads]; null: every sequence is full
-  const int32_t* block_table;      // [batch, max_blocks] or [batch, num_kv_heads, max_blocks]; null: no pages
-  const int32_t* cache_batch_idx;  // [batch], the sequence's slot; null: its index in the batch
-  const int32_t* cache_leftpad;    // [batch] or null
-  const int32_t* cu_seqlens_q;     // [batch + 1], where q is packed; else null
-  const bool* tree_mask;           // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
-  const float* alibi_slopes;       // [batch, num_heads] or null
-  const float* sinks;              // [num_heads] or null
+struct DecodeParams : CacheBlocks {
+  const void* q;                 // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
+  const void* k_cache;           // [num_blocks, block_size, num_kv_heads, head_dim]
+  const void* v_cache;           // [num_blocks, block_size, num_kv_heads, head_dim_v]
+  const int32_t* seq_lens;       // [batch] or [batch, num_kv_heads]; null: every sequence is full
+  const int32_t* cache_leftpad;  // [batch] or null
+  const int32_t* cu_seqlens_q;   // [batch + 1], where q is packed; else null
+  const bool* tree_mask;         // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
+  const float* alibi_slopes;     // [batch, num_heads] or null
+  const float* sinks;            // [num_heads] or null
   Scales k_scale, v_scale;
   void* out;          // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
   float* lse;         // [batch, num_heads, q_len] or [num_heads, total_q], natural log
@@ -63,9 +79,6 @@ struct DecodeParams {
   int64_t num_kv_heads;
   int64_t head_dim;
   int64_t head_dim_v;
-  int64_t num_blocks;
-  int64_t block_size;
-  int64_t max_blocks;    // of a sequence
   int64_t tree_columns;  // q_len, or the most new tokens that tree_mask describes
   int64_t q_batch_stride, q_token_stride, q_head_stride;
   int64_t k_block_stride, k_token_stride, k_head_stride;
@@ -73,7 +86,6 @@ struct DecodeParams {
   int64_t out_batch_stride, out_token_stride, out_head_stride;
   int64_t lse_batch_stride, lse_head_stride;
   int64_t seq_lens_batch_stride, seq_lens_head_stride;
-  int64_t table_batch_stride, table_head_stride;
   int64_t tree_batch_stride, tree_row_stride;
   int64_t alibi_batch_stride;
   bool lengths_per_head;
@@ -83,9 +95,6 @@ struct DecodeParams {
   int64_t num_ctas;  // 0: the backend chooses
 
   LEAN_HOST_DEVICE constexpr int64_t group() const { return num_heads / num_kv_heads; }
-
-  // Tokens that a sequence may have.
-  LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
 
   // Sequences of the schedule: each KV head is one where it has a length of its own.
   LEAN_HOST_DEVICE constexpr int64_t heads_per_sequence() const {
@@ -112,11 +121,6 @@ struct DecodeParams {
   LEAN_HOST_DEVICE constexpr int64_t given_leftpad(int64_t b) const {
     return cache_leftpad ? cache_leftpad[b] : 0;
   }
-  LEAN_HOST_DEVICE constexpr int64_t given_block(int64_t b, int64_t kv_head, int64_t index) const {
-    return block_table       ? block_table[b * table_batch_stride + kv_head * table_head_stride + index]
-           : cache_batch_idx ? cache_batch_idx[b]
-                             : b;
-  }
   LEAN_HOST_DEVICE constexpr int64_t first_query(int64_t b) const {
     return cu_seqlens_q ? greater(0, lesser(cu_seqlens_q[b], query_tokens)) : 0;
   }
@@ -128,7 +132,6 @@ struct DecodeParams {
     return lengths_per_head ? length_at(sequence / num_kv_heads, sequence % num_kv_heads)
                             : length_at(sequence, 0);
   }
-  LEAN_HOST_DEVICE constexpr bool is_block(int64_t block) const { return block >= 0 && block < num_blocks; }
 };
 
 // Partial attention states to merge: outs[i] and lses[i] are the i-th state of every row.

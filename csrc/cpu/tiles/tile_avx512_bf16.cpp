@@ -175,7 +175,7 @@ class QuantisedFormat : public Bf16Format {
     const __m512i magnitude = int8 ? _mm512_abs_epi8(bytes) : bytes, lowest = _mm512_set1_epi8(-128);
     const __m512i low = _mm512_permutex2var_epi8(low0_, magnitude, low1_);
     __m512i high = _mm512_permutex2var_epi8(high0_, magnitude, high1_);
-    if (int8) {  // 128 has no place in the table: in bf16 it is 0x4300
+    if constexpr (int8) {  // 128 has no place in the table: in bf16 it is 0x4300
       high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(0x43));
     }
     high = _mm512_ternarylogic_epi32(high, bytes, lowest, 0xf8);  // the sign
