@@ -9,9 +9,9 @@ namespace lean::cpu::avx2 {
 #include "cpu/tiles/simd_avx2.h"
 #include "cpu/tiles/tile_impl.h"
 
-const TileRoutine float32 = Tile<float>::routine("avx2", true);
-const TileRoutine float16 = Tile<Half>::routine("avx2", true);
-const TileRoutine bfloat16 = Tile<BFloat16>::routine("avx2", true);
+const TileRoutine float32 = Tile<float>::routine("avx2");
+const TileRoutine float16 = Tile<Half>::routine("avx2");
+const TileRoutine bfloat16 = Tile<BFloat16>::routine("avx2");
 }  // namespace lean::cpu::avx2
 LEAN_TARGET_END
 #endif

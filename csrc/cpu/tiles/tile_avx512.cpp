@@ -9,9 +9,9 @@ namespace lean::cpu::avx512 {
 #include "cpu/tiles/simd_avx512.h"
 #include "cpu/tiles/tile_impl.h"
 
-const TileRoutine float32 = Tile<float>::routine("avx512", true);
-const TileRoutine float16 = Tile<Half>::routine("avx512", true);
-const TileRoutine bfloat16 = Tile<BFloat16>::routine("avx512", true);
+const TileRoutine float32 = Tile<float>::routine("avx512");
+const TileRoutine float16 = Tile<Half>::routine("avx512");
+const TileRoutine bfloat16 = Tile<BFloat16>::routine("avx512");
 }  // namespace lean::cpu::avx512
 LEAN_TARGET_END
 #endif

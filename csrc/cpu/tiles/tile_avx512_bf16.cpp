@@ -259,13 +259,11 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
   }
 };
 
-const TileRoutine bfloat16 = Tile<BFloat16, Bf16Format>::routine("avx512_bf16", false);
-const TileRoutine bfloat16_over_fp8 = Tile<uint8_t, QuantisedFormat<false>>::routine("avx512_bf16", false);
-const TileRoutine bfloat16_over_int8 = Tile<uint8_t, QuantisedFormat<true>>::routine("avx512_bf16", false);
-const TileRoutine float16_over_fp8 =
-    Tile<uint8_t, TwiceQuantisedFormat<false>>::routine("avx512_bf16", false);
-const TileRoutine float16_over_int8 =
-    Tile<uint8_t, TwiceQuantisedFormat<true>>::routine("avx512_bf16", false);
+const TileRoutine bfloat16 = Tile<BFloat16, Bf16Format>::routine_as_is("avx512_bf16");
+const TileRoutine bfloat16_over_fp8 = Tile<uint8_t, QuantisedFormat<false>>::routine_as_is("avx512_bf16");
+const TileRoutine bfloat16_over_int8 = Tile<uint8_t, QuantisedFormat<true>>::routine_as_is("avx512_bf16");
+const TileRoutine float16_over_fp8 = Tile<uint8_t, TwiceQuantisedFormat<false>>::routine_as_is("avx512_bf16");
+const TileRoutine float16_over_int8 = Tile<uint8_t, TwiceQuantisedFormat<true>>::routine_as_is("avx512_bf16");
 }  // namespace lean::cpu::avx512_bf16
 LEAN_TARGET_END
 #endif

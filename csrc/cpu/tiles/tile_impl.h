@@ -418,9 +418,14 @@ struct Tile {
     }
   }
 
-  // `widens`: quantised rows are converted to T; otherwise the routine takes none, or as they are.
-  static constexpr TileRoutine routine(const char* instruction_set, bool widens) {
-    return {instruction_set, Format::kRowDtype, Format::kColumns,        pack_query,
-            attend,          write_output,      widens ? widen : nullptr};
+  // For caches of T, and for quantised ones whose rows are converted to it.
+  static constexpr TileRoutine routine(const char* instruction_set) {
+    TileRoutine r = routine_as_is(instruction_set);
+    r.widen = widen;
+    return r;
+  }
+  // For rows that need no conversion.
+  static constexpr TileRoutine routine_as_is(const char* instruction_set) {
+    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query, attend, write_output, nullptr};
   }
 };

@@ -11,14 +11,18 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool (*runnable)();
-  // By DType, for caches of that dtype, of fp8 and of int8; null where a set has nothing to add to the next.
-  const TileRoutine* plain[3];
-  const TileRoutine* over_fp8[3];
-  const TileRoutine* over_int8[3];
+  // By DType; null where a set has nothing to add to the next.
+  const TileRoutine* routines[3];
+  // Over quantised rows as they are.
+  const TileRoutine* over_fp8[3] = {};
+  const TileRoutine* over_int8[3] = {};
 
   const TileRoutine* routine(DType dtype, DType cache_dtype) const {
-    const auto& routines = cache_dtype == dtype ? plain : cache_dtype == DType::int8 ? over_int8 : over_fp8;
-    return routines[static_cast<int>(dtype)];
+    const int i = static_cast<int>(dtype);
+    if (cache_dtype == dtype) return routines[i];
+    const TileRoutine* as_is = cache_dtype == DType::int8 ? over_int8[i] : over_fp8[i];
+    if (as_is != nullptr) return as_is;
+    return routines[i] != nullptr && routines[i]->widen != nullptr ? routines[i] : nullptr;
   }
 };
 
@@ -39,23 +43,15 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      },
-     {&avx512::float32, &avx512::float16, &avx512::bfloat16},
-     {&avx512::float32, &avx512::float16, &avx512::bfloat16},
      {&avx512::float32, &avx512::float16, &avx512::bfloat16}},
     {"avx2",
      [] {
        // Every processor with AVX2 and FMA has F16C.
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
-     {&avx2::float32, &avx2::float16, &avx2::bfloat16},
-     {&avx2::float32, &avx2::float16, &avx2::bfloat16},
      {&avx2::float32, &avx2::float16, &avx2::bfloat16}},
 #endif
-    {"portable",
-     [] { return true; },
-     {&portable::float32, &portable::float16, &portable::bfloat16},
-     {&portable::float32, &portable::float16, &portable::bfloat16},
-     {&portable::float32, &portable::float16, &portable::bfloat16}},
+    {"portable", [] { return true; }, {&portable::float32, &portable::float16, &portable::bfloat16}},
 };
 
 }  // namespace
