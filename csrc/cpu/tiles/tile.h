@@ -82,8 +82,8 @@ struct TileRoutine {
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);
   // Null if `attend` takes rows of a quantised cache as they are, with TileState's table. Otherwise converts
-  // `count` of them to row_dtype, unscaled, one after another. `table` is
-  // widening_table of the two. As many rows of `next`, if not null, are prefetched.
+  // `count` of them to row_dtype, unscaled, one after another. `table` is widening_table of the two. As many
+  // rows of `next`, if not null, are prefetched.
   void (*widen)(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
                 void* to, const void* const* next);
 };
