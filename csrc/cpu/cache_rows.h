@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "cpu/tiles/tile.h"
 
@@ -23,60 +24,8 @@ alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 // left to the multiplication between them.
 inline constexpr int kWideRunTokens = kRunTokens / 2;
 
-class CacheRows {
- public:
-  CacheRows(const DecodeParams& p, int run_tokens)
-      : p_(p), run_tokens_(run_tokens), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
-
-  // Tokens of all runs but the last of a stretch.
-  int run_tokens() const { return run_tokens_; }
-
-  // The run that begins at token `begin` of a sequence, and ends at `end` at the latest.
-  void fill(RunMemory& memory, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end) const {
-    Run& run = memory.run;
-    run.tokens = static_cast<int>(std::min<int64_t>(run_tokens_, end - begin));
-    run.k_scales = k_scaled_ ? memory.k_scales : nullptr;
-    run.v_scales = v_scaled_ ? memory.v_scales : nullptr;
-    const int64_t size = element_size(p_.cache_dtype);
-    int64_t index = begin / p_.block_size, slot = begin % p_.block_size;
-    for (int i = 0; i < run.tokens; ++index, slot = 0) {
-      const int64_t block = p_.given_block(sequence, kv_head, index);
-      const int end_of_block = static_cast<int>(std::min<int64_t>(run.tokens, i + p_.block_size - slot));
-      const char* k =
-          static_cast<const char*>(p_.k_cache) +
-          size * (block * p_.k_block_stride + slot * p_.k_token_stride + kv_head * p_.k_head_stride);
-      const char* v =
-          static_cast<const char*>(p_.v_cache) +
-          size * (block * p_.v_block_stride + slot * p_.v_token_stride + kv_head * p_.v_head_stride);
-      // A block in another memory page costs a walk of the page tables, about as long as it takes to multiply
-      // its rows. Asked for here, a run's walks go on together and before its rows are wanted.
-      __builtin_prefetch(k, 0, 2);
-      __builtin_prefetch(v, 0, 2);
-      const auto copy_scales = [&](const Scales& scales, float* to) {
-        const float* from = scales.address(sequence, block, slot, kv_head);
-        for (int64_t j = 0; j < end_of_block - i; ++j) to[i + j] = from[j * scales.token_stride];
-      };
-      if (k_scaled_) copy_scales(p_.k_scale, memory.k_scales);
-      if (v_scaled_) copy_scales(p_.v_scale, memory.v_scales);
-      for (; i < end_of_block; ++i) {
-        run.k_rows[i] = k;
-        run.v_rows[i] = v;
-        k += size * p_.k_token_stride;
-        v += size * p_.v_token_stride;
-      }
-    }
-    std::fill(run.k_rows + run.tokens, run.k_rows + kRunTokens, kZeroRow);
-    std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, kZeroRow);
-    if (k_scaled_) std::fill(memory.k_scales + run.tokens, memory.k_scales + kRunTokens, 1.0f);
-    if (v_scaled_) std::fill(memory.v_scales + run.tokens, memory.v_scales + kRunTokens, 1.0f);
-  }
-
- private:
-  const DecodeParams& p_;
-  const int run_tokens_;
-  const bool k_scaled_;
-  const bool v_scaled_;
-};
+// Tokens of a head whose memory pages are touched at once.
+inline constexpr int64_t kTouchTokens = 512;
 
 // Heads that a thread may take through the tokens abreast.
 inline constexpr int64_t kMaxAbreast = 8;
@@ -87,6 +36,101 @@ struct Stretch {
   int64_t kv_head;
   int64_t heads;  // at most kMaxAbreast
   TokenSpan tokens;
+};
+
+class CacheRows {
+ public:
+  CacheRows(const DecodeParams& p, int run_tokens)
+      : p_(p), run_tokens_(run_tokens), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
+
+  // Tokens of all runs but the last of a stretch.
+  int run_tokens() const { return run_tokens_; }
+
+  // Asks for a line in each memory page of a stretch. The first access to a page costs a walk of the page
+  // tables, for which a core waits, prefetch or not: on a virtual machine longer than it takes to multiply
+  // the page's rows. Many walks at once go on together. (Always inline, as `prefetch` is.)
+  __attribute__((always_inline)) void touch(const Stretch& stretch) const {
+    const int64_t size = element_size(p_.cache_dtype);
+    const int64_t head_bytes = size * std::max(std::abs(p_.k_head_stride), std::abs(p_.v_head_stride));
+    const bool share_pages = p_.table_head_stride == 0 && head_bytes * stretch.heads <= kPageBytes;
+    for (int64_t head = 0; head < (share_pages ? 1 : stretch.heads); ++head) {
+      by_block(stretch.sequence, stretch.kv_head + head, stretch.tokens,
+               [&](const Piece& piece) __attribute__((always_inline)) {
+                 touch_rows(piece.k, size * p_.k_token_stride, piece.tokens);
+                 touch_rows(piece.v, size * p_.v_token_stride, piece.tokens);
+               });
+    }
+  }
+
+  // The run that begins at token `begin` of a sequence, and ends at `end` at the latest.
+  void fill(RunMemory& memory, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end) const {
+    Run& run = memory.run;
+    run.tokens = static_cast<int>(std::min<int64_t>(run_tokens_, end - begin));
+    run.k_scales = k_scaled_ ? memory.k_scales : nullptr;
+    run.v_scales = v_scaled_ ? memory.v_scales : nullptr;
+    const int64_t k_stride = element_size(p_.cache_dtype) * p_.k_token_stride;
+    const int64_t v_stride = element_size(p_.cache_dtype) * p_.v_token_stride;
+    int i = 0;
+    by_block(sequence, kv_head, {begin, begin + run.tokens}, [&](const Piece& piece) {
+      const auto copy_scales = [&](const Scales& scales, float* to) {
+        const float* from = scales.address(sequence, piece.block, piece.slot, kv_head);
+        for (int64_t j = 0; j < piece.tokens; ++j) to[i + j] = from[j * scales.token_stride];
+      };
+      if (k_scaled_) copy_scales(p_.k_scale, memory.k_scales);
+      if (v_scaled_) copy_scales(p_.v_scale, memory.v_scales);
+      const char *k = piece.k, *v = piece.v;
+      for (const int end_of_piece = i + static_cast<int>(piece.tokens); i < end_of_piece; ++i) {
+        run.k_rows[i] = k;
+        run.v_rows[i] = v;
+        k += k_stride;
+        v += v_stride;
+      }
+    });
+    std::fill(run.k_rows + run.tokens, run.k_rows + kRunTokens, kZeroRow);
+    std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, kZeroRow);
+    if (k_scaled_) std::fill(memory.k_scales + run.tokens, memory.k_scales + kRunTokens, 1.0f);
+    if (v_scaled_) std::fill(memory.v_scales + run.tokens, memory.v_scales + kRunTokens, 1.0f);
+  }
+
+ private:
+  static constexpr int64_t kPageBytes = 4096;
+
+  // Tokens of a sequence that lie in one block, from slot `slot` on, and their first rows.
+  struct Piece {
+    int64_t block;
+    int64_t slot;
+    int64_t tokens;
+    const char* k;
+    const char* v;
+  };
+  template <class Take>
+  __attribute__((always_inline)) void by_block(int64_t sequence, int64_t kv_head, TokenSpan tokens,
+                                               const Take& take) const {
+    const int64_t size = element_size(p_.cache_dtype);
+    int64_t index = tokens.begin / p_.block_size, slot = tokens.begin % p_.block_size;
+    for (int64_t begin = tokens.begin; begin < tokens.end; ++index, slot = 0) {
+      const int64_t block = p_.given_block(sequence, kv_head, index);
+      const int64_t count = std::min(tokens.end - begin, p_.block_size - slot);
+      take(Piece{
+          block, slot, count,
+          static_cast<const char*>(p_.k_cache) +
+              size * (block * p_.k_block_stride + slot * p_.k_token_stride + kv_head * p_.k_head_stride),
+          static_cast<const char*>(p_.v_cache) +
+              size * (block * p_.v_block_stride + slot * p_.v_token_stride + kv_head * p_.v_head_stride)});
+      begin += count;
+    }
+  }
+
+  // Asks for a line in each memory page of `count` rows.
+  __attribute__((always_inline)) static void touch_rows(const char* row, int64_t stride, int64_t count) {
+    const int64_t step = stride == 0 ? count : std::max<int64_t>(kPageBytes / std::abs(stride), 1);
+    for (int64_t i = 0; i < count; i += step) __builtin_prefetch(row + i * stride, 0, 2);
+  }
+
+  const DecodeParams& p_;
+  const int run_tokens_;
+  const bool k_scaled_;
+  const bool v_scaled_;
 };
 
 // The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if
@@ -126,6 +170,10 @@ class RunQueue {
       from_ = upcoming_;
       begin_ = from_.tokens.begin;
       if (begin_ >= from_.tokens.end) return;
+    }
+    if (begin_ == from_.tokens.begin || begin_ % kTouchTokens == 0) {
+      const int64_t end = (begin_ / kTouchTokens + 1) * kTouchTokens;
+      rows_.touch({from_.sequence, from_.kv_head, from_.heads, {begin_, std::min(end, from_.tokens.end)}});
     }
     for (; place.heads < from_.heads; ++place.heads) {
       rows_.fill(place.runs[place.heads], from_.sequence, from_.kv_head + place.heads, begin_,

@@ -218,7 +218,8 @@ class Decode {
 
   // The memory of a Work: a partial state set aside, then what its TileState points to.
   int64_t work_floats() const {
-    return partial_floats() + geometry_.rows_per_block * (padded_head_dim_ + padded_head_dim_v_) +
+    return partial_floats() +
+           geometry_.rows_per_block * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
            3 * stats_floats() + kRunTokens * kMaxStripRows;
   }
   int64_t stats_floats() const {
@@ -232,7 +233,7 @@ class Decode {
     t.output_stride = padded_head_dim_v_;
     t.table = table_;
     t.q = memory;
-    t.output = memory + geometry_.rows_per_block * padded_head_dim_;
+    t.output = memory + geometry_.rows_per_block * kMaxQueryCopies * padded_head_dim_;
     t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
     t.m = t.scores + kRunTokens * kMaxStripRows;
     t.l = t.m + stats_floats();

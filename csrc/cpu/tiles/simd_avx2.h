@@ -3,7 +3,9 @@
 
 struct Simd {
   static constexpr int kLanes = 8;
-  static constexpr int kStripRows = 4;  // 8 accumulators of 16 registers
+  static constexpr int kStripRows = 4;                // 8 accumulators of 16 registers
+  static constexpr bool kMultiplyBroadcasts = false;  // may take one factor from a word in memory
+  static constexpr int kQueryCopies = 1;
   using F = __m256;
   struct Pair {
     F a, b;
@@ -64,8 +66,9 @@ struct Simd {
     return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   }
 
+  // kQueryCopies of half a vector, and a vector with that half twice.
+  static void store_query(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
   static F load_twice(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
-  static void store_lower(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
 
   static Pair load_halves(const float* lower, const float* upper) {
     return {_mm256_set_m128(_mm_loadu_ps(upper), _mm_loadu_ps(lower)),

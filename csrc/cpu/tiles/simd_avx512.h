@@ -3,7 +3,9 @@
 
 struct Simd {
   static constexpr int kLanes = 16;
-  static constexpr int kStripRows = 8;  // 16 accumulators of 32 registers
+  static constexpr int kStripRows = 8;               // 16 accumulators of 32 registers
+  static constexpr bool kMultiplyBroadcasts = true;  // may take one factor from a word in memory
+  static constexpr int kQueryCopies = 2;             // a plain load beats a broadcast beside conversions
   using F = __m512;
   struct Pair {
     F a, b;
@@ -31,10 +33,10 @@ struct Simd {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set1(kMinusInfinity), _CMP_EQ_OQ), x, zero());
   }
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // x * 2^n for a whole n >= -127; zero for -127.
+  // x * 2^n for a whole n >= -127; zero for -127. (A scalef takes twice as long as these together.)
   static F scale_by_power(F x, F n) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(normal, x, n);
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return mul(x, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
   }
 
   // Lane i of the result is lane i % period of p.
@@ -80,8 +82,9 @@ struct Simd {
                _mm512_mask_shuffle_f32x4(fours[1], 0x0f0f, fours[0], fours[0], 0xF5));
   }
 
-  static F load_twice(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
-  static void store_lower(float* p, F x) { _mm256_storeu_ps(p, _mm512_castps512_ps256(x)); }
+  // kQueryCopies of half a vector, and a vector with that half twice.
+  static void store_query(float* p, F x) { store(p, x); }
+  static F load_twice(const float* p) { return load(p); }
 
   // kLanes columns of two rows, each half of them in a and half in b, which is the same for every row:
   // the first row's in the lower halves of a and b, the second's in the upper ones.
@@ -120,7 +123,9 @@ struct Simd {
     _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(tail_mask(columns) >> 16), b);
   }
 
-  static Pair load_pair(const Half* p) { return split(_mm512_loadu_si512(p), Half{}); }
+  static Pair load_pair(const Half* p) {
+    return {_mm512_cvtph_ps(load_256(p)), _mm512_cvtph_ps(load_256(p + 16))};
+  }
   static Pair load_pair(const BFloat16* p) { return split(_mm512_loadu_si512(p), BFloat16{}); }
   template <class T>
   static Pair load_pair_tail(const T* p, int columns) {

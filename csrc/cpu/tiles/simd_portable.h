@@ -4,6 +4,8 @@
 struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kStripRows = 2;
+  static constexpr bool kMultiplyBroadcasts = false;  // may take one factor from a word in memory
+  static constexpr int kQueryCopies = 1;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
@@ -62,8 +64,9 @@ struct Simd {
     return shuffle<0, 4, 2, 6>(x[0], x[1]) + shuffle<1, 5, 3, 7>(x[0], x[1]);
   }
 
+  // kQueryCopies of half a vector, and a vector with that half twice.
+  static void store_query(float* p, F x) { memcpy(p, &x, sizeof x / 2); }
   static F load_twice(const float* p) { return replicate<2>(p); }
-  static void store_lower(float* p, F x) { memcpy(p, &x, sizeof x / 2); }
 
   static Pair load_halves(const float* lower, const float* upper) {
     const F x = load(lower), y = load(upper);

@@ -27,6 +27,7 @@ struct Bf16Format {
   static constexpr int kColumns = 32;
   static constexpr int kTokensPerStep = 2;
   static constexpr int kPairsAtOnce = 4;
+  static constexpr bool kConverts = false;
 
   struct Chunk {
     __m512i x;
@@ -47,11 +48,9 @@ struct Bf16Format {
     return {Simd::join_halves(_mm256_zextsi128_si256(Simd::load_128(lower)),
                               _mm256_zextsi128_si256(Simd::load_128(upper)))};
   }
-  static Chunk load_query(const Query* q) { return {_mm512_broadcast_i64x4(Simd::load_256(q))}; }
+  static Chunk load_query(const Query* q) { return load(q); }
   static void pack_query(Query* to, const BFloat16* q, int columns) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), columns < kDotColumns
-                                                            ? _mm256_zextsi128_si256(Simd::load_128(q))
-                                                            : Simd::load_256(q));
+    _mm512_storeu_si512(to, (columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q)).x);
   }
   static F dot(F sum, Chunk k, Chunk q) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(k.x), reinterpret_cast<__m512bh>(q.x));
@@ -64,7 +63,7 @@ struct Bf16Format {
     return {reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(v0, v1)),
             reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(v0, v1))};
   }
-  static void accumulate(F& a, F& b, const Weight* weight, Step v) {
+  static void accumulate(F& a, F& b, const Weight* weight, const Weight*, Step v) {
     const __m512bh w = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(*weight)));
     a = _mm512_dpbf16_ps(a, w, v.a);
     b = _mm512_dpbf16_ps(b, w, v.b);
@@ -128,13 +127,10 @@ class QuantisedFormat : public Bf16Format {
   Chunk load_two_tail(const uint8_t* lower, const uint8_t* upper, int columns) const {
     return widen(Simd::join_halves(load_tail(lower, columns), load_tail(upper, columns)));
   }
-  // Four words of eight columns each, in the order of a and b.
   static void pack_query(Query* to, const BFloat16* q, int columns) {
-    store_in_chunk_order(to, _mm512_maskz_loadu_epi16(Simd::tail_mask(std::min(columns, kDotColumns)), q));
+    store_twice(to, _mm512_maskz_loadu_epi16(Simd::tail_mask(std::min(columns, kDotColumns)), q));
   }
-  static Chunk load_query(const Query* q) {
-    return {Bf16Format::load_query(q).x, Bf16Format::load_query(q + 16).x};
-  }
+  static Chunk load_query(const Query* q) { return {_mm512_loadu_si512(q), _mm512_loadu_si512(q + 32)}; }
   static F dot(F sum, Chunk k, Chunk q) {
     return Bf16Format::dot(Bf16Format::dot(sum, {k.a}, {q.a}), {k.b}, {q.b});
   }
@@ -165,9 +161,11 @@ class QuantisedFormat : public Bf16Format {
   }
 
  protected:
+  // 32 columns as a Chunk of both halves.
   template <class To>
-  static void store_in_chunk_order(To* to, __m512i x) {
-    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(3, 1, 2, 0)));
+  static void store_twice(To* to, __m512i x) {
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(2, 0, 2, 0)));
+    _mm512_storeu_si512(to + 64 / sizeof(To), _mm512_shuffle_i32x4(x, x, _MM_SHUFFLE(3, 1, 3, 1)));
   }
 
  private:
@@ -196,7 +194,7 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
   using typename Base::F;
   using typename Base::Step;
   using Tensor = Half;
-  using Query = uint32_t;   // 32 columns: the high parts of all, then the low ones
+  using Query = uint32_t;   // the high parts of a chunk, then the low ones
   using Weight = uint64_t;  // the high parts of two tokens, then the low ones
 
   struct QueryParts {
@@ -222,12 +220,12 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
     const __m512i x = _mm512_maskz_loadu_epi16(Simd::tail_mask(std::min(columns, Base::kDotColumns)), q);
     const Parts a = split(_mm512_cvtph_ps(_mm512_castsi512_si256(x)));
     const Parts b = split(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1)));
-    Base::store_in_chunk_order(to, join(a.high, b.high));
-    Base::store_in_chunk_order(to + 16, join(a.low, b.low));
+    Base::store_twice(to, join(a.high, b.high));
+    Base::store_twice(to + 32, join(a.low, b.low));
   }
   static QueryParts load_query(const Query* q) {
     const auto* parts = reinterpret_cast<const typename Base::Query*>(q);
-    return {Base::load_query(parts), Base::load_query(parts + 32)};
+    return {Base::load_query(parts), Base::load_query(parts + 64)};
   }
   static F dot(F sum, Chunk k, QueryParts q) { return Base::dot(Base::dot(sum, k, q.low), k, q.high); }
 
@@ -246,10 +244,11 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
     }
     return reinterpret_cast<const Weight*>(scores);
   }
-  static void accumulate(F& a, F& b, const Weight* weight, Step v) {
+  static void accumulate(F& a, F& b, const Weight* weight, const Weight* again, Step v) {
     const auto* parts = reinterpret_cast<const typename Base::Weight*>(weight);
-    Base::accumulate(a, b, parts + 1, v);
-    Base::accumulate(a, b, parts, v);
+    const auto* parts_again = reinterpret_cast<const typename Base::Weight*>(again);
+    Base::accumulate(a, b, parts + 1, parts_again + 1, v);
+    Base::accumulate(a, b, parts, parts_again, v);
   }
 
   static void store_output(Half* out, int columns, F a, F b) {

@@ -24,6 +24,7 @@ struct Fp32Format {
   static constexpr int kColumns = 2 * Simd::kLanes;
   static constexpr int kTokensPerStep = 1;
   static constexpr int kPairsAtOnce = 4;
+  static constexpr bool kConverts = kRowDtype != DType::float32;
 
   using Chunk = Simd::Pair;
 
@@ -34,12 +35,12 @@ struct Fp32Format {
   }
   // The same columns of a query row, in both halves.
   static Chunk load_query(const Query* q) {
-    return {Simd::load_twice(q), Simd::load_twice(q + Simd::kLanes / 2)};
+    return {Simd::load_twice(q), Simd::load_twice(q + Simd::kQueryCopies * Simd::kLanes / 2)};
   }
   static void pack_query(Query* to, const T* q, int columns) {
     const Chunk x = columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q);
-    Simd::store_lower(to, x.a);
-    Simd::store_lower(to + Simd::kLanes / 2, x.b);
+    Simd::store_query(to, x.a);
+    Simd::store_query(to + Simd::kQueryCopies * Simd::kLanes / 2, x.b);
   }
   static F dot(F sum, Chunk k, Chunk q) { return Simd::fma(k.b, q.b, Simd::fma(k.a, q.a, sum)); }
 
@@ -50,10 +51,10 @@ struct Fp32Format {
   static Chunk load_step(const void* const* rows, const Load& load) {
     return load(static_cast<const T*>(rows[0]));
   }
-  static void accumulate(F& a, F& b, const Weight* weight, Chunk v) {
-    const F w = Simd::set1(*weight);
-    a = Simd::fma(w, v.a, a);
-    b = Simd::fma(w, v.b, b);
+  // `again` is `weight`, or the same address in a way that the compiler does not see.
+  static void accumulate(F& a, F& b, const Weight* weight, const Weight* again, Chunk v) {
+    a = Simd::fma(Simd::set1(*weight), v.a, a);
+    b = Simd::fma(Simd::set1(*again), v.b, b);
   }
   template <int period>
   static const Weight* pack_weights(float* scores, int) {
@@ -117,11 +118,11 @@ struct Strip {
   static constexpr int kRoundTokens = 2 * kBlockTokens;
   static_assert(kRunTokens % kRoundTokens == 0);
 
-  // Scores of kRoundTokens tokens, which are two vectors. A dot product is summed in half a vector: an
+  // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
   // accumulator holds one row's sums for two tokens half a score vector apart, so that half as many need
   // reducing. `q` holds the strip's packed rows.
-  static void block_scores(const Format& format, int head_dim, const typename Format::Query* q,
-                           const void* const* k_rows, const void* const* next_rows, F (&scores)[2]) {
+  static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
+                        const void* const* k_rows, const void* const* next_rows, F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     constexpr int kStepsPerLine = kColumns * sizeof(T) < 64 ? 64 / (kColumns * sizeof(T)) : 1;
@@ -143,14 +144,14 @@ struct Strip {
         }
         // Every kStepsPerLine steps each token's line is asked for once (twice, if they are more than the
         // tokens).
-        const int phase = column / kColumns % kStepsPerLine;
+        const int phase = static_cast<unsigned>(column) / kColumns % kStepsPerLine;
 #pragma GCC unroll 16
         for (int i = 0; i < 2 * kGroup; i += kStepsPerLine) {
           const int token = 2 * first + (i + phase) % (2 * kGroup);
           __builtin_prefetch(static_cast<const T*>(next_rows[token]) + column, 0, 2);
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r, q_chunk += kColumns) {
+        for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
           const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
           for (int i = 0; i < kGroup; ++i) {
@@ -168,43 +169,43 @@ struct Strip {
         add_chunk(column, [&](const T* a, const T* b) { return format.load_two_tail(a, b, tail); });
       }
     }
-    scores[0] = S::sum_halves(sums[0]);
-    scores[1] = S::sum_halves(sums[1]);
+    dots[0] = S::sum_halves(sums[0]);
+    dots[1] = S::sum_halves(sums[1]);
   }
 
   // Fills t.scores for `tokens` (rounded up) tokens and returns the maximum per row in its lanes.
   static F scores(const TileState& t, int first_row, const Run& run, const Run& next, int tokens,
                   const RowView* views) {
-    const F scale = S::set1(t.scale);
-    const bool masked = views != nullptr || tokens != run.tokens;
+    const F scale = S::set1(t.scale), softcap = S::set1(t.softcap);
+    const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
+    const float* const k_scales = run.k_scales;
     LaneViews lanes{};
     if (masked) lanes = lane_views(t, first_row, run, views);
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
     const Format format(t);
     const int head_dim = t.head_dim;
-    const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * padded(head_dim);
-    float* out = t.scores;
+    const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
+    float* const out = t.scores;
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F s[2];
-      block_scores(format, head_dim, q, run.k_rows + token, next.k_rows + token, s);
+      dot_block(format, head_dim, q, run.k_rows + token, next.k_rows + token, s);
 #pragma GCC unroll 16
       for (int i = 0; i < 2; ++i) {
         s[i] = S::mul(s[i], scale);
-        if (run.k_scales != nullptr) {
-          s[i] = S::mul(s[i], S::spread<kPeriod>(run.k_scales + token + i * kBlockTokens));
+        if (k_scales != nullptr) {
+          s[i] = S::mul(s[i], S::spread<kPeriod>(k_scales + token + i * kBlockTokens));
         }
-        if (t.softcap != 0.0f) s[i] = S::mul(tanh(s[i]), S::set1(t.softcap));
+        if (capped) s[i] = S::mul(tanh(s[i]), softcap);
         if (masked) {
           const F distance = S::abs(S::sub(lanes.position, lanes.index));
           s[i] = S::fma(lanes.minus_slope, distance, s[i]);
           s[i] = S::where_between(lanes.index, lanes.begin, lanes.end, s[i], S::set1(kMinusInfinity));
           lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
         }
-        S::store(out + i * S::kLanes, s[i]);
+        S::store(out + (token + i * kBlockTokens) * kPeriod, s[i]);
         m = S::max(s[i], m);  // m where s is NaN
       }
-      out += 2 * S::kLanes;
     }
     return views != nullptr && hide(t, views + first_row, tokens) ? maximum(t, tokens) : m;
   }
@@ -259,28 +260,34 @@ struct Strip {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
     }
     auto step = [&](const void* const* v_rows, const typename Format::Weight* weight,
-                    auto load) __attribute__((always_inline)) {
+                    const typename Format::Weight* again, auto load) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int c = 0; c < chunks; ++c) {
         const auto v =
             format.load_step(v_rows, [&](const T* row) { return load(row + column + c * Format::kColumns); });
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, v);
+          Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, (r % 2 ? again : weight) + r, v);
         }
       }
     };
+    // The compiler would broadcast a weight to a register for the products that share it. Beside conversions
+    // a core multiplies faster if every other weight is broadcast by the multiplications themselves.
+    const typename Format::Weight* weights_again = weights;
+    if constexpr (S::kMultiplyBroadcasts && Format::kConverts) asm("" : "+r"(weights_again));
     for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
-      const auto* weight = weights + token / Format::kTokensPerStep * kPeriod;
+      const int at = token / Format::kTokensPerStep * kPeriod;
 #pragma GCC unroll 16
       for (int i = 0; i < Format::kTokensPerStep; ++i) {
         prefetch(static_cast<const T*>(next.v_rows[token + i]) + column, chunks * Format::kColumns);
       }
       if constexpr (tail) {
         const int columns = t.head_dim_v - column;
-        step(run.v_rows + token, weight, [&](const T* row) { return Format::load_tail(row, columns); });
+        step(run.v_rows + token, weights + at, weights_again + at,
+             [&](const T* row) { return Format::load_tail(row, columns); });
       } else {
-        step(run.v_rows + token, weight, [](const T* row) { return Format::load(row); });
+        step(run.v_rows + token, weights + at, weights_again + at,
+             [](const T* row) { return Format::load(row); });
       }
     }
 #pragma GCC unroll 16
@@ -350,6 +357,7 @@ struct Strip {
   static int64_t padded(int64_t columns) {
     return (columns + Format::kColumns - 1) / Format::kColumns * Format::kColumns;
   }
+  static int64_t query_stride(int64_t head_dim) { return S::kQueryCopies * padded(head_dim); }
 };
 
 template <class T, class Format = Fp32Format<T>>
@@ -372,11 +380,12 @@ struct Tile {
   // The rows of a strip are interleaved chunk by chunk, in the order in which they are read.
   static void pack_query(const TileState& t, int row, const void* q) {
     const StripRows strip = strip_of(t.rows, row);
-    auto* packed = static_cast<typename Format::Query*>(t.q) + strip.first * padded(t.head_dim) +
-                   (row - strip.first) * Format::kDotColumns;
+    auto* packed = static_cast<typename Format::Query*>(t.q) +
+                   strip.first * S::kQueryCopies * padded(t.head_dim) +
+                   (row - strip.first) * S::kQueryCopies * Format::kDotColumns;
     const auto* from = static_cast<const typename Format::Tensor*>(q);
     for (int column = 0; column < t.head_dim; column += Format::kDotColumns) {
-      Format::pack_query(packed + column * strip.count, from + column, t.head_dim - column);
+      Format::pack_query(packed + column * S::kQueryCopies * strip.count, from + column, t.head_dim - column);
     }
   }
 
