@@ -1,7 +1,8 @@
 """The benchmark harness: a study is a list of cases and a list of contenders, and this does the rest.
 
-All contenders of a case and the machine's read bandwidth are measured interleaved, round after round, so that
-a noisy machine disturbs them alike. What is compared is how fast K and V are read: bytes in use over seconds.
+All contenders of a case and the machine's limits (read bandwidth, products) are measured interleaved, round
+after round, so that a noisy machine disturbs them alike. What is compared is how fast K and V are read: bytes
+in use over seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import lean_attention
 from lean_attention._core import core
-from lean_attention.bandwidth import read_seconds
+from lean_attention.limits import product_rate, read_seconds
 
 PROBE_BYTES = 2**28
 OURS = "lean_attention"
@@ -61,6 +62,11 @@ class Case:
     def kv_bytes(self) -> int:
         """Bytes of K and V in use."""
         return 2 * sum(self.lens) * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def products(self) -> int:
+        """Multiplications of query rows with K and of weights with V."""
+        return 2 * sum(self.lens) * self.heads * self.head_dim
 
     @property
     def allocated_bytes(self) -> int:
@@ -194,7 +200,7 @@ def measure_case(
         results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
     tick(f"{case.id}: measuring")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    bandwidths = []
+    bandwidths, product_rates = [], []
     for name, prepared in calls.items():  # one call to estimate, not counted
         begin = time.perf_counter()
         prepared[-1]()
@@ -202,6 +208,7 @@ def measure_case(
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < 8:
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
+            product_rates.append(product_rate(case.dtype))
         # Everyone begins a round in turn: who comes first finds less of a middling case in the cache.
         names = list(calls)
         for i, name in enumerate(names[round_ % len(names) :] + names[: round_ % len(names)]):
@@ -223,6 +230,8 @@ def measure_case(
         "kv_bytes": case.kv_bytes,
         "lens": list(case.lens),
         "read_gb_per_second": statistics.median(bandwidths) / 1e9,
+        "products": case.products,
+        "giga_products_per_second": statistics.median(product_rates) / 1e9,
         "contenders": results,
     }
 
@@ -277,20 +286,31 @@ def run_study(
     return study
 
 
+def bound_of(case: dict) -> tuple[float, str]:
+    """GB/s that a case's result cannot exceed, by the rates measured with it, and what sets them."""
+    products = case["kv_bytes"] / case["products"] * case["giga_products_per_second"]
+    read = case["read_gb_per_second"]
+    return (products, "products") if products < read else (read, "read")
+
+
 def print_table(study: dict, console: Console) -> None:
-    """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other."""
+    """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other.
+
+    What bounds a case is the longer of two floors: reading K and V once, and multiplying with them.
+    """
     names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
     others = [name for name in names if name != OURS]
     facts = study["machine"]
     table = Table(
-        title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one"
+        title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one",
     )
     table.add_column("case", no_wrap=True)
-    for column in ("MB", "read GB/s", "ours GB/s", "share", *others):
+    for column in ("MB", "read GB/s", "ours GB/s", "share", "of the bound", *others):
         table.add_column(column, justify="right")
     for case_id, case in study["cases"].items():
         ours = case["contenders"].get(OURS, {})
         rate = ours.get("gb_per_second", math.nan)
+        bound, what = bound_of(case)
         ratios = []
         for name in others:
             theirs = case["contenders"].get(name, {}).get("gb_per_second")
@@ -301,6 +321,7 @@ def print_table(study: dict, console: Console) -> None:
             f"{case['read_gb_per_second']:.1f}",
             f"{rate:.1f}",
             f"{rate / case['read_gb_per_second']:.0%}",
+            f"{rate / bound:.0%} {what}",
             *ratios,
         )
     console.print(table)
@@ -332,6 +353,13 @@ def draw(study: dict, path: Path) -> None:
             marker = "o" if name == OURS else "x+v^sd*"[i % 7]
             axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    bounded = [
+        (bound_of(case)[0] / case["read_gb_per_second"], row)
+        for row, case in enumerate(cases.values())
+        if bound_of(case)[1] == "products"
+    ]
+    if bounded:
+        axis.scatter(*zip(*bounded, strict=True), label="bound by products", marker="|", s=80, color="black")
     axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axis.invert_yaxis()
     axis.margins(y=0.01)

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/stream_read.h"
+#include "cpu/limits.h"
 #include "cpu/tiles/tile.h"
 #include "cuda/decode.h"
 #include "schedule.h"
@@ -46,6 +46,13 @@ std::vector<SegmentRow> segments_of(const Geometry& geometry, const std::vector<
     }
   }
   return rows;
+}
+
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float16") return DType::float16;
+  if (name == "bfloat16") return DType::bfloat16;
+  throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
 }
 
 // (dtype, head_dim, head_dim_v, rows, quantised caches, threads, shared bytes, bytes in flight) of every CUDA
@@ -109,15 +116,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("lean_tile_tokens", &lean::lean_tile_tokens);
   m.def("instruction_sets", &lean::cpu::runnable_instruction_sets);
   m.def("chosen_instruction_set", [](const std::string& dtype) {
-    const auto type = dtype == "float32"   ? lean::DType::float32
-                      : dtype == "float16" ? lean::DType::float16
-                                           : lean::DType::bfloat16;
+    const lean::DType type = lean::dtype_named(dtype);
     return std::string(lean::cpu::tile_routine(type, type).instruction_set);
   });
   m.def(
       "stream_read",
       [](uintptr_t address, int64_t bytes) {
         return lean::cpu::stream_read(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "multiply",
+      [](const std::string& dtype, int64_t rounds) {
+        return lean::cpu::multiply(lean::dtype_named(dtype), rounds);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("cuda_kernels", &lean::cuda_kernels);

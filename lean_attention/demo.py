@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lean_attention
 from lean_attention import reference
-from lean_attention.bandwidth import read_bandwidth
+from lean_attention.limits import read_bandwidth
 from lean_attention.picture import draw_schedules
 from lean_attention.schedule import Schedule
 

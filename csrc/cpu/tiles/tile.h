@@ -24,8 +24,8 @@ inline constexpr int kMaxRows = 64;
 // Rows are processed in strips of up to this many, whose accumulators stay in registers.
 inline constexpr int kMaxStripRows = 8;
 
-// At most so often packed query rows hold their columns: where a load of both halves of a vector is faster than
-// a broadcast.
+// At most so often packed query rows hold their columns: where a load of both halves of a vector is faster
+// than a broadcast.
 inline constexpr int kMaxQueryCopies = 2;
 
 // A run of tokens. The arrays hold kRunTokens pointers; those from `tokens` on are readable and
@@ -90,6 +90,9 @@ struct TileRoutine {
   // rows of `next`, if not null, are prefetched.
   void (*widen)(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
                 void* to, const void* const* next);
+  // Adds up products of registers, `rounds` times a constant, and returns how many: nothing that attends rows
+  // is faster.
+  int64_t (*multiply)(int64_t rounds);
 };
 
 // The best routine of this machine that is not above the instruction set named by the environment

@@ -427,6 +427,28 @@ struct Tile {
     }
   }
 
+  static int64_t multiply(int64_t rounds) {
+    // Enough sums that none waits for its own last product.
+    constexpr int kSums = S::kStripRows < 4 ? 8 : 2 * S::kStripRows;
+    alignas(64) char bytes[256] = {};
+    const void* zeros = bytes;
+    asm("" : "+r"(zeros) : : "memory");  // the compiler is not to know that they are zero
+    const auto q = Format::load_query(static_cast<const typename Format::Query*>(zeros));
+    typename Format::Chunk k;
+    memcpy(&k, zeros, sizeof k);
+    S::F sums[kSums];
+    for (auto& sum : sums) sum = S::zero();
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+      for (auto& sum : sums) sum = Format::dot(sum, k, q);
+    }
+    for (auto& sum : sums) {
+      S::store(reinterpret_cast<float*>(bytes), sum);
+      asm("" : : "r"(&bytes) : "memory");
+    }
+    return rounds * kSums * 2 * Format::kDotColumns;  // of two tokens' rows
+  }
+
   // For caches of T, and for quantised ones whose rows are converted to it.
   static constexpr TileRoutine routine(const char* instruction_set) {
     TileRoutine r = routine_as_is(instruction_set);
@@ -435,6 +457,7 @@ struct Tile {
   }
   // For rows that need no conversion.
   static constexpr TileRoutine routine_as_is(const char* instruction_set) {
-    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query, attend, write_output, nullptr};
+    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query,
+            attend,          write_output,      nullptr,          multiply};
   }
 };

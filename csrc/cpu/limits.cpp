@@ -1,8 +1,9 @@
-#include "cpu/stream_read.h"
+#include "cpu/limits.h"
 
 #include <atomic>
 
 #include "cpu/parallel.h"
+#include "cpu/tiles/tile.h"
 #include "schedule.h"
 
 namespace lean::cpu {
@@ -23,6 +24,13 @@ uint64_t stream_read(const void* memory, int64_t bytes) {
     all.fetch_xor(sums[0][0] ^ sums[0][1], std::memory_order_relaxed);
   });
   return all.load();
+}
+
+int64_t multiply(DType dtype, int64_t rounds) {
+  const TileRoutine& routine = tile_routine(dtype, dtype);
+  std::atomic<int64_t> products{0};
+  parallel_for(num_threads(), [&](int64_t) { products += routine.multiply(rounds); });
+  return products.load();
 }
 
 }  // namespace lean::cpu

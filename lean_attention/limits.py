@@ -1,4 +1,4 @@
-"""The machine's streaming-read bandwidth, which bounds decoding once K and V leave the last-level cache."""
+"""What bounds decoding on a CPU: streaming reads, once K and V leave the last-level cache, and products."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
     read_seconds(memory)
     seconds = sorted(read_seconds(memory) for _ in range(repeats))
     return nbytes / seconds[repeats // 2]
+
+
+def product_rate(dtype: torch.dtype, rounds: int = 20_000) -> float:
+    """Products a second that all of torch's threads add up when they do nothing else.
+
+    With the instructions that `decode` uses for caches of `dtype` (float32, float16, bfloat16), from
+    registers; its conversions, loads and softmax come on top. `rounds` of some 16 instructions are timed.
+    """
+    name = str(dtype).removeprefix("torch.")
+    begin = time.perf_counter()
+    products = core.multiply(name, rounds)
+    return products / (time.perf_counter() - begin)
