@@ -1,7 +1,6 @@
 // Tile routines for AVX-512 with bf16 dot products and byte permutations (VBMI).
 #include "cpu/tiles/tile_sets.h"
 
-#include <algorithm>
 #include <array>
 
 #if defined(LEAN_X86)

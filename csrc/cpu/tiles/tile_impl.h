@@ -108,6 +108,48 @@ __attribute__((always_inline)) inline void prefetch(const T* p, int count) {
   for (int i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
 }
 
+// A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
+// another run's are multiplied column by column.
+class Ahead {
+ public:
+  // From byte `begin` of the rows on.
+  Ahead(const void* const* rows, int row_bytes, int begin)
+      : rows_(rows),
+        rows_at_once_((kLine + row_bytes - 1) / row_bytes),
+        bytes_at_once_(rows_at_once_ * row_bytes),
+        row_(std::min(begin / row_bytes, kRunTokens - 1)),
+        offset_(begin % row_bytes) {}
+
+  // In step `step` of many that each take `bytes` of other rows, asks for as much.
+  template <int bytes>
+  __attribute__((always_inline)) void keep_up(unsigned step) {
+    if constexpr (bytes >= kLine) {
+#pragma GCC unroll 16
+      for (int i = 0; i < bytes / kLine; ++i) ask();
+    } else {
+      if (step % (kLine / bytes) == 0) ask();
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+
+  __attribute__((always_inline)) void ask() {
+    prefetch(static_cast<const char*>(rows_[row_]) + offset_, kLine);
+    offset_ += kLine;
+    if (offset_ >= bytes_at_once_) {
+      offset_ -= bytes_at_once_;
+      row_ = std::min(row_ + rows_at_once_, kRunTokens - 1);
+    }
+  }
+
+  const void* const* const rows_;
+  const int rows_at_once_;  // 1, but where rows are shorter than a line
+  const int bytes_at_once_;
+  int row_;
+  int offset_;
+};
+
 template <class T, class Format, int rows>
 struct Strip {
   using S = Simd;
@@ -255,6 +297,7 @@ struct Strip {
                                                    const typename Format::Weight* weights,
                                                    const float* correction, int column) {
     const Format format(t);
+    Ahead ahead(next.v_rows, t.head_dim_v * sizeof(T), column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
@@ -277,10 +320,8 @@ struct Strip {
     if constexpr (S::kMultiplyBroadcasts && Format::kConverts) asm("" : "+r"(weights_again));
     for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
       const int at = token / Format::kTokensPerStep * kPeriod;
-#pragma GCC unroll 16
-      for (int i = 0; i < Format::kTokensPerStep; ++i) {
-        prefetch(static_cast<const T*>(next.v_rows[token + i]) + column, chunks * Format::kColumns);
-      }
+      ahead.template keep_up<Format::kTokensPerStep * chunks * Format::kColumns * sizeof(T)>(
+          static_cast<unsigned>(token) / Format::kTokensPerStep);
       if constexpr (tail) {
         const int columns = t.head_dim_v - column;
         step(run.v_rows + token, weights + at, weights_again + at,

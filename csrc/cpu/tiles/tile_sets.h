@@ -2,6 +2,7 @@
 // of routines. Standard headers come first, so that none is compiled for more than the baseline.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
