@@ -25,13 +25,14 @@ def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
     return nbytes / seconds[repeats // 2]
 
 
-def product_rate(dtype: torch.dtype, rounds: int = 20_000) -> float:
+def product_rate(dtype: torch.dtype, rounds: int = 100_000) -> float:
     """Products a second that all of torch's threads add up when they do nothing else.
 
     With the instructions that `decode` uses for caches of `dtype` (float32, float16, bfloat16), from
     registers; its conversions, loads and softmax come on top. `rounds` of some 16 instructions are timed.
     """
     name = str(dtype).removeprefix("torch.")
+    core.multiply(name, rounds // 4)  # wakes the threads
     begin = time.perf_counter()
     products = core.multiply(name, rounds)
     return products / (time.perf_counter() - begin)

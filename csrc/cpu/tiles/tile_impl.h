@@ -109,11 +109,11 @@ __attribute__((always_inline)) inline void prefetch(const T* p, int count) {
 }
 
 // A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
-// another run's are multiplied column by column.
+// another run's are multiplied.
 class Ahead {
  public:
   // From byte `begin` of the rows on.
-  Ahead(const void* const* rows, int row_bytes, int begin)
+  Ahead(const void* const* rows, int row_bytes, int begin = 0)
       : rows_(rows),
         rows_at_once_((kLine + row_bytes - 1) / row_bytes),
         bytes_at_once_(rows_at_once_ * row_bytes),
@@ -164,10 +164,9 @@ struct Strip {
   // accumulator holds one row's sums for two tokens half a score vector apart, so that half as many need
   // reducing. `q` holds the strip's packed rows.
   static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
-                        const void* const* k_rows, const void* const* next_rows, F (&dots)[2]) {
+                        const void* const* k_rows, Ahead& ahead, F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
-    constexpr int kStepsPerLine = kColumns * sizeof(T) < 64 ? 64 / (kColumns * sizeof(T)) : 1;
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
@@ -184,14 +183,7 @@ struct Strip {
           k[i] = load(static_cast<const T*>(k_rows[token]) + column,
                       static_cast<const T*>(k_rows[token + kPairs]) + column);
         }
-        // Every kStepsPerLine steps each token's line is asked for once (twice, if they are more than the
-        // tokens).
-        const int phase = static_cast<unsigned>(column) / kColumns % kStepsPerLine;
-#pragma GCC unroll 16
-        for (int i = 0; i < 2 * kGroup; i += kStepsPerLine) {
-          const int token = 2 * first + (i + phase) % (2 * kGroup);
-          __builtin_prefetch(static_cast<const T*>(next_rows[token]) + column, 0, 2);
-        }
+        ahead.template keep_up<2 * kGroup * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
           const auto chunk = Format::load_query(q_chunk);
@@ -228,10 +220,11 @@ struct Strip {
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
     float* const out = t.scores;
+    Ahead ahead(next.k_rows, head_dim * sizeof(T));
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F s[2];
-      dot_block(format, head_dim, q, run.k_rows + token, next.k_rows + token, s);
+      dot_block(format, head_dim, q, run.k_rows + token, ahead, s);
 #pragma GCC unroll 16
       for (int i = 0; i < 2; ++i) {
         s[i] = S::mul(s[i], scale);
