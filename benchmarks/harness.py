@@ -34,7 +34,9 @@ from lean_attention.limits import product_rate, read_seconds
 PROBE_BYTES = 2**28
 OURS = "lean_attention"
 # Facts in which all cases of a study must agree.
-COMPARABLE = ("cpu", "cores", "threads", "forced_instruction_set", "packages")
+COMPARABLE = ("format", "cpu", "cores", "threads", "forced_instruction_set", "packages")
+# Of the JSON file.
+FORMAT = 2
 # What a contender may be off by from fp32: outputs are averages of standard normal values.
 MAX_ERROR = 0.05
 
@@ -110,17 +112,24 @@ class Contender(Protocol):
         """A call that decodes into [batch, 1, heads, dim]; raises Unavailable where it cannot."""
 
 
+def output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def commit() -> str:
+    """What is measured."""
+    return output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+
+
 def machine_facts() -> dict:
     """What a reader needs to know to compare figures."""
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
     lscpu = dict(
-        (part.strip() for part in line.split(":", 1)) for line in output("lscpu").splitlines() if ":" in line
+        (part.strip() for part in line.split(":", 1))
+        for line in output_of("lscpu").splitlines()
+        if ":" in line
     )
     packages = {}
     for package in ("torch", "onnxruntime", "numpy"):
@@ -129,6 +138,7 @@ def machine_facts() -> dict:
         except metadata.PackageNotFoundError:
             packages[package] = "not installed"
     return {
+        "format": FORMAT,
         "cpu": lscpu.get("Model name", platform.processor()),
         "cpu_family_model": f"{lscpu.get('CPU family', '?')}/{lscpu.get('Model', '?')}",
         "cores": os.cpu_count(),
@@ -140,7 +150,6 @@ def machine_facts() -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {"lean_attention": lean_attention.__version__, **packages},
-        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -205,17 +214,18 @@ def measure_case(
         begin = time.perf_counter()
         prepared[-1]()
         results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
+    turn = 0
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < 8:
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
             product_rates.append(product_rate(case.dtype))
         # Everyone begins a round in turn: who comes first finds less of a middling case in the cache.
         names = list(calls)
-        for i, name in enumerate(names[round_ % len(names) :] + names[: round_ % len(names)]):
-            prepared = calls[name]
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             if round_ < results[name]["rounds"]:
-                # Another set for each, or all but the first would find theirs in the cache.
-                call = prepared[(round_ * len(calls) + i) % sets]
+                # Each takes the set that was used longest ago, so that all find as little of it in the cache.
+                call = calls[name][turn % sets]
+                turn += 1
                 begin = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - begin)
@@ -227,6 +237,7 @@ def measure_case(
             "gb_per_second": case.kv_bytes / statistics.median(each) / 1e9,
         }
     return {
+        "commit": commit(),
         "kv_bytes": case.kv_bytes,
         "lens": list(case.lens),
         "read_gb_per_second": statistics.median(bandwidths) / 1e9,
@@ -287,7 +298,10 @@ def run_study(
 
 
 def bound_of(case: dict) -> tuple[float, str]:
-    """GB/s that a case's result cannot exceed, by the rates measured with it, and what sets them."""
+    """GB/s that this package can reach by the rates measured with the case, and which of them it is.
+
+    It can come out faster where a part of the caches is in the last cache level.
+    """
     products = case["kv_bytes"] / case["products"] * case["giga_products_per_second"]
     read = case["read_gb_per_second"]
     return (products, "products") if products < read else (read, "read")
@@ -359,7 +373,9 @@ def draw(study: dict, path: Path) -> None:
         if bound_of(case)[1] == "products"
     ]
     if bounded:
-        axis.scatter(*zip(*bounded, strict=True), label="bound by products", marker="|", s=80, color="black")
+        axis.scatter(
+            *zip(*bounded, strict=True), label=f"bound of {OURS}: products", marker="|", s=80, color="black"
+        )
     axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axis.invert_yaxis()
     axis.margins(y=0.01)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_decode
-from benchmarks.harness import Case, draw, print_table, run_study
+from benchmarks import cpu_decode, makespan
+from benchmarks.harness import Case, bound_of, draw, print_table, run_study
 from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
+from lean_attention._core import core
+from lean_attention.limits import product_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,3 +98,30 @@ def test_bad_command_lines(arguments: list[str], message: str) -> None:
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_makespans() -> None:
+    # Two output tiles on three CTAs: halves leave one CTA with two of four pieces.
+    assert makespan.lean_makespan([6, 6], 3) == 4
+    assert makespan.split_makespan([6, 6], 3, 1) == 6
+    assert makespan.split_makespan([6, 6], 3, 2) == 6
+    assert makespan.split_makespan([6, 6], 3, 6) == 4
+    # One long output tile last: whoever gets it works on alone.
+    assert makespan.split_makespan([1, 1, 1, 1, 8], 4, 1) == 9
+
+
+def test_what_bounds_a_case() -> None:
+    case = {"kv_bytes": 100, "products": 400, "giga_products_per_second": 80.0, "read_gb_per_second": 30.0}
+    assert bound_of(case) == (20.0, "products")
+    assert bound_of(case | {"read_gb_per_second": 10.0}) == (10.0, "read")
+
+
+@pytest.mark.parametrize("instruction_set", core.instruction_sets().split())
+def test_products_are_counted(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEAN_ATTENTION_CPU", instruction_set)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        assert core.multiply(name, 30) == 3 * core.multiply(name, 10) > 0
+        assert product_rate(dtype, rounds=100) > 0
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
+        core.multiply("int8", 1)

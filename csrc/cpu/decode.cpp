@@ -61,8 +61,8 @@ class ScratchMemory {
 };
 
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
-// memory: in caches stored tokens first hardware prefetchers fetch them with each other, and in short pages
-// the next place's blocks are asked for that much earlier. As many as leave the next place room in the second
+// memory: hardware prefetchers fetch them with each other. In caches stored tokens first those are the rows
+// of a token, in short pages the heads' parts of a page. As many as leave the next place room in the second
 // cache level.
 constexpr int64_t kMaxBytesAbreast = 256 * 1024;
 

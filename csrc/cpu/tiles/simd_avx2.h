@@ -66,7 +66,7 @@ struct Simd {
     return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   }
 
-  // kQueryCopies of half a vector, and a vector with that half twice.
+  // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
   static F load_twice(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 

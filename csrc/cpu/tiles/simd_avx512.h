@@ -82,7 +82,7 @@ struct Simd {
                _mm512_mask_shuffle_f32x4(fours[1], 0x0f0f, fours[0], fours[0], 0xF5));
   }
 
-  // kQueryCopies of half a vector, and a vector with that half twice.
+  // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { store(p, x); }
   static F load_twice(const float* p) { return load(p); }
 

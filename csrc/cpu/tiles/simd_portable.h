@@ -64,7 +64,7 @@ struct Simd {
     return shuffle<0, 4, 2, 6>(x[0], x[1]) + shuffle<1, 5, 3, 7>(x[0], x[1]);
   }
 
-  // kQueryCopies of half a vector, and a vector with that half twice.
+  // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { memcpy(p, &x, sizeof x / 2); }
   static F load_twice(const float* p) { return replicate<2>(p); }
 

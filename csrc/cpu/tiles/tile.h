@@ -24,8 +24,8 @@ inline constexpr int kMaxRows = 64;
 // Rows are processed in strips of up to this many, whose accumulators stay in registers.
 inline constexpr int kMaxStripRows = 8;
 
-// At most so often packed query rows hold their columns: where a load of both halves of a vector is faster
-// than a broadcast.
+// How many copies of each column packed query rows hold at most, in floats: two where loading both halves of
+// a vector is faster than a broadcast of one.
 inline constexpr int kMaxQueryCopies = 2;
 
 // A run of tokens. The arrays hold kRunTokens pointers; those from `tokens` on are readable and

@@ -26,7 +26,7 @@ struct Bf16Format {
   static constexpr int kColumns = 32;
   static constexpr int kTokensPerStep = 2;
   static constexpr int kPairsAtOnce = 4;
-  static constexpr bool kConverts = false;
+  static constexpr bool kBroadcastsAgain = false;
 
   struct Chunk {
     __m512i x;
@@ -243,11 +243,10 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
     }
     return reinterpret_cast<const Weight*>(scores);
   }
-  static void accumulate(F& a, F& b, const Weight* weight, const Weight* again, Step v) {
+  static void accumulate(F& a, F& b, const Weight* weight, const Weight*, Step v) {
     const auto* parts = reinterpret_cast<const typename Base::Weight*>(weight);
-    const auto* parts_again = reinterpret_cast<const typename Base::Weight*>(again);
-    Base::accumulate(a, b, parts + 1, parts_again + 1, v);
-    Base::accumulate(a, b, parts, parts_again, v);
+    Base::accumulate(a, b, parts + 1, parts + 1, v);
+    Base::accumulate(a, b, parts, parts, v);
   }
 
   static void store_output(Half* out, int columns, F a, F b) {

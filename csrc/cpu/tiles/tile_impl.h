@@ -24,7 +24,8 @@ struct Fp32Format {
   static constexpr int kColumns = 2 * Simd::kLanes;
   static constexpr int kTokensPerStep = 1;
   static constexpr int kPairsAtOnce = 4;
-  static constexpr bool kConverts = kRowDtype != DType::float32;
+  // Whether weights are broadcast twice; see add_values.
+  static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kRowDtype != DType::float32;
 
   using Chunk = Simd::Pair;
 
@@ -99,17 +100,16 @@ constexpr int power_of_two_from(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;
 }
 
-// Asks the second-level cache for `count` elements from p on. It has more reads in flight than the first
-// level, whose few would bound the bandwidth of a core. (Always inline: a function that only prefetches is
-// taken for one without effect and its calls are dropped.)
-template <class T>
-__attribute__((always_inline)) inline void prefetch(const T* p, int count) {
-  constexpr int kLine = 64 / sizeof(T);
-  for (int i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
+// Asks the second-level cache for these bytes. It has more reads in flight than the first level, whose few
+// would bound the bandwidth of a core. (Always inline: a function that only prefetches is taken for one
+// without effect and its calls are dropped.)
+__attribute__((always_inline)) inline void prefetch(const void* from, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 // A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
-// another run's are multiplied.
+// another run's are multiplied. (Rows are taken to be adjacent. If they are not, and no whole number of
+// lines, some of their lines are left to the hardware.)
 class Ahead {
  public:
   // From byte `begin` of the rows on.
@@ -308,9 +308,9 @@ struct Strip {
       }
     };
     // The compiler would broadcast a weight to a register for the products that share it. Beside conversions
-    // a core multiplies faster if every other weight is broadcast by the multiplications themselves.
+    // a core multiplies faster if every other weight is broadcast by its two multiplications themselves.
     const typename Format::Weight* weights_again = weights;
-    if constexpr (S::kMultiplyBroadcasts && Format::kConverts) asm("" : "+r"(weights_again));
+    if constexpr (Format::kBroadcastsAgain && chunks == 1) asm("" : "+r"(weights_again));
     for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
       const int at = token / Format::kTokensPerStep * kPeriod;
       ahead.template keep_up<Format::kTokensPerStep * chunks * Format::kColumns * sizeof(T)>(
@@ -391,6 +391,8 @@ struct Strip {
   static int64_t padded(int64_t columns) {
     return (columns + Format::kColumns - 1) / Format::kColumns * Format::kColumns;
   }
+  // Elements of a packed query row.
+  static_assert(S::kQueryCopies * sizeof(typename Format::Query) <= kMaxQueryCopies * sizeof(float));
   static int64_t query_stride(int64_t head_dim) { return S::kQueryCopies * padded(head_dim); }
 };
 
@@ -415,7 +417,7 @@ struct Tile {
   static void pack_query(const TileState& t, int row, const void* q) {
     const StripRows strip = strip_of(t.rows, row);
     auto* packed = static_cast<typename Format::Query*>(t.q) +
-                   strip.first * S::kQueryCopies * padded(t.head_dim) +
+                   strip.first * Strip<T, Format, 1>::query_stride(t.head_dim) +
                    (row - strip.first) * S::kQueryCopies * Format::kDotColumns;
     const auto* from = static_cast<const typename Format::Tensor*>(q);
     for (int column = 0; column < t.head_dim; column += Format::kDotColumns) {
@@ -456,14 +458,13 @@ struct Tile {
                     void* to, const void* const* next) {
     const Simd::Widener<T> widener(from, table);
     for (int i = 0; i < count; ++i) {
-      if (next != nullptr) prefetch(static_cast<const uint8_t*>(next[i]), columns);
+      if (next != nullptr) prefetch(next[i], columns);
       widener(static_cast<const uint8_t*>(rows[i]), columns, static_cast<T*>(to) + i * columns);
     }
   }
 
   static int64_t multiply(int64_t rounds) {
-    // Enough sums that none waits for its own last product.
-    constexpr int kSums = S::kStripRows < 4 ? 8 : 2 * S::kStripRows;
+    constexpr int kSums = 2 * S::kStripRows < 8 ? 8 : 2 * S::kStripRows;
     alignas(64) char bytes[256] = {};
     const void* zeros = bytes;
     asm("" : "+r"(zeros) : : "memory");  // the compiler is not to know that they are zero
@@ -471,7 +472,10 @@ struct Tile {
     typename Format::Chunk k;
     memcpy(&k, zeros, sizeof k);
     S::F sums[kSums];
-    for (auto& sum : sums) sum = S::zero();
+    for (auto& sum : sums) {
+      asm("" : "+r"(zeros));  // nor that the sums are equal
+      sum = S::load(static_cast<const float*>(zeros));
+    }
     for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 16
       for (auto& sum : sums) sum = Format::dot(sum, k, q);

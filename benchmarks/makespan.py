@@ -1,0 +1,79 @@
+"""How much longer fixed splits take than stream-K, by counting LeanTiles: a simulation, no measurement.
+
+    python -m benchmarks.makespan
+
+Every LeanTile takes as long as any other, pieces are taken in order by whichever CTA is free, and merging
+costs nothing. So this is what the shape of the work alone costs, which a machine with few threads does not
+show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cpu_decode import RAGGED
+from lean_attention._core import core
+
+SPLITS = (1, 2, 4, 8, 16, 32)
+BATCHES = {
+    "1 x 65536": (65536,),
+    "16 x 2048": (2048,) * 16,
+    "34 x 4096": (4096,) * 34,
+    **RAGGED,
+    "31 x 1024 + 65536": (65536, *[1024] * 31),
+}
+
+
+def lean_makespan(tiles: Sequence[int], num_ctas: int) -> int:
+    """LeanTiles of the longest lean range, for output tiles of so many LeanTiles."""
+    return math.ceil(sum(tiles) / num_ctas)
+
+
+def split_makespan(tiles: Sequence[int], num_ctas: int, splits: int) -> int:
+    """When the last CTA is done if each output tile is cut into `splits` equal pieces."""
+    free_at = [0] * num_ctas
+    for count in tiles:
+        for split in range(splits):
+            piece = count * (split + 1) // splits - count * split // splits
+            heapq.heapreplace(free_at, free_at[0] + piece)
+    return max(free_at)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.makespan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--ctas", type=int, nargs="+", default=[2, 16, 264], metavar="COUNT")
+    options = parser.parse_args(arguments)
+    for name, value in (
+        ("--kv-heads", options.kv_heads),
+        ("--head-dim", options.head_dim),
+        *(("--ctas", count) for count in options.ctas),
+    ):
+        if value < 1:
+            parser.error(f"{name} must be positive, got {value}")
+    tile = core.lean_tile_tokens(options.head_dim)
+    for count in options.ctas:
+        table = Table(title=f"{count} CTAs: time of a fixed split / time of stream-K")
+        table.add_column(f"lengths, {options.kv_heads} KV heads", no_wrap=True)
+        for splits in SPLITS:
+            table.add_column(f"split {splits}", justify="right", no_wrap=True)
+        for name, lens in BATCHES.items():
+            tiles = [math.ceil(length / tile) for length in lens for _ in range(options.kv_heads)]
+            lean = lean_makespan(tiles, count)
+            table.add_row(name, *(f"{split_makespan(tiles, count, splits) / lean:.2f}" for splits in SPLITS))
+        Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
