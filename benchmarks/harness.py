@@ -382,6 +382,6 @@ def draw(study: dict, path: Path) -> None:
     axis.set_xlim(left=0)
     axis.set_xlabel("K and V read, as a share of the machine's streaming-read bandwidth")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=7)
     axis.set_title(f"{study['machine']['cpu']}, {study['machine']['threads']} threads", fontsize=9)
     figure.savefig(path, dpi=120)
