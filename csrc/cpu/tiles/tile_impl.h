@@ -120,14 +120,20 @@ class Ahead {
         row_(std::min(begin / row_bytes, kRunTokens - 1)),
         offset_(begin % row_bytes) {}
 
-  // In step `step` of many that each take `bytes` of other rows, asks for as much.
+  // In step `step` of many that each take `bytes` of other rows, and at place `i` of `count` in it, asks for
+  // as much. Spread over the step where there are registers for it: a burst finds fewer places free among the
+  // core's reads in flight.
   template <int bytes>
-  __attribute__((always_inline)) void keep_up(unsigned step) {
+  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count) {
+    constexpr bool kSpread = Simd::kLanes >= 16;
     if constexpr (bytes >= kLine) {
+      constexpr int kLines = bytes / kLine;
+      const int begin = kSpread ? kLines * i / count : i > 0 ? kLines : 0;
+      const int end = kSpread ? kLines * (i + 1) / count : kLines;
 #pragma GCC unroll 16
-      for (int i = 0; i < bytes / kLine; ++i) ask();
+      for (int line = begin; line < end; ++line) ask();
     } else {
-      if (step % (kLine / bytes) == 0) ask();
+      if (i == 0 && step % (kLine / bytes) == 0) ask();
     }
   }
 
@@ -183,9 +189,10 @@ struct Strip {
           k[i] = load(static_cast<const T*>(k_rows[token]) + column,
                       static_cast<const T*>(k_rows[token + kPairs]) + column);
         }
-        ahead.template keep_up<2 * kGroup * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
+          ahead.template keep_up<2 * kGroup * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns,
+                                                                    r, rows);
           const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
           for (int i = 0; i < kGroup; ++i) {
@@ -295,14 +302,17 @@ struct Strip {
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
     }
-    auto step = [&](const void* const* v_rows, const typename Format::Weight* weight,
-                    const typename Format::Weight* again, auto load) __attribute__((always_inline)) {
+    auto step = [&](int token, const typename Format::Weight* weight, const typename Format::Weight* again,
+                    auto load) __attribute__((always_inline)) {
+      const void* const* v_rows = run.v_rows + token;
 #pragma GCC unroll 16
       for (int c = 0; c < chunks; ++c) {
         const auto v =
             format.load_step(v_rows, [&](const T* row) { return load(row + column + c * Format::kColumns); });
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
+          ahead.template keep_up<Format::kTokensPerStep * chunks * Format::kColumns * sizeof(T)>(
+              static_cast<unsigned>(token) / Format::kTokensPerStep, c * rows + r, chunks * rows);
           Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, (r % 2 ? again : weight) + r, v);
         }
       }
@@ -313,15 +323,12 @@ struct Strip {
     if constexpr (Format::kBroadcastsAgain && chunks == 1) asm("" : "+r"(weights_again));
     for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
       const int at = token / Format::kTokensPerStep * kPeriod;
-      ahead.template keep_up<Format::kTokensPerStep * chunks * Format::kColumns * sizeof(T)>(
-          static_cast<unsigned>(token) / Format::kTokensPerStep);
       if constexpr (tail) {
         const int columns = t.head_dim_v - column;
-        step(run.v_rows + token, weights + at, weights_again + at,
+        step(token, weights + at, weights_again + at,
              [&](const T* row) { return Format::load_tail(row, columns); });
       } else {
-        step(run.v_rows + token, weights + at, weights_again + at,
-             [](const T* row) { return Format::load(row); });
+        step(token, weights + at, weights_again + at, [](const T* row) { return Format::load(row); });
       }
     }
 #pragma GCC unroll 16
