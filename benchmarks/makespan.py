@@ -10,15 +10,13 @@ show.
 from __future__ import annotations
 
 import argparse
-import heapq
-import math
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_decode import RAGGED
-from lean_attention._core import core
+from lean_attention import Schedule
+from lean_attention.picture import fixed_split, stream_k
 
 SPLITS = (1, 2, 4, 8, 16, 32)
 BATCHES = {
@@ -28,21 +26,6 @@ BATCHES = {
     **RAGGED,
     "31 x 1024 + 65536": (65536, *[1024] * 31),
 }
-
-
-def lean_makespan(tiles: Sequence[int], num_ctas: int) -> int:
-    """LeanTiles of the longest lean range, for output tiles of so many LeanTiles."""
-    return math.ceil(sum(tiles) / num_ctas)
-
-
-def split_makespan(tiles: Sequence[int], num_ctas: int, splits: int) -> int:
-    """When the last CTA is done if each output tile is cut into `splits` equal pieces."""
-    free_at = [0] * num_ctas
-    for count in tiles:
-        for split in range(splits):
-            piece = count * (split + 1) // splits - count * split // splits
-            heapq.heapreplace(free_at, free_at[0] + piece)
-    return max(free_at)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,16 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         if value < 1:
             parser.error(f"{name} must be positive, got {value}")
-    tile = core.lean_tile_tokens(options.head_dim)
     for count in options.ctas:
         table = Table(title=f"{count} CTAs: time of a fixed split / time of stream-K")
         table.add_column(f"lengths, {options.kv_heads} KV heads", no_wrap=True)
         for splits in SPLITS:
             table.add_column(f"split {splits}", justify="right", no_wrap=True)
         for name, lens in BATCHES.items():
-            tiles = [math.ceil(length / tile) for length in lens for _ in range(options.kv_heads)]
-            lean = lean_makespan(tiles, count)
-            table.add_row(name, *(f"{split_makespan(tiles, count, splits) / lean:.2f}" for splits in SPLITS))
+            schedule = Schedule(lens, options.kv_heads, num_ctas=count, head_dim=options.head_dim)
+            lean = stream_k(schedule).makespan
+            splits = (fixed_split(schedule, splits).makespan / lean for splits in SPLITS)
+            table.add_row(name, *(f"{times:.2f}" for times in splits))
         Console(width=100).print(table)
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_decode, makespan
+from benchmarks import cpu_decode
 from benchmarks.harness import Case, bound_of, draw, print_table, run_study
 from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
+from lean_attention import Schedule
 from lean_attention._core import core
 from lean_attention.limits import product_rate
+from lean_attention.picture import fixed_split, stream_k
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,13 +103,16 @@ def test_bad_command_lines(arguments: list[str], message: str) -> None:
 
 
 def test_makespans() -> None:
+    def splits(tiles: list[int], num_ctas: int) -> dict[int, float]:
+        lens = [count * core.lean_tile_tokens(128) for count in tiles]
+        schedule = Schedule(lens, 1, num_ctas=num_ctas, head_dim=128)
+        lean = stream_k(schedule).makespan
+        return {0: lean} | {count: fixed_split(schedule, count).makespan for count in (1, 2, 6)}
+
     # Two output tiles on three CTAs: halves leave one CTA with two of four pieces.
-    assert makespan.lean_makespan([6, 6], 3) == 4
-    assert makespan.split_makespan([6, 6], 3, 1) == 6
-    assert makespan.split_makespan([6, 6], 3, 2) == 6
-    assert makespan.split_makespan([6, 6], 3, 6) == 4
+    assert splits([6, 6], 3) == {0: 4, 1: 6, 2: 6, 6: 4}
     # One long output tile last: whoever gets it works on alone.
-    assert makespan.split_makespan([1, 1, 1, 1, 8], 4, 1) == 9
+    assert splits([1, 1, 1, 1, 8], 4)[1] == 9
 
 
 def test_what_bounds_a_case() -> None:

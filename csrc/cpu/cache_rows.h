@@ -135,8 +135,8 @@ class CacheRows {
 };
 
 // The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if
-// that has any tokens. It looks a place ahead, so that memory pages are touched before
-// their rows are asked for.
+// that has any tokens. It looks a place ahead, so that memory pages are touched before their rows are asked
+// for.
 class RunQueue {
  public:
   RunQueue(const CacheRows& rows, const Stretch& stretch, const Stretch& upcoming)

@@ -125,13 +125,12 @@ class Ahead {
   // core's reads in flight.
   template <int bytes>
   __attribute__((always_inline)) void keep_up(unsigned step, int i, int count) {
-    constexpr bool kSpread = Simd::kLanes >= 16;
     if constexpr (bytes >= kLine) {
       constexpr int kLines = bytes / kLine;
-      const int begin = kSpread ? kLines * i / count : i > 0 ? kLines : 0;
-      const int end = kSpread ? kLines * (i + 1) / count : kLines;
+      const int parts = Simd::kLanes >= 16 ? count : 1;
+      if (i >= parts) return;
 #pragma GCC unroll 16
-      for (int line = begin; line < end; ++line) ask();
+      for (int line = kLines * i / parts; line < kLines * (i + 1) / parts; ++line) ask();
     } else {
       if (i == 0 && step % (kLine / bytes) == 0) ask();
     }
