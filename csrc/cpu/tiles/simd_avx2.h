@@ -66,6 +66,17 @@ struct Simd {
     return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   }
 
+  template <int period>
+  static F interleave_halves(F x) {
+    if constexpr (period == 4) return x;
+    if constexpr (period == 2) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), _MM_SHUFFLE(3, 1, 2, 0)));
+    }
+    if constexpr (period == 1) {
+      return _mm256_permutevar8x32_ps(x, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+    }
+  }
+
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
   static F load_twice(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }

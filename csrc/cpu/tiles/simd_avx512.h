@@ -82,6 +82,20 @@ struct Simd {
                _mm512_mask_shuffle_f32x4(fours[1], 0x0f0f, fours[0], fours[0], 0xF5));
   }
 
+  // Blocks of `period` lanes, from the lower half and from the upper one in turn.
+  template <int period>
+  static F interleave_halves(F x) {
+    if constexpr (period == 8) return x;
+    alignas(64) static constexpr auto order = [] {
+      std::array<int, kLanes> order{};
+      for (int i = 0; i < kLanes; ++i) {
+        order[i] = i / period % 2 * (kLanes / 2) + i / (2 * period) * period + i % period;
+      }
+      return order;
+    }();
+    return _mm512_permutexvar_ps(_mm512_load_si512(order.data()), x);
+  }
+
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { store(p, x); }
   static F load_twice(const float* p) { return load(p); }

@@ -64,6 +64,12 @@ struct Simd {
     return shuffle<0, 4, 2, 6>(x[0], x[1]) + shuffle<1, 5, 3, 7>(x[0], x[1]);
   }
 
+  template <int period>
+  static F interleave_halves(F x) {
+    if constexpr (period == 2) return x;
+    if constexpr (period == 1) return shuffle<0, 2, 1, 3>(x, x);
+  }
+
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { memcpy(p, &x, sizeof x / 2); }
   static F load_twice(const float* p) { return replicate<2>(p); }

@@ -1,6 +1,8 @@
 // Tile routines for AVX-512 without bf16 instructions.
 #include "cpu/tiles/tile_sets.h"
 
+#include <array>
+
 #if defined(LEAN_X86)
 #include <immintrin.h>
 

@@ -26,6 +26,7 @@ struct Bf16Format {
   static constexpr int kColumns = 32;
   static constexpr int kTokensPerStep = 2;
   static constexpr int kPairsAtOnce = 4;
+  static constexpr bool kConverts = false;
   static constexpr bool kBroadcastsAgain = false;
 
   struct Chunk {
@@ -115,6 +116,7 @@ class QuantisedFormat : public Bf16Format {
 
   static constexpr int kDotColumns = 32;
   static constexpr int kPairsAtOnce = 2;  // of twice the columns
+  static constexpr bool kConverts = true;
 
   // Columns 0-7 and 16-23 in a, the others in b; the first row's in the lower halves.
   struct Chunk {

@@ -24,8 +24,9 @@ struct Fp32Format {
   static constexpr int kColumns = 2 * Simd::kLanes;
   static constexpr int kTokensPerStep = 1;
   static constexpr int kPairsAtOnce = 4;
+  static constexpr bool kConverts = kRowDtype != DType::float32;
   // Whether weights are broadcast twice; see add_values.
-  static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kRowDtype != DType::float32;
+  static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kConverts;
 
   using Chunk = Simd::Pair;
 
@@ -110,49 +111,70 @@ __attribute__((always_inline)) inline void prefetch(const void* from, int bytes)
 // A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
 // another run's are multiplied. (Rows are taken to be adjacent. If they are not, and no whole number of
 // lines, some of their lines are left to the hardware.)
+template <bool paced>
 class Ahead {
  public:
   // From byte `begin` of the rows on.
   Ahead(const void* const* rows, int row_bytes, int begin = 0)
-      : rows_(rows),
-        rows_at_once_((kLine + row_bytes - 1) / row_bytes),
-        bytes_at_once_(rows_at_once_ * row_bytes),
-        row_(std::min(begin / row_bytes, kRunTokens - 1)),
-        offset_(begin % row_bytes) {}
+      : rows_at_once_((kLine + row_bytes - 1) / row_bytes), bytes_at_once_(rows_at_once_ * row_bytes) {
+    const int row = std::min(begin / row_bytes, kRunTokens - 1);
+    go_to(rows[row]);
+    at_ += begin % row_bytes;
+    last_ = rows + kRunTokens - 1;
+    next_ = rows + std::min(row + rows_at_once_, kRunTokens - 1);
+  }
 
   // In step `step` of many that each take `bytes` of other rows, and at place `i` of `count` in it, asks for
-  // as much. Spread over the step where there are registers for it: a burst finds fewer places free among the
-  // core's reads in flight.
-  template <int bytes>
-  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count) {
+  // as much. Line l of those bytes is at line(l). Spread over the step where there are registers for it: a
+  // burst finds fewer places free among the core's reads in flight.
+  template <int bytes, class Line>
+  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const Line& line) {
     if constexpr (bytes >= kLine) {
       constexpr int kLines = bytes / kLine;
       const int parts = Simd::kLanes >= 16 ? count : 1;
       if (i >= parts) return;
 #pragma GCC unroll 16
-      for (int line = kLines * i / parts; line < kLines * (i + 1) / parts; ++line) ask();
+      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) ask(line(l));
     } else {
-      if (i == 0 && step % (kLine / bytes) == 0) ask();
+      if (i == 0 && step % (kLine / bytes) == 0) ask(line(0));
     }
   }
 
  private:
   static constexpr int kLine = 64;
 
-  __attribute__((always_inline)) void ask() {
-    prefetch(static_cast<const char*>(rows_[row_]) + offset_, kLine);
-    offset_ += kLine;
-    if (offset_ >= bytes_at_once_) {
-      offset_ -= bytes_at_once_;
-      row_ = std::min(row_ + rows_at_once_, kRunTokens - 1);
+  __attribute__((always_inline)) void ask(const void* line) {
+    if constexpr (paced) at_ = when_arrived(line, at_);
+    prefetch(at_, kLine);
+    at_ += kLine;
+    if (at_ >= end_) {
+      go_to(*next_);
+      next_ = std::min(next_ + rows_at_once_, last_);
     }
   }
 
-  const void* const* const rows_;
+  // `address`, once `line` has arrived: a word of it, less itself, is added. A core that asks as fast as it
+  // can has more lines waiting than it can have in flight, and takes them out of order then, so that no
+  // hardware prefetcher follows.
+  __attribute__((always_inline)) static const char* when_arrived(const void* line, const char* address) {
+    uint32_t word, same;
+    memcpy(&word, line, sizeof word);
+    same = word;
+    asm("" : "+r"(same));  // the compiler is not to know that they are equal
+    return address + (word - same);
+  }
+
+  void go_to(const void* row) {
+    at_ = static_cast<const char*>(row);
+    end_ = at_ + bytes_at_once_;
+  }
+
+  const char* at_;
+  const char* end_;
+  const void* const* next_;
+  const void* const* last_;
   const int rows_at_once_;  // 1, but where rows are shorter than a line
   const int bytes_at_once_;
-  int row_;
-  int offset_;
 };
 
 template <class T, class Format, int rows>
@@ -164,34 +186,37 @@ struct Strip {
   // Vectors are handled in even number, which is what Formats that pair tokens need.
   static constexpr int kRoundTokens = 2 * kBlockTokens;
   static_assert(kRunTokens % kRoundTokens == 0);
+  // Whether there are so few products to a row of K or V that memory is the bound, and not the core. Then
+  // what counts is to read in the order of addresses.
+  static constexpr bool kFewRows = rows * (Format::kConverts ? 4 : 2) <= S::kStripRows;
 
   // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
-  // accumulator holds one row's sums for two tokens half a score vector apart, so that half as many need
-  // reducing. `q` holds the strip's packed rows.
+  // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
+  // holds the strip's packed rows.
   static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
-                        const void* const* k_rows, Ahead& ahead, F (&dots)[2]) {
-    constexpr int kColumns = Format::kDotColumns;
+                        const void* const* k_rows, Ahead<kFewRows>& ahead, F (&dots)[2]) {
+    constexpr int kColumns = Format::kDotColumns, kChunkBytes = kColumns * sizeof(T);
+    constexpr int kLinesPerRow = std::max(kChunkBytes / 64, 1);
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
-    // A few pairs at a time, so that K chunks fit the registers beside the accumulators.
-    constexpr int kGroup = kPairs < 2 ? 2 : Format::kPairsAtOnce;
+    // Pairs at a time, so that they share loads of q. Few, where memory is the bound: the fewer rows are read
+    // abreast, the closer they come to the order of addresses.
+    constexpr int kGroup = kFewRows && !Format::kConverts || kPairs < 2 ? 2 : Format::kPairsAtOnce;
 #pragma GCC unroll 16
     for (int first = 0; first < 2 * kPairs; first += kGroup) {
+      const void* const* group = k_rows + 2 * first;
       const typename Format::Query* q_chunk = q;
       auto add_chunk = [&](int column, auto load) __attribute__((always_inline)) {
+        const auto at = [&](int token) { return static_cast<const T*>(group[token]) + column; };
         typename Format::Chunk k[kGroup];
 #pragma GCC unroll 16
-        for (int i = 0; i < kGroup; ++i) {
-          const int token = (first + i) / kPairs * kBlockTokens + (first + i) % kPairs;
-          k[i] = load(static_cast<const T*>(k_rows[token]) + column,
-                      static_cast<const T*>(k_rows[token + kPairs]) + column);
-        }
+        for (int i = 0; i < kGroup; ++i) k[i] = load(at(2 * i), at(2 * i + 1));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
-          ahead.template keep_up<2 * kGroup * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns,
-                                                                    r, rows);
+          ahead.template keep_up<2 * kGroup * kChunkBytes>(static_cast<unsigned>(column) / kColumns, r, rows,
+                                                           [&](int line) { return at(line / kLinesPerRow); });
           const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
           for (int i = 0; i < kGroup; ++i) {
@@ -209,8 +234,8 @@ struct Strip {
         add_chunk(column, [&](const T* a, const T* b) { return format.load_two_tail(a, b, tail); });
       }
     }
-    dots[0] = S::sum_halves(sums[0]);
-    dots[1] = S::sum_halves(sums[1]);
+    dots[0] = S::interleave_halves<kPeriod>(S::sum_halves(sums[0]));
+    dots[1] = S::interleave_halves<kPeriod>(S::sum_halves(sums[1]));
   }
 
   // Fills t.scores for `tokens` (rounded up) tokens and returns the maximum per row in its lanes.
@@ -226,7 +251,7 @@ struct Strip {
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
     float* const out = t.scores;
-    Ahead ahead(next.k_rows, head_dim * sizeof(T));
+    Ahead<kFewRows> ahead(next.k_rows, head_dim * sizeof(T));
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F s[2];
@@ -295,8 +320,10 @@ struct Strip {
                                                    const Run& next, int tokens,
                                                    const typename Format::Weight* weights,
                                                    const float* correction, int column) {
+    constexpr int kChunkBytes = Format::kColumns * sizeof(T);
+    constexpr int kLinesPerRow = std::max(kChunkBytes / 64, 1);
     const Format format(t);
-    Ahead ahead(next.v_rows, t.head_dim_v * sizeof(T), column * sizeof(T) * tokens);
+    Ahead<kFewRows> ahead(next.v_rows, t.head_dim_v * sizeof(T), column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
@@ -306,12 +333,15 @@ struct Strip {
       const void* const* v_rows = run.v_rows + token;
 #pragma GCC unroll 16
       for (int c = 0; c < chunks; ++c) {
-        const auto v =
-            format.load_step(v_rows, [&](const T* row) { return load(row + column + c * Format::kColumns); });
+        const auto at = [&](const void* row) {
+          return static_cast<const T*>(row) + column + c * Format::kColumns;
+        };
+        const auto v = format.load_step(v_rows, [&](const T* row) { return load(at(row)); });
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          ahead.template keep_up<Format::kTokensPerStep * chunks * Format::kColumns * sizeof(T)>(
-              static_cast<unsigned>(token) / Format::kTokensPerStep, c * rows + r, chunks * rows);
+          ahead.template keep_up<Format::kTokensPerStep * kChunkBytes>(
+              static_cast<unsigned>(token) / Format::kTokensPerStep, r, rows,
+              [&](int line) { return at(v_rows[line / kLinesPerRow]); });
           Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, (r % 2 ? again : weight) + r, v);
         }
       }
@@ -378,11 +408,11 @@ struct Strip {
       t.l[first_row + r] = l_of[r];
     }
 
-    // Few rows leave registers for more columns at once, which hides the latency of the additions.
-    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
     const auto* weights = Format::template pack_weights<kPeriod>(t.scores, tokens);
     const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
     int column = 0;
+    // Few rows leave registers for more columns at once, which hides the latency of the additions.
+    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
     for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
       add_values<kChunks, false>(t, first_row, run, next, tokens, weights, correction_of, column);
     }
