@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_decode
+from benchmarks import cpu_decode, small_calls
 from benchmarks.harness import Case, bound_of, draw, print_table, run_study
 from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
 from lean_attention import Schedule
@@ -130,3 +130,12 @@ def test_products_are_counted(instruction_set: str, monkeypatch: pytest.MonkeyPa
         assert product_rate(dtype, rounds=100) > 0
     with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
         core.multiply("int8", 1)
+
+
+def test_small_calls_report_what_they_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "small_calls.json"
+    small_calls.main(["--seconds", "0.02", "--output", str(output)])
+    cases = json.loads(output.read_text())["cases"]
+    assert len(cases) == len(small_calls.CASES)
+    assert all(result["one_thread_us"] > 0 and result["sdpa_us"] > 0 for result in cases.values())
+    assert "bfloat16, group 4" in capsys.readouterr().out

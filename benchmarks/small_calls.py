@@ -1,0 +1,111 @@
+"""What a call with little context costs beside its arithmetic, on a CPU.
+
+    python -m benchmarks.small_calls
+
+One sequence of 128 tokens, 8 KV heads and head_dim 128, in the processor's caches. On one thread the time of
+128 tokens less that of 64 is half the arithmetic; the rest of a call is what comes with it: the dispatcher,
+checks, the schedule, packing queries, writing outputs. All threads would share the arithmetic equally.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import lean_attention
+from benchmarks.harness import commit, machine_facts
+
+TOKENS, KV_HEADS, HEAD_DIM = 128, 8, 128
+CASES = [(dtype, group) for dtype in (torch.bfloat16, torch.float16, torch.float32) for group in (1, 4, 8)]
+
+
+def decode_call(dtype: torch.dtype, group: int, tokens: int) -> Callable[[], object]:
+    q = torch.randn(1, 1, group * KV_HEADS, HEAD_DIM).to(dtype)
+    k, v = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM).to(dtype).transpose(1, 2) for _ in "kv")
+    seq_lens = torch.tensor([tokens], dtype=torch.int32)
+    return lambda: lean_attention.decode(q, k, v, seq_lens)
+
+
+def sdpa_call(dtype: torch.dtype, group: int, tokens: int) -> Callable[[], object]:
+    q = torch.randn(1, group * KV_HEADS, 1, HEAD_DIM).to(dtype)
+    k, v = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM).to(dtype) for _ in "kv")
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
+
+
+def microseconds(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median time of each call, measured in turns of a few calls each, which keep its memory cached."""
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while len(times[-1]) < 5 or time.perf_counter() < end:
+        for call, mine in zip(calls, times, strict=True):
+            call()
+            begin = time.perf_counter()
+            for _ in range(5):
+                call()
+            mine.append((time.perf_counter() - begin) / 5 * 1e6)
+    return [statistics.median(mine) for mine in times]
+
+
+def measure(dtype: torch.dtype, group: int, seconds: float) -> dict[str, float]:
+    threads = torch.get_num_threads()
+    half, whole = (decode_call(dtype, group, tokens) for tokens in (TOKENS // 2, TOKENS))
+    torch.set_num_threads(1)
+    try:
+        half_us, one_thread_us = microseconds([half, whole], seconds)
+    finally:
+        torch.set_num_threads(threads)
+    all_threads_us, sdpa_us = microseconds([whole, sdpa_call(dtype, group, TOKENS)], seconds)
+    arithmetic = 2 * (one_thread_us - half_us)
+    return {
+        "arithmetic_us": arithmetic,
+        "one_thread_us": one_thread_us,
+        "one_thread_more_us": one_thread_us - arithmetic,
+        "all_threads_us": all_threads_us,
+        "all_threads_more_us": all_threads_us - arithmetic / threads,
+        "sdpa_us": sdpa_us,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.small_calls",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each case (default 2)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/small_calls.json"))
+    options = parser.parse_args(arguments)
+    if options.seconds <= 0:
+        parser.error(f"--seconds {options.seconds} is not positive")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    study: dict = {"machine": machine_facts(), "commit": commit(), "tokens": TOKENS, "cases": {}}
+    with torch.inference_mode():
+        for dtype, group in track(CASES, "measuring", console=console):
+            name = f"{str(dtype).removeprefix('torch.')}, group {group}"
+            study["cases"][name] = measure(dtype, group, options.seconds / 2)
+
+    table = Table(title=f"{TOKENS} tokens, microseconds (threads: {torch.get_num_threads()})")
+    for column in ("case", "arithmetic", "1 thread", "more", "all threads", "more", "torch's SDPA"):
+        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    for name, result in study["cases"].items():
+        table.add_row(name, *(f"{us:.1f}" for us in result.values()))
+    console.print(table)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(study, indent=1) + "\n")
+    console.print(f"written: {options.output}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
