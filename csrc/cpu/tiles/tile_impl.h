@@ -109,8 +109,8 @@ __attribute__((always_inline)) inline void prefetch(const void* from, int bytes)
 }
 
 // A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
-// another run's are multiplied. (Rows are taken to be adjacent. If they are not, and no whole number of
-// lines, some of their lines are left to the hardware.)
+// another run's are multiplied. (Where rows are neither adjacent nor whole lines, some lines of the last ones
+// are left to the hardware.)
 template <bool paced>
 class Ahead {
  public:
@@ -118,8 +118,9 @@ class Ahead {
   Ahead(const void* const* rows, int row_bytes, int begin = 0)
       : rows_at_once_((kLine + row_bytes - 1) / row_bytes), bytes_at_once_(rows_at_once_ * row_bytes) {
     const int row = std::min(begin / row_bytes, kRunTokens - 1);
-    go_to(rows[row]);
-    at_ += begin % row_bytes;
+    const char* const first = static_cast<const char*>(rows[row]);
+    at_ = line_of(first + begin % row_bytes);
+    end_ = first + bytes_at_once_;
     last_ = rows + kRunTokens - 1;
     next_ = rows + std::min(row + rows_at_once_, kRunTokens - 1);
   }
@@ -147,10 +148,11 @@ class Ahead {
     if constexpr (paced) at_ = when_arrived(line, at_);
     prefetch(at_, kLine);
     at_ += kLine;
-    if (at_ >= end_) {
-      go_to(*next_);
-      next_ = std::min(next_ + rows_at_once_, last_);
-    }
+    if (at_ < end_) return;
+    const char* const row = static_cast<const char*>(*next_);
+    next_ = std::min(next_ + rows_at_once_, last_);
+    if (line_of(row) != at_ - kLine) at_ = line_of(row);  // else the row begins in the line just asked for
+    end_ = row + bytes_at_once_;
   }
 
   // `address`, once `line` has arrived: a word of it, less itself, is added. A core that asks as fast as it
@@ -164,9 +166,8 @@ class Ahead {
     return address + (word - same);
   }
 
-  void go_to(const void* row) {
-    at_ = static_cast<const char*>(row);
-    end_ = at_ + bytes_at_once_;
+  static const char* line_of(const char* address) {
+    return address - reinterpret_cast<uintptr_t>(address) % kLine;
   }
 
   const char* at_;
