@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -214,21 +215,25 @@ def measure_case(
         begin = time.perf_counter()
         prepared[-1]()
         results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
-    turn = 0
+    turn, order = 0, random.Random(case.id)
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < 8:
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
             product_rates.append(product_rate(case.dtype))
-        # Everyone begins a round in turn: who comes first finds less of a middling case in the cache.
-        names = list(calls)
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+        # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the
+        # threads asleep or awake, and the sets differ by their places in memory.
+        for name in order.sample(list(calls), len(calls)):
             if round_ < results[name]["rounds"]:
                 # Each takes the set that was used longest ago, so that all find as little of it in the cache.
-                call = calls[name][turn % sets]
-                turn += 1
-                begin = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - begin)
+                # A short call comes second to another of its own, for its code to be there: baselines that
+                # share theirs would find it more often than others do.
+                for _ in range(2 if sets >= 4 else 1):
+                    call = calls[name][turn % sets]
+                    turn += 1
+                    begin = time.perf_counter()
+                    call()
+                    taken = time.perf_counter() - begin
+                times[name].append(taken)
     for name, each in times.items():
         results[name] |= {
             "seconds": statistics.median(each),

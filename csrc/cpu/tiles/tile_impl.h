@@ -109,8 +109,8 @@ __attribute__((always_inline)) inline void prefetch(const void* from, int bytes)
 }
 
 // A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
-// another run's are multiplied. (Where rows are neither adjacent nor whole lines, some lines of the last ones
-// are left to the hardware.)
+// another run's are multiplied. (Where rows are neither adjacent nor whole lines, some lines are left to the
+// hardware.)
 template <bool paced>
 class Ahead {
  public:
@@ -125,27 +125,27 @@ class Ahead {
     next_ = rows + std::min(row + rows_at_once_, kRunTokens - 1);
   }
 
-  // In step `step` of many that each take `bytes` of other rows, and at place `i` of `count` in it, asks for
-  // as much. Line l of those bytes is at line(l). Spread over the step where there are registers for it: a
+  // In step `step` of many that each take `bytes` of other rows, of the last of these from `taken` on, and at
+  // place `i` of `count` in it, asks for as much. Spread over the step where there are registers for it: a
   // burst finds fewer places free among the core's reads in flight.
-  template <int bytes, class Line>
-  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const Line& line) {
+  template <int bytes>
+  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const void* taken) {
     if constexpr (bytes >= kLine) {
       constexpr int kLines = bytes / kLine;
       const int parts = Simd::kLanes >= 16 ? count : 1;
       if (i >= parts) return;
 #pragma GCC unroll 16
-      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) ask(line(l));
+      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) ask(taken);
     } else {
-      if (i == 0 && step % (kLine / bytes) == 0) ask(line(0));
+      if (i == 0 && step % (kLine / bytes) == 0) ask(taken);
     }
   }
 
  private:
   static constexpr int kLine = 64;
 
-  __attribute__((always_inline)) void ask(const void* line) {
-    if constexpr (paced) at_ = when_arrived(line, at_);
+  __attribute__((always_inline)) void ask(const void* taken) {
+    if constexpr (paced) at_ = when_arrived(taken, at_);
     prefetch(at_, kLine);
     at_ += kLine;
     if (at_ < end_) return;
@@ -155,12 +155,12 @@ class Ahead {
     end_ = row + bytes_at_once_;
   }
 
-  // `address`, once `line` has arrived: a word of it, less itself, is added. A core that asks as fast as it
+  // `address`, once `taken` has arrived: a word of it, less itself, is added. A core that asks as fast as it
   // can has more lines waiting than it can have in flight, and takes them out of order then, so that no
   // hardware prefetcher follows.
-  __attribute__((always_inline)) static const char* when_arrived(const void* line, const char* address) {
+  __attribute__((always_inline)) static const char* when_arrived(const void* taken, const char* address) {
     uint32_t word, same;
-    memcpy(&word, line, sizeof word);
+    memcpy(&word, taken, sizeof word);
     same = word;
     asm("" : "+r"(same));  // the compiler is not to know that they are equal
     return address + (word - same);
@@ -187,8 +187,8 @@ struct Strip {
   // Vectors are handled in even number, which is what Formats that pair tokens need.
   static constexpr int kRoundTokens = 2 * kBlockTokens;
   static_assert(kRunTokens % kRoundTokens == 0);
-  // Whether there are so few products to a row of K or V that memory is the bound, and not the core. Then
-  // what counts is to read in the order of addresses.
+  // Whether a strip has so few products to a row of K or V that memory is far from keeping up. Then what
+  // counts is to read in the order of addresses.
   static constexpr bool kFewRows = rows * (Format::kConverts ? 4 : 2) <= S::kStripRows;
 
   // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
@@ -196,15 +196,14 @@ struct Strip {
   // holds the strip's packed rows.
   static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
                         const void* const* k_rows, Ahead<kFewRows>& ahead, F (&dots)[2]) {
-    constexpr int kColumns = Format::kDotColumns, kChunkBytes = kColumns * sizeof(T);
-    constexpr int kLinesPerRow = std::max(kChunkBytes / 64, 1);
+    constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
     // Pairs at a time, so that they share loads of q. Few, where memory is the bound: the fewer rows are read
     // abreast, the closer they come to the order of addresses.
-    constexpr int kGroup = kFewRows && !Format::kConverts || kPairs < 2 ? 2 : Format::kPairsAtOnce;
+    constexpr int kGroup = (kFewRows && !Format::kConverts) || kPairs < 2 ? 2 : Format::kPairsAtOnce;
 #pragma GCC unroll 16
     for (int first = 0; first < 2 * kPairs; first += kGroup) {
       const void* const* group = k_rows + 2 * first;
@@ -216,8 +215,8 @@ struct Strip {
         for (int i = 0; i < kGroup; ++i) k[i] = load(at(2 * i), at(2 * i + 1));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
-          ahead.template keep_up<2 * kGroup * kChunkBytes>(static_cast<unsigned>(column) / kColumns, r, rows,
-                                                           [&](int line) { return at(line / kLinesPerRow); });
+          ahead.template keep_up<2 * kGroup * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns,
+                                                                    r, rows, at(2 * kGroup - 1));
           const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
           for (int i = 0; i < kGroup; ++i) {
@@ -321,8 +320,6 @@ struct Strip {
                                                    const Run& next, int tokens,
                                                    const typename Format::Weight* weights,
                                                    const float* correction, int column) {
-    constexpr int kChunkBytes = Format::kColumns * sizeof(T);
-    constexpr int kLinesPerRow = std::max(kChunkBytes / 64, 1);
     const Format format(t);
     Ahead<kFewRows> ahead(next.v_rows, t.head_dim_v * sizeof(T), column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
@@ -340,9 +337,9 @@ struct Strip {
         const auto v = format.load_step(v_rows, [&](const T* row) { return load(at(row)); });
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          ahead.template keep_up<Format::kTokensPerStep * kChunkBytes>(
+          ahead.template keep_up<Format::kTokensPerStep * Format::kColumns * sizeof(T)>(
               static_cast<unsigned>(token) / Format::kTokensPerStep, r, rows,
-              [&](int line) { return at(v_rows[line / kLinesPerRow]); });
+              at(v_rows[Format::kTokensPerStep - 1]));
           Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, (r % 2 ? again : weight) + r, v);
         }
       }
