@@ -125,9 +125,9 @@ class Ahead {
     next_ = rows + std::min(row + rows_at_once_, kRunTokens - 1);
   }
 
-  // In step `step` of many that each take `bytes` of other rows, of the last of these from `taken` on, and at
-  // place `i` of `count` in it, asks for as much. Spread over the step where there are registers for it: a
-  // burst finds fewer places free among the core's reads in flight.
+  // In step `step` of many that each take `bytes` of other rows, the last of these at `taken`, and at place
+  // `i` of `count` in it, asks for as much. Spread over the step where there are registers for it: a burst
+  // finds fewer places free among the core's reads in flight.
   template <int bytes>
   __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const void* taken) {
     if constexpr (bytes >= kLine) {
