@@ -7,6 +7,7 @@ in use over seconds.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -215,7 +216,15 @@ def measure_case(
         begin = time.perf_counter()
         prepared[-1]()
         results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
-    turn, order = 0, random.Random(case.id)
+    turns, order = itertools.count(), random.Random(case.id)
+
+    def seconds_of(name: str) -> float:
+        # The set that was used longest ago, so that everyone finds as little of it in the cache.
+        call = calls[name][next(turns) % sets]
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < 8:
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
@@ -223,17 +232,13 @@ def measure_case(
         # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the
         # threads asleep or awake, and the sets differ by their places in memory.
         for name in order.sample(list(calls), len(calls)):
-            if round_ < results[name]["rounds"]:
-                # Each takes the set that was used longest ago, so that all find as little of it in the cache.
-                # A short call comes second to another of its own, for its code to be there: baselines that
-                # share theirs would find it more often than others do.
-                for _ in range(2 if sets >= 4 else 1):
-                    call = calls[name][turn % sets]
-                    turn += 1
-                    begin = time.perf_counter()
-                    call()
-                    taken = time.perf_counter() - begin
-                times[name].append(taken)
+            if round_ >= results[name]["rounds"]:
+                continue
+            # A short call comes second to another of its own, for its code to be there: baselines that share
+            # theirs would find it more often than others do.
+            if sets >= 4:
+                seconds_of(name)
+            times[name].append(seconds_of(name))
     for name, each in times.items():
         results[name] |= {
             "seconds": statistics.median(each),

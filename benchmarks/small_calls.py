@@ -17,32 +17,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
-import lean_attention
-from benchmarks.harness import commit, machine_facts
+from benchmarks.harness import Case, Contender, Inputs, commit, machine_facts
+from benchmarks.peers import LeanAttention, Sdpa
 
 TOKENS, KV_HEADS, HEAD_DIM = 128, 4, 128  # at most 512 KB, which fit the second cache level
 CASES = [(dtype, group) for dtype in (torch.bfloat16, torch.float16, torch.float32) for group in (1, 4, 8)]
 
 
-def decode_call(dtype: torch.dtype, group: int, tokens: int) -> Callable[[], object]:
-    q = torch.randn(1, 1, group * KV_HEADS, HEAD_DIM).to(dtype)
-    k, v = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM).to(dtype).transpose(1, 2) for _ in "kv")
-    seq_lens = torch.tensor([tokens], dtype=torch.int32)
-    return lambda: lean_attention.decode(q, k, v, seq_lens)
+def call_of(contender: Contender, dtype: torch.dtype, group: int, tokens: int) -> Callable[[], Tensor]:
+    case = Case(dtype, (tokens,), group * KV_HEADS, KV_HEADS, HEAD_DIM)
+    return contender.prepare(case, Inputs.random(case))
 
 
-def sdpa_call(dtype: torch.dtype, group: int, tokens: int) -> Callable[[], object]:
-    q = torch.randn(1, group * KV_HEADS, 1, HEAD_DIM).to(dtype)
-    k, v = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM).to(dtype) for _ in "kv")
-    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
-
-
-def microseconds(calls: list[Callable[[], object]], seconds: float) -> list[float]:
+def microseconds(calls: list[Callable[[], Tensor]], seconds: float) -> list[float]:
     """Median time of each call, measured in turns of a few calls each, which keep its memory cached."""
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
@@ -58,13 +50,13 @@ def microseconds(calls: list[Callable[[], object]], seconds: float) -> list[floa
 
 def measure(dtype: torch.dtype, group: int, seconds: float) -> dict[str, float]:
     threads = torch.get_num_threads()
-    half, whole = (decode_call(dtype, group, tokens) for tokens in (TOKENS // 2, TOKENS))
+    half, whole = (call_of(LeanAttention(), dtype, group, tokens) for tokens in (TOKENS // 2, TOKENS))
     torch.set_num_threads(1)
     try:
         half_us, one_thread_us = microseconds([half, whole], seconds)
     finally:
         torch.set_num_threads(threads)
-    all_threads_us, sdpa_us = microseconds([whole, sdpa_call(dtype, group, TOKENS)], seconds)
+    all_threads_us, sdpa_us = microseconds([whole, call_of(Sdpa(), dtype, group, TOKENS)], seconds)
     arithmetic = 2 * (one_thread_us - half_us)
     return {
         "arithmetic_us": arithmetic,

@@ -406,11 +406,11 @@ struct Strip {
       t.l[first_row + r] = l_of[r];
     }
 
+    // Few rows leave registers for more columns at once, which hides the latency of the additions.
+    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
     const auto* weights = Format::template pack_weights<kPeriod>(t.scores, tokens);
     const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
     int column = 0;
-    // Few rows leave registers for more columns at once, which hides the latency of the additions.
-    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
     for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
       add_values<kChunks, false>(t, first_row, run, next, tokens, weights, correction_of, column);
     }
