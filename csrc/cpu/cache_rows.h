@@ -8,21 +8,14 @@
 
 namespace lean::cpu {
 
-// A run and what its pointers point to.
-struct RunMemory {
-  Run run;
-  float k_scales[kRunTokens];
-  float v_scales[kRunTokens];
-};
-
 // Stands in for the rows of a run after its last token. (That token's own would not do: if it is infinite,
 // its product with no weight is not 0.)
 alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 
-// Tokens of a run of quantised rows that are converted before they are multiplied. The next run is prefetched
-// while these are converted, which takes less time than to read it: in two halves, more of the reading is
-// left to the multiplication between them.
-inline constexpr int kWideRunTokens = kRunTokens / 2;
+// Tokens of a short run: of several heads with long rows, or of quantised rows that are converted before they
+// are multiplied. The next run of these is prefetched while they are converted, which takes less time than to
+// read it: in two halves, more of the reading is left to the multiplication between them.
+inline constexpr int kShortRunTokens = kRunTokens / 2;
 
 // Tokens of a head whose memory pages are touched at once.
 inline constexpr int64_t kTouchTokens = 512;
@@ -40,19 +33,22 @@ struct Stretch {
 
 class CacheRows {
  public:
-  CacheRows(const DecodeParams& p, int run_tokens)
-      : p_(p), run_tokens_(run_tokens), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
+  explicit CacheRows(const DecodeParams& p)
+      : p_(p), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
 
-  // Tokens of all runs but the last of a stretch.
-  int run_tokens() const { return run_tokens_; }
+  // Bytes of a row, and from a token's row to that of the next head.
+  int64_t k_row_bytes() const { return element_size(p_.cache_dtype) * p_.head_dim; }
+  int64_t v_row_bytes() const { return element_size(p_.cache_dtype) * p_.head_dim_v; }
+  int64_t k_head_bytes() const { return element_size(p_.cache_dtype) * p_.k_head_stride; }
+  int64_t v_head_bytes() const { return element_size(p_.cache_dtype) * p_.v_head_stride; }
 
   // Asks for a line in each memory page of a stretch. The first access to a page costs a walk of the page
   // tables, for which a core waits, prefetch or not: some 400 cycles on a virtual machine, in which it
   // multiplies 4 KB of bf16 at group 4. Many walks at once go on together. (Always inline, as `prefetch` is.)
   __attribute__((always_inline)) void touch(const Stretch& stretch) const {
     const int64_t size = element_size(p_.cache_dtype);
-    const int64_t head_bytes = size * std::max(std::abs(p_.k_head_stride), std::abs(p_.v_head_stride));
-    const bool share_pages = p_.table_head_stride == 0 && head_bytes * stretch.heads <= kPageBytes;
+    const int64_t head_bytes = std::max(std::abs(k_head_bytes()), std::abs(v_head_bytes()));
+    const bool share_pages = head_bytes * stretch.heads <= kPageBytes;
     for (int64_t head = 0; head < (share_pages ? 1 : stretch.heads); ++head) {
       by_block(stretch.sequence, stretch.kv_head + head, stretch.tokens,
                [&](const Piece& piece) __attribute__((always_inline)) {
@@ -62,22 +58,14 @@ class CacheRows {
     }
   }
 
-  // The run that begins at token `begin` of a sequence, and ends at `end` at the latest.
-  void fill(RunMemory& memory, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end) const {
-    Run& run = memory.run;
-    run.tokens = static_cast<int>(std::min<int64_t>(run_tokens_, end - begin));
-    run.k_scales = k_scaled_ ? memory.k_scales : nullptr;
-    run.v_scales = v_scaled_ ? memory.v_scales : nullptr;
+  // The rows of a stretch's first head. It is kRunTokens long at most.
+  void fill_rows(Run& run, const Stretch& stretch) const {
+    run.tokens = static_cast<int>(stretch.tokens.end - stretch.tokens.begin);
+    run.k_scales = run.v_scales = nullptr;
     const int64_t k_stride = element_size(p_.cache_dtype) * p_.k_token_stride;
     const int64_t v_stride = element_size(p_.cache_dtype) * p_.v_token_stride;
     int i = 0;
-    by_block(sequence, kv_head, {begin, begin + run.tokens}, [&](const Piece& piece) {
-      const auto copy_scales = [&](const Scales& scales, float* to) {
-        const float* from = scales.address(sequence, piece.block, piece.slot, kv_head);
-        for (int64_t j = 0; j < piece.tokens; ++j) to[i + j] = from[j * scales.token_stride];
-      };
-      if (k_scaled_) copy_scales(p_.k_scale, memory.k_scales);
-      if (v_scaled_) copy_scales(p_.v_scale, memory.v_scales);
+    by_block(stretch.sequence, stretch.kv_head, stretch.tokens, [&](const Piece& piece) {
       const char *k = piece.k, *v = piece.v;
       for (const int end_of_piece = i + static_cast<int>(piece.tokens); i < end_of_piece; ++i) {
         run.k_rows[i] = k;
@@ -88,8 +76,16 @@ class CacheRows {
     });
     std::fill(run.k_rows + run.tokens, run.k_rows + kRunTokens, kZeroRow);
     std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, kZeroRow);
-    if (k_scaled_) std::fill(memory.k_scales + run.tokens, memory.k_scales + kRunTokens, 1.0f);
-    if (v_scaled_) std::fill(memory.v_scales + run.tokens, memory.v_scales + kRunTokens, 1.0f);
+  }
+
+  bool k_scaled() const { return k_scaled_; }
+  bool v_scaled() const { return v_scaled_; }
+  // The scales of tokens' K or V, and 1 from `tokens` on.
+  void fill_k_scales(float (&to)[kRunTokens], int64_t sequence, int64_t kv_head, TokenSpan tokens) const {
+    fill_scales(p_.k_scale, to, sequence, kv_head, tokens);
+  }
+  void fill_v_scales(float (&to)[kRunTokens], int64_t sequence, int64_t kv_head, TokenSpan tokens) const {
+    fill_scales(p_.v_scale, to, sequence, kv_head, tokens);
   }
 
  private:
@@ -121,6 +117,16 @@ class CacheRows {
     }
   }
 
+  void fill_scales(const Scales& scales, float (&to)[kRunTokens], int64_t sequence, int64_t kv_head,
+                   TokenSpan tokens) const {
+    float* at = to;
+    by_block(sequence, kv_head, tokens, [&](const Piece& piece) {
+      const float* from = scales.address(sequence, piece.block, piece.slot, kv_head);
+      for (int64_t i = 0; i < piece.tokens; ++i) *at++ = from[i * scales.token_stride];
+    });
+    std::fill(at, to + kRunTokens, 1.0f);
+  }
+
   // Asks for a line in each memory page of `count` rows.
   __attribute__((always_inline)) static void touch_rows(const char* row, int64_t stride, int64_t count) {
     const int64_t step = stride == 0 ? count : std::max<int64_t>(kPageBytes / std::abs(stride), 1);
@@ -129,7 +135,6 @@ class CacheRows {
   }
 
   const DecodeParams& p_;
-  const int run_tokens_;
   const bool k_scaled_;
   const bool v_scaled_;
 };
@@ -139,8 +144,18 @@ class CacheRows {
 // for.
 class RunQueue {
  public:
-  RunQueue(const CacheRows& rows, const Stretch& stretch, const Stretch& upcoming)
-      : rows_(rows), from_(stretch), upcoming_(upcoming), begin_(stretch.tokens.begin), touched_(begin_) {
+  // In runs of `run_tokens`, but the last of a stretch. With `whole_tokens` heads abreast whose rows adjoin
+  // are asked for together.
+  RunQueue(const CacheRows& rows, int run_tokens, bool whole_tokens, const Stretch& stretch,
+           const Stretch& upcoming)
+      : rows_(rows),
+        run_tokens_(run_tokens),
+        whole_tokens_(whole_tokens && rows.k_head_bytes() == rows.k_row_bytes() &&
+                      rows.v_head_bytes() == rows.v_row_bytes()),
+        from_(stretch),
+        upcoming_(upcoming),
+        begin_(stretch.tokens.begin),
+        touched_(begin_) {
     fill_next();
   }
 
@@ -150,24 +165,82 @@ class RunQueue {
     fill_next();
   }
 
-  // Both stay as they are until the next call of advance().
-  const Run& run(int64_t head) const { return now().runs[head].run; }
-  const Run* after(int64_t head) const {
-    if (head + 1 < now().heads) return &now().runs[head + 1].run;
-    return next().heads > 0 ? &next().runs[0].run : nullptr;
+  // The run with a head's K, and with its V, until another is asked for.
+  const Run& keys_of(int64_t head) {
+    Place& place = now();
+    move_keys(place, head);
+    if (rows_.k_scaled()) {
+      rows_.fill_k_scales(k_scales_, place.at.sequence, place.at.kv_head + head, place.at.tokens);
+      place.run.k_scales = k_scales_;
+    }
+    return place.run;
+  }
+  const Run& values_of(int64_t head) {
+    Place& place = now();
+    move_values(place, head);
+    if (rows_.v_scaled()) {
+      rows_.fill_v_scales(v_scales_, place.at.sequence, place.at.kv_head + head, place.at.tokens);
+      place.run.v_scales = v_scales_;
+    }
+    return place.run;
+  }
+
+  // What to prefetch while a head's K, then its V, are multiplied. A head alone is asked for a run ahead.
+  // Heads abreast go through the place twice, and what follows their K is their V.
+  RowsAhead during_keys(int64_t head) {
+    return now().at.heads == 1 ? keys_ahead(next(), head) : values_ahead(now(), head);
+  }
+  RowsAhead during_values(int64_t head) {
+    return now().at.heads == 1 ? values_ahead(next(), head) : keys_ahead(next(), head);
   }
 
  private:
+  // Its run has the K of one head and the V of another.
   struct Place {
-    int64_t heads = 0;
-    RunMemory runs[kMaxAbreast];
+    Stretch at{};
+    Run run;
+    int64_t k_head;  // of `at`
+    int64_t v_head;
   };
-  const Place& now() const { return places_[next_ ^ 1]; }
-  const Place& next() const { return places_[next_]; }
+  Place& now() { return places_[next_ ^ 1]; }
+  Place& next() { return places_[next_]; }
+
+  void move_keys(Place& place, int64_t head) const {
+    if (head == place.k_head) return;
+    move(place.run.k_rows, place.run.tokens, (head - place.k_head) * rows_.k_head_bytes());
+    place.k_head = head;
+  }
+  void move_values(Place& place, int64_t head) const {
+    if (head == place.v_head) return;
+    move(place.run.v_rows, place.run.tokens, (head - place.v_head) * rows_.v_head_bytes());
+    place.v_head = head;
+  }
+  static void move(const void** rows, int count, int64_t bytes) {
+    for (int i = 0; i < count; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
+  }
+
+  // What one of a place's heads asks for: its own rows, or, of whole tokens, as many of all heads' in the
+  // order of their addresses.
+  RowsAhead keys_ahead(Place& place, int64_t head) const {
+    if (head >= place.at.heads) return {};
+    move_keys(place, whole_tokens_ ? 0 : head);
+    return ahead(place, place.run.k_rows, rows_.k_row_bytes(), head);
+  }
+  RowsAhead values_ahead(Place& place, int64_t head) const {
+    if (head >= place.at.heads) return {};
+    move_values(place, whole_tokens_ ? 0 : head);
+    return ahead(place, place.run.v_rows, rows_.v_row_bytes(), head);
+  }
+  RowsAhead ahead(const Place& place, const void* const* rows, int64_t row_bytes, int64_t head) const {
+    const int bytes = static_cast<int>(row_bytes);
+    if (!whole_tokens_) return {rows, place.run.tokens, bytes, 0};
+    return {rows, place.run.tokens, static_cast<int>(place.at.heads) * bytes,
+            static_cast<int>(head) * run_tokens_ * bytes};
+  }
 
   void fill_next() {
     Place& place = places_[next_];
-    place.heads = 0;
+    place.at.heads = 0;
     if (begin_ >= from_.tokens.end) {
       from_ = upcoming_;
       touched_ = begin_ = from_.tokens.begin;
@@ -177,19 +250,25 @@ class RunQueue {
       touched_ = std::min(begin_ + kTouchTokens, from_.tokens.end);
       rows_.touch({from_.sequence, from_.kv_head, from_.heads, {begin_, touched_}});
     }
-    for (; place.heads < from_.heads; ++place.heads) {
-      rows_.fill(place.runs[place.heads], from_.sequence, from_.kv_head + place.heads, begin_,
-                 from_.tokens.end);
-    }
-    begin_ += rows_.run_tokens();
+    place.at = {from_.sequence,
+                from_.kv_head,
+                from_.heads,
+                {begin_, std::min(begin_ + run_tokens_, from_.tokens.end)}};
+    rows_.fill_rows(place.run, place.at);
+    place.k_head = place.v_head = 0;
+    begin_ += run_tokens_;
   }
 
   const CacheRows& rows_;
+  const int run_tokens_;
+  const bool whole_tokens_;
   Stretch from_;
   const Stretch upcoming_;
   int64_t begin_;
   int64_t touched_;  // tokens before this one
   Place places_[2];
+  float k_scales_[kRunTokens];
+  float v_scales_[kRunTokens];
   int next_ = 0;
 };
 
@@ -201,27 +280,31 @@ class WideRows {
         routine_(routine),
         table_(table),
         k_(reinterpret_cast<char*>(memory)),
-        v_(k_ + kWideRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
+        v_(k_ + kShortRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
 
   static int64_t memory_floats(const DecodeParams& p, const TileRoutine& routine) {
-    return ceil_div(kWideRunTokens * (p.head_dim + p.head_dim_v) * element_size(routine.row_dtype),
+    return ceil_div(kShortRunTokens * (p.head_dim + p.head_dim_v) * element_size(routine.row_dtype),
                     sizeof(float));
   }
 
-  // Valid until the next call. Prefetches `next`, if not null.
-  const Run& widen(const Run& run, const Run* next) {
+  // The run with its K converted, and with its V; each until it is called again. They prefetch what is ahead.
+  const Run& keys(const Run& run, const RowsAhead& ahead) {
     wide_.tokens = run.tokens;
     wide_.k_scales = run.k_scales;
+    widen_rows(run.tokens, run.k_rows, ahead, p_.head_dim, k_, wide_.k_rows);
+    return wide_;
+  }
+  const Run& values(const Run& run, const RowsAhead& ahead) {
+    wide_.tokens = run.tokens;
     wide_.v_scales = run.v_scales;
-    widen_rows(run.tokens, run.k_rows, next ? next->k_rows : nullptr, p_.head_dim, k_, wide_.k_rows);
-    widen_rows(run.tokens, run.v_rows, next ? next->v_rows : nullptr, p_.head_dim_v, v_, wide_.v_rows);
+    widen_rows(run.tokens, run.v_rows, ahead, p_.head_dim_v, v_, wide_.v_rows);
     return wide_;
   }
 
  private:
-  void widen_rows(int count, const void* const* from, const void* const* next, int64_t columns, char* to,
+  void widen_rows(int count, const void* const* from, const RowsAhead& ahead, int64_t columns, char* to,
                   const void** rows) const {
-    routine_.widen(p_.cache_dtype, *table_, from, count, static_cast<int>(columns), to, next);
+    routine_.widen(p_.cache_dtype, *table_, from, count, static_cast<int>(columns), to, ahead);
     const int64_t step = columns * element_size(routine_.row_dtype);
     for (int i = 0; i < kRunTokens; ++i) rows[i] = i < count ? to + i * step : kZeroRow;
   }

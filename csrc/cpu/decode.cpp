@@ -23,8 +23,7 @@ namespace {
 constexpr int64_t kMinBytesPerCta = 128 * 1024;
 
 // With enough to do a thread gets this many ranges, one after another, so that one that starts late or shares
-// its core with another program leaves work to the rest. (Not where heads go abreast: shorter ranges hold
-// fewer of them.)
+// its core with another program leaves work to the rest.
 constexpr int64_t kRangesPerThread = 4;
 constexpr int64_t kMinBytesPerRange = 512 * 1024;
 
@@ -61,10 +60,16 @@ class ScratchMemory {
 };
 
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
-// memory: hardware prefetchers fetch them with each other. In caches stored tokens first those are the rows
-// of a token, in short pages the heads' parts of a page. As many as leave the next place room in the second
-// cache level.
+// memory: in caches stored tokens first those are the rows of a token, in short pages the heads' parts of a
+// page. As many as leave the next place room in the second cache level.
 constexpr int64_t kMaxBytesAbreast = 256 * 1024;
+
+// The most bytes that heads abreast read in runs of kRunTokens. Longer rows go in shorter runs: of a thread's
+// q, O and scores, less is pushed out of the first cache levels between a head's run and its next.
+constexpr int64_t kMaxBytesPlace = 192 * 1024;
+
+// LeanTiles per thread below which fewer heads go abreast.
+constexpr int64_t kMinTilesPerThread = 2;
 
 // A partial state set aside: O of every row, then m and l of every row.
 struct Partial {
@@ -73,42 +78,48 @@ struct Partial {
   float* l;
 };
 
-// An output tile, or a part of one, that a thread works on.
+// One of the heads that a thread takes abreast through a segment.
 struct Work {
-  Segment segment;
+  int64_t kv_head;
   TileState tile;
   Partial aside;
 };
 
 class Decode {
  public:
-  explicit Decode(const DecodeParams& params)
+  // With at most `max_abreast` heads abreast.
+  Decode(const DecodeParams& params, int64_t max_abreast)
       : p_(params),
         routine_(tile_routine(params.dtype, params.cache_dtype)),
         table_(params.cache_dtype == params.dtype ? nullptr
                                                   : &widening_table(params.cache_dtype, routine_.row_dtype)),
         widens_(table_ != nullptr && routine_.widen != nullptr),
-        cache_rows_(params, widens_ ? kWideRunTokens : kRunTokens),
+        cache_rows_(params),
         padded_head_dim_(round_up(params.head_dim, routine_.chunk_columns)),
         padded_head_dim_v_(round_up(params.head_dim_v, routine_.chunk_columns)) {
     check_values(p_);
     int64_t max_q_len = 0;
     for (int64_t b = 0; b < p_.batch; ++b) max_q_len = std::max(max_q_len, p_.length_at(b, 0).q_len);
-    geometry_ = p_.geometry(std::clamp<int64_t>(p_.group() * max_q_len, 1, kMaxRows),
-                            lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v)));
+    rows_per_block_ = std::clamp<int64_t>(p_.group() * max_q_len, 1, kMaxRows);
     const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
     const bool short_pages = p_.block_table != nullptr && p_.block_size <= kRunTokens;
-    if (tokens_first || short_pages) {
-      max_abreast_ = std::clamp<int64_t>(kMaxBytesAbreast / (kRunTokens * token_bytes()), 1,
-                                         std::min(kMaxAbreast, p_.heads_per_sequence()));
+    if ((!tokens_first && !short_pages) || p_.table_head_stride != 0) max_abreast = 1;
+    max_abreast = std::min({max_abreast, kMaxAbreast, p_.heads_per_sequence(),
+                            kMaxBytesAbreast / (kShortRunTokens * token_bytes())});
+    lay_out_sequences(std::max<int64_t>(max_abreast, 1));
+    while (heads_abreast_ > 1 && grid_.total_tiles < kMinTilesPerThread * num_threads()) {
+      lay_out_sequences(heads_abreast_ / 2);
     }
-    lay_out_sequences();
+    const bool wide_place =
+        heads_abreast_ > 1 && heads_abreast_ * kRunTokens * token_bytes() > kMaxBytesPlace;
+    run_tokens_ = widens_ || wide_place ? kShortRunTokens : kRunTokens;
+    grid_.num_ctas = p_.num_ctas > 0 ? std::min(p_.num_ctas, grid_.total_tiles) : choose_ctas();
     write_padding();
   }
 
   void run() {
     const int64_t threads = std::min(num_threads(), grid_.num_ctas);
-    reserve(grid_.num_ctas, threads);
+    reserve(grid_.num_ctas * heads_abreast_, threads);
     published_ = std::make_unique<std::atomic<uint32_t>[]>(grid_.num_ctas);
     parallel_for(threads, [&](int64_t thread) { take_ranges(thread); });
   }
@@ -127,14 +138,14 @@ class Decode {
       Work work = works_of(thread)[0];
       WideRows wide(p_, routine_, table_, wide_memory(thread));
       for (int64_t piece; (piece = next_piece++) < count * splits;) {
-        work.segment = outputs[piece / splits];
-        const int64_t tiles = work.segment.output_end - work.segment.output_begin, split = piece % splits;
-        work.segment.tiles = {work.segment.output_begin + tiles * split / splits,
-                              work.segment.output_begin + tiles * (split + 1) / splits};
-        begin_output_tile(work.tile, work.segment);
-        attend(&work, 1, nullptr, wide);
+        Segment segment = outputs[piece / splits];
+        const int64_t tiles = segment.output_end - segment.output_begin, split = piece % splits;
+        segment.tiles = {segment.output_begin + tiles * split / splits,
+                         segment.output_begin + tiles * (split + 1) / splits};
+        begin_output_tile(work, segment, segment.kv_head);
+        attend(&work, segment, nullptr, wide);
         if (splits == 1) {
-          write(work.tile, work.segment);
+          write(work, segment);
         } else {
           set_aside(work.tile, slot(piece));
         }
@@ -142,19 +153,27 @@ class Decode {
     });
     if (splits == 1) return;
     parallel_for(std::min(threads, count), [&](int64_t thread) {
-      TileState tile = works_of(thread)[0].tile;
+      Work work = works_of(thread)[0];
       for (int64_t output; (output = next_output++) < count;) {
-        tile.rows = rows_of(outputs[output]);
-        clear(tile);
-        for (int64_t split = 0; split < splits; ++split) merge_into(tile, slot(output * splits + split));
-        write(tile, outputs[output]);
+        work.kv_head = outputs[output].kv_head;
+        work.tile.rows = rows_of(outputs[output]);
+        clear(work.tile);
+        for (int64_t split = 0; split < splits; ++split) merge_into(work.tile, slot(output * splits + split));
+        write(work, outputs[output]);
       }
     });
   }
 
  private:
-  // Computes where each sequence's LeanTiles begin.
-  void lay_out_sequences() {
+  // Computes where each sequence's LeanTiles begin. To the schedule, heads that go abreast are one: a
+  // LeanTile is some tokens of them all, and a thread reads their rows whole, which together are contiguous
+  // memory.
+  void lay_out_sequences(int64_t heads_abreast) {
+    heads_abreast_ = heads_abreast;
+    head_groups_ = ceil_div(p_.heads_per_sequence(), heads_abreast);
+    const int64_t tile_tokens = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v));
+    geometry_ = p_.geometry(rows_per_block_, std::max<int64_t>(tile_tokens / heads_abreast, kRunTokens));
+    geometry_.num_kv_heads = head_groups_;
     const int64_t sequences = p_.sequences();
     sequence_begin_.resize(sequences + 1);
     int64_t tiles = 0;
@@ -163,16 +182,16 @@ class Decode {
       tiles += geometry_.sequence_tiles(p_.length_of(i));
     }
     sequence_begin_[sequences] = tiles;
-    // More ranges than LeanTiles would only be empty ones.
-    grid_ = {p_.num_ctas > 0 ? std::min(p_.num_ctas, tiles) : choose_ctas(tiles), tiles};
+    grid_.total_tiles = tiles;
   }
 
-  int64_t choose_ctas(int64_t tiles) const {
-    const int64_t tile_bytes = geometry_.tile_tokens * token_bytes();
-    const int64_t threads = useful_ctas(tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes));
-    if (threads == 1 || max_abreast_ > 1) return threads;
-    return std::max(threads,
-                    useful_ctas(tiles, threads * kRangesPerThread, ceil_div(kMinBytesPerRange, tile_bytes)));
+  int64_t choose_ctas() const {
+    const int64_t tile_bytes = geometry_.tile_tokens * token_bytes() * heads_abreast_;
+    const int64_t threads =
+        useful_ctas(grid_.total_tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes));
+    if (threads == 1) return threads;
+    return std::max(threads, useful_ctas(grid_.total_tiles, threads * kRangesPerThread,
+                                         ceil_div(kMinBytesPerRange, tile_bytes)));
   }
 
   // Of one token of one head.
@@ -199,10 +218,10 @@ class Decode {
   // A thread has the memory of its Works, then that of its WideRows.
   int64_t thread_floats() const {
     const int64_t wide = widens_ ? round_up(WideRows::memory_floats(p_, routine_), kCacheLineFloats) : 0;
-    return max_abreast_ * work_floats() + wide;
+    return heads_abreast_ * work_floats() + wide;
   }
   float* wide_memory(int64_t thread) const {
-    return thread_memory_ + thread * thread_floats() + max_abreast_ * work_floats();
+    return thread_memory_ + thread * thread_floats() + heads_abreast_ * work_floats();
   }
 
   int64_t partial_floats() const {
@@ -213,18 +232,16 @@ class Decode {
     return {output, m, m + geometry_.rows_per_block};
   }
 
-  // What a CTA publishes lies here.
-  Partial slot(int64_t cta) const { return partial_at(workspace_ + cta * partial_floats()); }
+  // What a CTA publishes lies in heads_abreast_ slots from cta * heads_abreast_ on.
+  Partial slot(int64_t i) const { return partial_at(workspace_ + i * partial_floats()); }
 
   // The memory of a Work: a partial state set aside, then what its TileState points to.
   int64_t work_floats() const {
     return partial_floats() +
            geometry_.rows_per_block * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
-           3 * stats_floats() + kRunTokens * kMaxStripRows;
+           4 * stats_floats() + kRunTokens * (geometry_.rows_per_block + kMaxStripRows);
   }
-  int64_t stats_floats() const {
-    return round_up(geometry_.rows_per_block + kMaxStripRows, kCacheLineFloats);
-  }
+  int64_t stats_floats() const { return round_up(geometry_.rows_per_block + kMaxLanes, kCacheLineFloats); }
   TileState tile_state(float* memory) const {
     TileState t{};
     t.head_dim = static_cast<int>(p_.head_dim);
@@ -235,19 +252,20 @@ class Decode {
     t.q = memory;
     t.output = memory + geometry_.rows_per_block * kMaxQueryCopies * padded_head_dim_;
     t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
-    t.m = t.scores + kRunTokens * kMaxStripRows;
+    t.m = t.scores + kRunTokens * (geometry_.rows_per_block + kMaxStripRows);
     t.l = t.m + stats_floats();
-    // Routines read the padding rows' m and l, without using what comes of it.
-    std::fill_n(t.m, 2 * stats_floats(), 0.0f);
-    if (p_.alibi_slopes != nullptr) t.slopes = t.l + stats_floats();
+    t.run_max = t.l + stats_floats();
+    // Routines read the padding rows' numbers, without using what comes of it.
+    std::fill_n(t.m, 3 * stats_floats(), 0.0f);
+    if (p_.alibi_slopes != nullptr) t.slopes = t.run_max + stats_floats();
     return t;
   }
 
   std::array<Work, kMaxAbreast> works_of(int64_t thread) const {
     std::array<Work, kMaxAbreast> works{};
-    for (int64_t i = 0; i < max_abreast_; ++i) {
+    for (int64_t i = 0; i < heads_abreast_; ++i) {
       float* memory = thread_memory_ + thread * thread_floats() + i * work_floats();
-      works[i] = {{}, tile_state(memory + partial_floats()), partial_at(memory)};
+      works[i] = {0, tile_state(memory + partial_floats()), partial_at(memory)};
     }
     return works;
   }
@@ -270,38 +288,37 @@ class Decode {
                              sequence_begin_.begin() - 1;
     const auto length = [&](int64_t i) { return p_.length_of(i); };
     SegmentWalk walk(geometry_, range, sequence, sequence_begin_[sequence], length);
-    int64_t count = 0;
-    for (Segment segment; walk.next(segment, length);) {
-      segment = p_.in_batch(segment);
-      if (count == max_abreast_ || (count > 0 && !abreast(works[count - 1].segment, segment))) {
-        process(works, count, &segment, cta, wide);
-        count = 0;
-      }
-      works[count++].segment = segment;
+    const auto next = [&](Segment& segment) {
+      const bool more = walk.next(segment, length);
+      if (more) segment = p_.in_batch(segment);
+      return more;
+    };
+    Segment segment, then;
+    for (bool more = next(segment); more; segment = then) {
+      more = next(then);
+      process(works, segment, more ? &then : nullptr, cta, wide);
     }
-    process(works, count, nullptr, cta, wide);
   }
 
-  // Whole output tiles of neighbouring heads. A partial one is never among them, so that it is published
-  // before its thread waits for anything.
-  static bool abreast(const Segment& a, const Segment& b) {
-    const auto whole = [](const Segment& s) { return s.is_host() && !s.has_peers(); };
-    return whole(a) && whole(b) && a.sequence == b.sequence && a.row_block == b.row_block;
+  // Heads of a segment.
+  struct Heads {
+    int64_t first;
+    int64_t count;
+  };
+  Heads heads_of(const Segment& segment) const {
+    if (heads_abreast_ == 1) return {segment.kv_head, 1};
+    const int64_t first = segment.kv_head * p_.num_kv_heads / head_groups_;
+    return {first, (segment.kv_head + 1) * p_.num_kv_heads / head_groups_ - first};
   }
 
   // `then` is the segment that follows, if there is one.
-  void process(Work* works, int64_t count, const Segment* then, int64_t cta, WideRows& wide) {
-    for (int64_t i = 0; i < count; ++i) begin_output_tile(works[i].tile, works[i].segment);
-    attend(works, count, then, wide);
-    for (int64_t i = 0; i < count; ++i) {
-      const auto& [segment, tile, aside] = works[i];
-      if (!segment.is_host()) {
-        publish(tile, cta);
-      } else {
-        if (segment.has_peers()) merge_peers(tile, cta, grid_.cta_of(segment.output_end - 1));
-        write(tile, segment);
-      }
-    }
+  void process(Work* works, const Segment& segment, const Segment* then, int64_t cta, WideRows& wide) {
+    const Heads heads = heads_of(segment);
+    for (int64_t i = 0; i < heads.count; ++i) begin_output_tile(works[i], segment, heads.first + i);
+    attend(works, segment, then, wide);
+    if (!segment.is_host()) return publish(works, heads.count, cta);
+    if (segment.has_peers()) merge_peers(works, heads.count, cta, grid_.cta_of(segment.output_end - 1));
+    for (int64_t i = 0; i < heads.count; ++i) write(works[i], segment);
   }
 
   // Row `row` of an output tile is query token row / group of query head row % group.
@@ -309,9 +326,9 @@ class Decode {
     int64_t token;
     int64_t head;
   };
-  QueryRow query_row(const Segment& segment, int64_t row) const {
+  QueryRow query_row(const Segment& segment, int64_t kv_head, int64_t row) const {
     const int64_t packed = segment.row_block * geometry_.rows_per_block + row;
-    return {packed / geometry_.group, segment.kv_head * geometry_.group + packed % geometry_.group};
+    return {packed / geometry_.group, kv_head * geometry_.group + packed % geometry_.group};
   }
 
   SequenceLength length_of(const Segment& segment) const {
@@ -322,17 +339,19 @@ class Decode {
   }
 
   // The scale that all tokens of a sequence and head have in common.
-  static float common_scale(const Scales& scales, const Segment& segment) {
-    return scales.per_token() ? 1.0f : scales.at(segment.sequence, 0, 0, segment.kv_head);
+  static float common_scale(const Scales& scales, int64_t sequence, int64_t kv_head) {
+    return scales.per_token() ? 1.0f : scales.at(sequence, 0, 0, kv_head);
   }
 
-  void begin_output_tile(TileState& t, const Segment& segment) const {
+  void begin_output_tile(Work& work, const Segment& segment, int64_t kv_head) const {
+    work.kv_head = kv_head;
+    TileState& t = work.tile;
     t.rows = rows_of(segment);
-    t.scale =
-        p_.scale * common_scale(p_.k_scale, segment) * (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
+    t.scale = p_.scale * common_scale(p_.k_scale, segment.sequence, kv_head) *
+              (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
     const int64_t first_query = p_.first_query(segment.sequence);
     for (int row = 0; row < t.rows; ++row) {
-      const QueryRow query = query_row(segment, row);
+      const QueryRow query = query_row(segment, kv_head, row);
       const int64_t offset = segment.sequence * p_.q_batch_stride +
                              (first_query + query.token) * p_.q_token_stride + query.head * p_.q_head_stride;
       routine_.pack_query(t, row, static_cast<const char*>(p_.q) + offset * element_size(p_.dtype));
@@ -365,8 +384,8 @@ class Decode {
     }
   }
 
-  void attend(const Work* works, int64_t count, const Segment* then, WideRows& wide) const {
-    const Segment& segment = works[0].segment;
+  void attend(const Work* works, const Segment& segment, const Segment* then, WideRows& wide) const {
+    const auto [first_head, count] = heads_of(segment);
     const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
     for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
@@ -376,40 +395,51 @@ class Decode {
         clear(works[i].tile);
       }
       const int64_t end = std::min(begin + kChunkTokens, tokens.end);
-      Stretch upcoming{segment.sequence, segment.kv_head, count, {end, tokens.end}};
+      Stretch upcoming{segment.sequence, first_head, count, {end, tokens.end}};
       if (end == tokens.end && then != nullptr) {
-        upcoming = {then->sequence, then->kv_head, 1, then->tokens(geometry_.tile_tokens)};
+        const Heads heads = heads_of(*then);
+        upcoming = {then->sequence, heads.first, heads.count, then->tokens(geometry_.tile_tokens)};
       }
-      attend_chunk(works, count, {begin, end}, upcoming, wide);
+      attend_chunk(works, segment, {segment.sequence, first_head, count, {begin, end}}, upcoming, wide);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(works[i].tile, works[i].aside);
     }
   }
 
   // `upcoming` is what the thread reads after the chunk, so that its beginning is prefetched too; maybe
   // nothing.
-  void attend_chunk(const Work* works, int64_t count, TokenSpan tokens, const Stretch& upcoming,
+  void attend_chunk(const Work* works, const Segment& segment, const Stretch& chunk, const Stretch& upcoming,
                     WideRows& wide) const {
-    const Segment& segment = works[0].segment;
     const int rows = works[0].tile.rows;
     const SequenceLength length = length_of(segment);
-    const int64_t first_query = query_row(segment, 0).token, last_query = query_row(segment, rows - 1).token;
+    const int64_t first_query = query_row(segment, 0, 0).token,
+                  last_query = query_row(segment, 0, rows - 1).token;
     // Tokens that all rows see; runs inside need no mask.
     TokenSpan common = {visible_tokens(p_.visibility, length, last_query, last_query).begin,
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
-    RunQueue runs(cache_rows_, {segment.sequence, segment.kv_head, count, tokens}, upcoming);
+    RunQueue runs(cache_rows_, run_tokens_, !widens_, chunk, upcoming);
     RowView views[kMaxRows];
-    for (int64_t begin = tokens.begin; begin < tokens.end; begin += cache_rows_.run_tokens()) {
-      const int64_t end = std::min(begin + cache_rows_.run_tokens(), tokens.end);
+    for (int64_t begin = chunk.tokens.begin; begin < chunk.tokens.end; begin += run_tokens_) {
+      const int64_t end = std::min(begin + run_tokens_, chunk.tokens.end);
       const bool viewed = begin < common.begin || end > common.end || p_.alibi_slopes != nullptr;
       if (viewed) fill_views(views, rows, segment, length, begin);
       runs.advance();
-      for (int64_t i = 0; i < count; ++i) {
-        const Run &run = runs.run(i), *next = runs.after(i);
+      for (int64_t i = 0; i < chunk.heads; ++i) {
+        const RowsAhead ahead = runs.during_keys(i);
+        const void* const next_q = chunk.heads == 1 ? nullptr : works[(i + 1) % chunk.heads].tile.q;
         if (widens_) {
-          routine_.attend(works[i].tile, wide.widen(run, next), viewed ? views : nullptr, nullptr);
+          routine_.score(works[i].tile, wide.keys(runs.keys_of(i), ahead), viewed ? views : nullptr, {},
+                         next_q);
         } else {
-          routine_.attend(works[i].tile, run, viewed ? views : nullptr, next);
+          routine_.score(works[i].tile, runs.keys_of(i), viewed ? views : nullptr, ahead, next_q);
+        }
+      }
+      for (int64_t i = 0; i < chunk.heads; ++i) {
+        const RowsAhead ahead = runs.during_values(i);
+        if (widens_) {
+          routine_.accumulate(works[i].tile, wide.values(runs.values_of(i), ahead), {});
+        } else {
+          routine_.accumulate(works[i].tile, runs.values_of(i), ahead);
         }
       }
     }
@@ -418,7 +448,7 @@ class Decode {
   void fill_views(RowView* views, int rows, const Segment& segment, SequenceLength length,
                   int64_t begin) const {
     for (int row = 0; row < rows; ++row) {
-      const int64_t query = query_row(segment, row).token;
+      const int64_t query = query_row(segment, 0, row).token;
       const TokenSpan seen = visible_tokens(p_.visibility, length, query, query);
       const int64_t offset = length.tokens - length.q_len;
       views[row] = {static_cast<float>(std::clamp<int64_t>(seen.begin - begin, 0, kRunTokens)),
@@ -434,25 +464,26 @@ class Decode {
     }
   }
 
-  void publish(const TileState& t, int64_t cta) {
-    set_aside(t, slot(cta));
+  void publish(const Work* works, int64_t heads, int64_t cta) {
+    for (int64_t i = 0; i < heads; ++i) set_aside(works[i].tile, slot(cta * heads_abreast_ + i));
     published_[cta].store(1, std::memory_order_release);
     published_[cta].notify_all();
   }
 
   // In ascending order of the peers' ranges, so that results do not depend on who was faster.
-  void merge_peers(const TileState& t, int64_t host, int64_t last_peer) {
+  void merge_peers(const Work* works, int64_t heads, int64_t host, int64_t last_peer) {
     for (int64_t peer = host + 1; peer <= last_peer; ++peer) {
       published_[peer].wait(0, std::memory_order_acquire);  // sleeps if it takes long
-      merge_into(t, slot(peer));
+      for (int64_t i = 0; i < heads; ++i) merge_into(works[i].tile, slot(peer * heads_abreast_ + i));
     }
   }
 
-  void write(const TileState& t, const Segment& segment) const {
+  void write(const Work& work, const Segment& segment) const {
+    const TileState& t = work.tile;
     const int64_t first_query = p_.first_query(segment.sequence);
-    const float value_scale = common_scale(p_.v_scale, segment);
+    const float value_scale = common_scale(p_.v_scale, segment.sequence, work.kv_head);
     for (int row = 0; row < t.rows; ++row) {
-      const QueryRow query = query_row(segment, row);
+      const QueryRow query = query_row(segment, work.kv_head, row);
       const int64_t token = first_query + query.token;
       Merged merged{{t.m[row], t.l[row]}, 1.0f, 0.0f};
       if (p_.sinks != nullptr) merged = merge(merged.state, from_log_sum_exp(p_.sinks[query.head]));
@@ -476,9 +507,12 @@ class Decode {
   const CacheRows cache_rows_;
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
+  int64_t rows_per_block_;
+  int64_t heads_abreast_;
+  int run_tokens_;
+  int64_t head_groups_;  // of a sequence: heads that go abreast, to the schedule one KV head
   Geometry geometry_;
-  int64_t max_abreast_ = 1;
-  Grid grid_;
+  Grid grid_{};
   std::vector<int64_t> sequence_begin_;
   float* workspace_ = nullptr;      // the slots
   float* thread_memory_ = nullptr;  // then the threads' Works
@@ -489,11 +523,11 @@ class Decode {
 }  // namespace
 
 void decode(const DecodeParams& params) {
-  Decode(params).run();
+  Decode(params, kMaxAbreast).run();
 }
 
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
-  Decode(params).run_fixed_split(splits);
+  Decode(params, 1).run_fixed_split(splits);
 }
 
 }  // namespace lean::cpu

@@ -24,6 +24,9 @@ inline constexpr int kMaxRows = 64;
 // Rows are processed in strips of up to this many, whose accumulators stay in registers.
 inline constexpr int kMaxStripRows = 8;
 
+// Floats of the longest vector.
+inline constexpr int kMaxLanes = 16;
+
 // How many copies of each column packed query rows hold at most, in floats: two where loading both halves of
 // a vector is faster than a broadcast of one.
 inline constexpr int kMaxQueryCopies = 2;
@@ -37,6 +40,15 @@ struct Run {
   // What the tokens' rows are multiplied by; null: by 1. Finite from `tokens` on.
   const float* k_scales;  // [kRunTokens]
   const float* v_scales;  // [kRunTokens]
+};
+
+// Rows that may be prefetched while others are multiplied: as many bytes as these, from byte `begin` on of
+// `count` rows of `bytes` each, which may be those of neighbouring heads as one. None if count is 0.
+struct RowsAhead {
+  const void* const* rows = nullptr;
+  int count = 0;
+  int bytes = 0;
+  int begin = 0;
 };
 
 // What a row sees of the current run. Places are relative to its first token.
@@ -62,13 +74,16 @@ struct TileState {
   int head_dim_v;
   float scale;    // of the dot products, to units of log2; with a softcap, to units of the softcap
   float softcap;  // in units of log2; 0: none
-  float* slopes;  // [rows + kMaxStripRows], of ALiBi, in units of log2; null: none
+  float* slopes;  // [rows + kMaxLanes], of ALiBi, in units of log2; null: none
   const WideningTable* table;  // of quantised rows that are taken as they are
   void* q;                     // packed query rows, in the routine's own form
-  float* m;  // [rows + kMaxStripRows], the partial state's m and l of each row; the rest is padding
+  // [rows + kMaxLanes], the partial state's m and l of each row, and the maximum of the current run's scores;
+  // the rest is padding.
+  float* m;
   float* l;
+  float* run_max;
   float* output;  // [rows, output_stride]: unnormalised O, columns in the routine's own order
-  float* scores;  // scratch of kRunTokens * kMaxStripRows floats
+  float* scores;  // [rows + kMaxStripRows, kRunTokens], in the routine's own order: of the current run
   int64_t output_stride;
 };
 
@@ -80,16 +95,19 @@ struct TileRoutine {
   int chunk_columns;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
-  // Attends all rows to a run. `views` (one per row) may be null if every row sees every token of the
-  // run and there are no slopes. `next`, if not null, is the run that follows: it may be prefetched.
-  void (*attend)(const TileState& state, const Run& run, const RowView* views, const Run* next);
+  // Attends all rows to a run in two steps: `score` multiplies them with K, `accumulate` adds what the
+  // weights make of V. `views` (one per row) may be null if every row sees every token of the run and there
+  // are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored next.
+  void (*score)(const TileState& state, const Run& run, const RowView* views, const RowsAhead& ahead,
+                const void* next_q);
+  void (*accumulate)(const TileState& state, const Run& run, const RowsAhead& ahead);
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);
-  // Null if `attend` takes rows of a quantised cache as they are, with TileState's table. Otherwise converts
+  // Null if rows of a quantised cache are taken as they are, with TileState's table. Otherwise converts
   // `count` of them to row_dtype, unscaled, one after another. `table` is widening_table of the two. As many
-  // rows of `next`, if not null, are prefetched.
+  // rows of `ahead` are prefetched.
   void (*widen)(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
-                void* to, const void* const* next);
+                void* to, const RowsAhead& ahead);
   // Adds up products of registers, `rounds` times a constant, and returns how many: nothing that attends rows
   // is faster.
   int64_t (*multiply)(int64_t rounds);

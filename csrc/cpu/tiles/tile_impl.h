@@ -8,6 +8,8 @@
 // reduce to whole vectors, softmax works on whole vectors, and the weights of a token are adjacent for the
 // weighted sum.
 
+#include "cpu/tiles/ahead.h"
+
 // How rows of dtype T are multiplied: converted to fp32.
 template <class T>
 struct Fp32Format {
@@ -101,83 +103,6 @@ constexpr int power_of_two_from(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;
 }
 
-// Asks the second-level cache for these bytes. It has more reads in flight than the first level, whose few
-// would bound the bandwidth of a core. (Always inline: a function that only prefetches is taken for one
-// without effect and its calls are dropped.)
-__attribute__((always_inline)) inline void prefetch(const void* from, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
-}
-
-// A run's rows, asked for in the order of their addresses, which memory reads faster than any other, while
-// another run's are multiplied. (Where rows are neither adjacent nor whole lines, some lines are left to the
-// hardware.)
-template <bool paced>
-class Ahead {
- public:
-  // From byte `begin` of the rows on.
-  Ahead(const void* const* rows, int row_bytes, int begin = 0)
-      : rows_at_once_((kLine + row_bytes - 1) / row_bytes), bytes_at_once_(rows_at_once_ * row_bytes) {
-    const int row = std::min(begin / row_bytes, kRunTokens - 1);
-    const char* const first = static_cast<const char*>(rows[row]);
-    at_ = line_of(first + begin % row_bytes);
-    end_ = first + bytes_at_once_;
-    last_ = rows + kRunTokens - 1;
-    next_ = rows + std::min(row + rows_at_once_, kRunTokens - 1);
-  }
-
-  // In step `step` of many that each take `bytes` of other rows, the last of these at `taken`, and at place
-  // `i` of `count` in it, asks for as much. Spread over the step where there are registers for it: a burst
-  // finds fewer places free among the core's reads in flight.
-  template <int bytes>
-  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const void* taken) {
-    if constexpr (bytes >= kLine) {
-      constexpr int kLines = bytes / kLine;
-      const int parts = Simd::kLanes >= 16 ? count : 1;
-      if (i >= parts) return;
-#pragma GCC unroll 16
-      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) ask(taken);
-    } else {
-      if (i == 0 && step % (kLine / bytes) == 0) ask(taken);
-    }
-  }
-
- private:
-  static constexpr int kLine = 64;
-
-  __attribute__((always_inline)) void ask(const void* taken) {
-    if constexpr (paced) at_ = when_arrived(taken, at_);
-    prefetch(at_, kLine);
-    at_ += kLine;
-    if (at_ < end_) return;
-    const char* const row = static_cast<const char*>(*next_);
-    next_ = std::min(next_ + rows_at_once_, last_);
-    if (line_of(row) != at_ - kLine) at_ = line_of(row);  // else the row begins in the line just asked for
-    end_ = row + bytes_at_once_;
-  }
-
-  // `address`, once `taken` has arrived: a word of it, less itself, is added. A core that asks as fast as it
-  // can has more lines waiting than it can have in flight, and takes them out of order then, so that no
-  // hardware prefetcher follows.
-  __attribute__((always_inline)) static const char* when_arrived(const void* taken, const char* address) {
-    uint32_t word, same;
-    memcpy(&word, taken, sizeof word);
-    same = word;
-    asm("" : "+r"(same));  // the compiler is not to know that they are equal
-    return address + (word - same);
-  }
-
-  static const char* line_of(const char* address) {
-    return address - reinterpret_cast<uintptr_t>(address) % kLine;
-  }
-
-  const char* at_;
-  const char* end_;
-  const void* const* next_;
-  const void* const* last_;
-  const int rows_at_once_;  // 1, but where rows are shorter than a line
-  const int bytes_at_once_;
-};
-
 template <class T, class Format, int rows>
 struct Strip {
   using S = Simd;
@@ -190,12 +115,14 @@ struct Strip {
   // Whether a strip has so few products to a row of K or V that memory is far from keeping up. Then what
   // counts is to read in the order of addresses.
   static constexpr bool kFewRows = rows * (Format::kConverts ? 4 : 2) <= S::kStripRows;
+  // Whether prefetches wait for what is being multiplied.
+  static constexpr bool kPaced = kFewRows || !Format::kConverts;
 
   // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
   // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
   // holds the strip's packed rows.
   static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
-                        const void* const* k_rows, Ahead<kFewRows>& ahead, F (&dots)[2]) {
+                        const void* const* k_rows, Ahead<kPaced>& ahead, F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     F sums[2][S::kLanes / 2];
@@ -238,9 +165,16 @@ struct Strip {
     dots[1] = S::interleave_halves<kPeriod>(S::sum_halves(sums[1]));
   }
 
-  // Fills t.scores for `tokens` (rounded up) tokens and returns the maximum per row in its lanes.
-  static F scores(const TileState& t, int first_row, const Run& run, const Run& next, int tokens,
-                  const RowView* views) {
+  static int padded_tokens(const Run& run) {
+    return (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
+  }
+
+  // Writes the scores of the run's tokens, and of some after them, and their maximum per row. Not inlined,
+  // nor is accumulate: next to other strips' loops these would lose their registers.
+  __attribute__((noinline)) static void score(const TileState& t, int first_row, float* scores,
+                                              const Run& run, const RowView* views,
+                                              const RowsAhead& rows_ahead) {
+    const int tokens = padded_tokens(run);
     const F scale = S::set1(t.scale), softcap = S::set1(t.softcap);
     const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
     const float* const k_scales = run.k_scales;
@@ -250,8 +184,7 @@ struct Strip {
     const Format format(t);
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
-    float* const out = t.scores;
-    Ahead<kFewRows> ahead(next.k_rows, head_dim * sizeof(T));
+    Ahead<kPaced> ahead(rows_ahead, 0);
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F s[2];
@@ -269,11 +202,12 @@ struct Strip {
           s[i] = S::where_between(lanes.index, lanes.begin, lanes.end, s[i], S::set1(kMinusInfinity));
           lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
         }
-        S::store(out + (token + i * kBlockTokens) * kPeriod, s[i]);
+        S::store(scores + (token + i * kBlockTokens) * kPeriod, s[i]);
         m = S::max(s[i], m);  // m where s is NaN
       }
     }
-    return views != nullptr && hide(t, views + first_row, tokens) ? maximum(t, tokens) : m;
+    if (views != nullptr && hide(scores, views + first_row, tokens)) m = maximum(scores, tokens);
+    S::store(t.run_max + first_row, S::fold<kPeriod, S::max>(m));
   }
 
   // The rows' views, each in its lanes; `index` is the lanes' token.
@@ -294,22 +228,22 @@ struct Strip {
     return {S::load(lanes[0]), S::load(lanes[1]), S::load(lanes[2]), S::load(lanes[3]), S::load(lanes[4])};
   }
 
-  // Takes hidden tokens out of t.scores; false if there are none.
-  static bool hide(const TileState& t, const RowView* views, int tokens) {
+  // Takes hidden tokens out of the scores; false if there are none.
+  static bool hide(float* scores, const RowView* views, int tokens) {
     uint64_t any = 0;
     for (int r = 0; r < rows; ++r) any |= views[r].hidden;
     if (any == 0) return false;
     for (int token = 0; token < tokens; ++token) {
       for (int r = 0; r < rows; ++r) {
-        if (views[r].hidden >> token & 1) t.scores[token * kPeriod + r] = kMinusInfinity;
+        if (views[r].hidden >> token & 1) scores[token * kPeriod + r] = kMinusInfinity;
       }
     }
     return true;
   }
 
-  static F maximum(const TileState& t, int tokens) {
+  static F maximum(const float* scores, int tokens) {
     F m = S::set1(kMinusInfinity);
-    for (int i = 0; i < tokens * kPeriod; i += S::kLanes) m = S::max(S::load(t.scores + i), m);
+    for (int i = 0; i < tokens * kPeriod; i += S::kLanes) m = S::max(S::load(scores + i), m);
     return m;
   }
 
@@ -317,11 +251,11 @@ struct Strip {
   // inlined: what the caller keeps in registers would push the sums out of them.
   template <int chunks, bool tail>
   __attribute__((noinline)) static void add_values(const TileState& t, int first_row, const Run& run,
-                                                   const Run& next, int tokens,
+                                                   const RowsAhead& rows_ahead, int tokens,
                                                    const typename Format::Weight* weights,
                                                    const float* correction, int column) {
     const Format format(t);
-    Ahead<kFewRows> ahead(next.v_rows, t.head_dim_v * sizeof(T), column * sizeof(T) * tokens);
+    Ahead<kPaced> ahead(rows_ahead, column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
@@ -370,13 +304,12 @@ struct Strip {
     }
   }
 
-  static void attend(const TileState& t, int first_row, const Run& run, const Run& next,
-                     const RowView* views) {
-    const int tokens = (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
-
+  // Makes weights of the scores, and adds the weighted sum of V to the output.
+  __attribute__((noinline)) static void accumulate(const TileState& t, int first_row, float* scores,
+                                                   const Run& run, const RowsAhead& ahead) {
+    const int tokens = padded_tokens(run);
     const F m_old = S::replicate<kPeriod>(t.m + first_row);
-    const F m_run = scores(t, first_row, run, next, tokens, views);
-    const F m_new = S::max(m_old, S::fold<kPeriod, S::max>(m_run));
+    const F m_new = S::max(m_old, S::replicate<kPeriod>(t.run_max + first_row));
     // Rows that have seen nothing but -inf subtract 0, so that their weights are 0 and not NaN.
     const F m_safe = S::zero_where_minus_infinity(m_new);
     const F correction = exp2(S::sub(m_old, m_safe));
@@ -385,12 +318,12 @@ struct Strip {
     // contexts.
     F l_run = S::zero();
     for (int i = 0; i < tokens * kPeriod; i += S::kLanes) {
-      const F p = exp2(S::sub(S::load(t.scores + i), m_safe));
+      const F p = exp2(S::sub(S::load(scores + i), m_safe));
       l_run = S::add(l_run, p);
       if (run.v_scales == nullptr) {
-        S::store(t.scores + i, p);
+        S::store(scores + i, p);
       } else {
-        S::store(t.scores + i, S::mul(p, S::spread<kPeriod>(run.v_scales + i / kPeriod)));
+        S::store(scores + i, S::mul(p, S::spread<kPeriod>(run.v_scales + i / kPeriod)));
       }
     }
     l_run = S::fold<kPeriod, S::add>(l_run);
@@ -408,17 +341,17 @@ struct Strip {
 
     // Few rows leave registers for more columns at once, which hides the latency of the additions.
     constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
-    const auto* weights = Format::template pack_weights<kPeriod>(t.scores, tokens);
+    const auto* weights = Format::template pack_weights<kPeriod>(scores, tokens);
     const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
     int column = 0;
     for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
-      add_values<kChunks, false>(t, first_row, run, next, tokens, weights, correction_of, column);
+      add_values<kChunks, false>(t, first_row, run, ahead, tokens, weights, correction_of, column);
     }
     for (; column < whole; column += Format::kColumns) {
-      add_values<1, false>(t, first_row, run, next, tokens, weights, correction_of, column);
+      add_values<1, false>(t, first_row, run, ahead, tokens, weights, correction_of, column);
     }
     if (column < t.head_dim_v) {
-      add_values<1, true>(t, first_row, run, next, tokens, weights, correction_of, column);
+      add_values<1, true>(t, first_row, run, ahead, tokens, weights, correction_of, column);
     }
   }
 
@@ -433,7 +366,7 @@ struct Strip {
 template <class T, class Format = Fp32Format<T>>
 struct Tile {
   using S = Simd;
-  static int64_t padded(int64_t columns) { return Strip<T, Format, 1>::padded(columns); }
+  static int64_t query_stride(int64_t head_dim) { return Strip<T, Format, 1>::query_stride(head_dim); }
 
   // The strip of a row: its first row and how many it has. Rows are spread evenly.
   struct StripRows {
@@ -450,8 +383,7 @@ struct Tile {
   // The rows of a strip are interleaved chunk by chunk, in the order in which they are read.
   static void pack_query(const TileState& t, int row, const void* q) {
     const StripRows strip = strip_of(t.rows, row);
-    auto* packed = static_cast<typename Format::Query*>(t.q) +
-                   strip.first * Strip<T, Format, 1>::query_stride(t.head_dim) +
+    auto* packed = static_cast<typename Format::Query*>(t.q) + strip.first * query_stride(t.head_dim) +
                    (row - strip.first) * S::kQueryCopies * Format::kDotColumns;
     const auto* from = static_cast<const typename Format::Tensor*>(q);
     for (int column = 0; column < t.head_dim; column += Format::kDotColumns) {
@@ -459,21 +391,45 @@ struct Tile {
     }
   }
 
-  template <int rows>
-  static void attend_strip(const TileState& t, int first_row, int strip_rows, const Run& run, const Run& next,
-                           const RowView* views) {
-    if (strip_rows == rows) return Strip<T, Format, rows>::attend(t, first_row, run, next, views);
-    if constexpr (rows > 1) attend_strip<rows - 1>(t, first_row, strip_rows, run, next, views);
+  // Calls `take` with the Strip of `count` rows.
+  template <int rows = S::kStripRows, class Take>
+  __attribute__((always_inline)) static void with_strip(int count, const Take& take) {
+    if (count == rows) return take(Strip<T, Format, rows>{});
+    if constexpr (rows > 1) with_strip<rows - 1>(count, take);
   }
 
-  static void attend(const TileState& t, const Run& run, const RowView* views, const Run* next) {
-    for (int row = 0; row < t.rows;) {
-      const StripRows strip = strip_of(t.rows, row);
-      // One strip's prefetches serve them all.
-      const Run& ahead = row == 0 && next != nullptr ? *next : run;
-      attend_strip<S::kStripRows>(t, row, strip.count, run, ahead, views);
-      row += strip.count;
+  // Calls `take` with each strip, its first row, its scores and what to prefetch meanwhile: one strip's
+  // prefetches serve them all. `rows` are those of the run.
+  template <class Take>
+  __attribute__((always_inline)) static void for_each_strip(const TileState& t, const void* const* rows,
+                                                            int row_bytes, const RowsAhead& ahead,
+                                                            const Take& take) {
+    float* scores = t.scores;
+    for (int row = 0; row < t.rows; scores += S::kStripRows * kRunTokens) {
+      const int count = strip_of(t.rows, row).count;
+      const bool asks = row == 0 && ahead.count > 0;
+      with_strip(count, [&](auto strip) {
+        take(strip, row, scores, asks ? ahead : RowsAhead{rows, kRunTokens, row_bytes});
+      });
+      row += count;
     }
+  }
+  static void score(const TileState& t, const Run& run, const RowView* views, const RowsAhead& ahead,
+                    const void* next_q) {
+    // Otherwise its lines would wait for places among the many that are on their way from memory.
+    if (next_q != nullptr) {
+      prefetch<1>(next_q, t.rows * query_stride(t.head_dim) * sizeof(typename Format::Query));
+    }
+    for_each_strip(t, run.k_rows, t.head_dim * sizeof(T), ahead,
+                   [&](auto strip, int row, float* scores, const RowsAhead& rows_ahead) {
+                     strip.score(t, row, scores, run, views, rows_ahead);
+                   });
+  }
+  static void accumulate(const TileState& t, const Run& run, const RowsAhead& ahead) {
+    for_each_strip(t, run.v_rows, t.head_dim_v * sizeof(T), ahead,
+                   [&](auto strip, int row, float* scores, const RowsAhead& rows_ahead) {
+                     strip.accumulate(t, row, scores, run, rows_ahead);
+                   });
   }
 
   static void write_output(const TileState& t, int row, float row_factor, void* out) {
@@ -489,10 +445,10 @@ struct Tile {
   }
 
   static void widen(DType from, const WideningTable& table, const void* const* rows, int count, int columns,
-                    void* to, const void* const* next) {
+                    void* to, const RowsAhead& ahead) {
     const Simd::Widener<T> widener(from, table);
     for (int i = 0; i < count; ++i) {
-      if (next != nullptr) prefetch(next[i], columns);
+      if (i < ahead.count) prefetch(ahead.rows[i], ahead.bytes);
       widener(static_cast<const uint8_t*>(rows[i]), columns, static_cast<T*>(to) + i * columns);
     }
   }
@@ -529,7 +485,7 @@ struct Tile {
   }
   // For rows that need no conversion.
   static constexpr TileRoutine routine_as_is(const char* instruction_set) {
-    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query,
-            attend,          write_output,      nullptr,          multiply};
+    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query, score,
+            accumulate,      write_output,      nullptr,          multiply};
   }
 };

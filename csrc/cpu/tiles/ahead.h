@@ -1,0 +1,82 @@
+// Prefetches: what is read next, asked for while other rows are multiplied. Included by tile_impl.h, once per
+// instruction set.
+
+// Asks a cache for these bytes. For what lies in memory that is the second level, which has more reads in
+// flight than the first, whose few would bound the bandwidth of a core. (Always inline: a function that only
+// prefetches is taken for one without effect and its calls are dropped.)
+template <int level = 2>
+__attribute__((always_inline)) inline void prefetch(const void* from, int bytes) {
+  for (int i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 4 - level);
+  }
+}
+
+// RowsAhead, asked for in the order of their addresses, which memory reads faster than any other. (Where rows
+// are neither adjacent nor whole lines, some lines are left to the hardware.)
+template <bool paced>
+class Ahead {
+ public:
+  // From `skip` bytes further on.
+  explicit Ahead(const RowsAhead& a, int skip)
+      : rows_at_once_(a.bytes >= kLine ? 1 : (kLine + a.bytes - 1) / a.bytes),
+        bytes_at_once_(rows_at_once_ * a.bytes) {
+    const int begin = a.begin + skip, row = std::min(begin / a.bytes, a.count - 1);
+    const char* const first = static_cast<const char*>(a.rows[row]);
+    at_ = line_of(first + begin % a.bytes);
+    end_ = first + bytes_at_once_;
+    last_ = a.rows + a.count - 1;
+    next_ = a.rows + std::min(row + rows_at_once_, a.count - 1);
+  }
+
+  // In step `step` of many that each take `bytes` of other rows, the last of these at `taken`, and at place
+  // `i` of `count` in it, asks for as much. Spread over the step where there are registers for it: a burst
+  // finds fewer places free among the core's reads in flight.
+  template <int bytes>
+  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const void* taken) {
+    if constexpr (bytes >= kLine) {
+      constexpr int kLines = bytes / kLine;
+      const int parts = Simd::kLanes >= 16 ? count : 1;
+      if (i >= parts) return;
+#pragma GCC unroll 16
+      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) ask(taken);
+    } else {
+      if (i == 0 && step % (kLine / bytes) == 0) ask(taken);
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+
+  __attribute__((always_inline)) void ask(const void* taken) {
+    if constexpr (paced) at_ = when_arrived(taken, at_);
+    prefetch(at_, kLine);
+    at_ += kLine;
+    if (at_ < end_) return;
+    const char* const row = static_cast<const char*>(*next_);
+    next_ = std::min(next_ + rows_at_once_, last_);
+    if (line_of(row) != at_ - kLine) at_ = line_of(row);  // else the row begins in the line just asked for
+    end_ = row + bytes_at_once_;
+  }
+
+  // `address`, once `taken` has arrived: a word of it, less itself, is added. A core that asks as fast as it
+  // can has more lines waiting than it can have in flight, and takes them out of order then, so that no
+  // hardware prefetcher follows.
+  __attribute__((always_inline)) static const char* when_arrived(const void* taken, const char* address) {
+    uint32_t word, same;
+    memcpy(&word, taken, sizeof word);
+    same = word;
+    asm("" : "+r"(same));  // the compiler is not to know that they are equal
+    return address + (word - same);
+  }
+
+  static const char* line_of(const char* address) {
+    return address - reinterpret_cast<uintptr_t>(address) % kLine;
+  }
+
+  const char* at_;
+  const char* end_;
+  const void* const* next_;
+  const void* const* last_;
+  const int rows_at_once_;  // 1, but where rows are shorter than a line
+  const int bytes_at_once_;
+};
