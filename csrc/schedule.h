@@ -74,7 +74,7 @@ LEAN_HOST_DEVICE constexpr TokenSpan visible_tokens(const Visibility& v, Sequenc
 // KV head of one sequence is an output tile. Where every KV head has a length of its own, each counts as a
 // sequence of one head.
 struct Geometry {
-  int64_t num_kv_heads;    // of a sequence
+  int64_t num_kv_heads;    // of a sequence; or groups of them whose LeanTiles are taken together
   int64_t group;           // query heads per KV head
   int64_t rows_per_block;  // rows that share one pass over K and V
   int64_t tile_tokens;     // tokens of a LeanTile

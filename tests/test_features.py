@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 
 import lean_attention
@@ -20,4 +21,30 @@ def test_pairs(case: FeatureCase, instruction_set: str) -> None:
 @given(case=any_case())
 def test_any_combination(case: FeatureCase) -> None:
     arguments = make_arguments(case)
+    assert_same(str(case), arguments, *lean_attention.decode(**arguments))
+
+
+@pytest.mark.parametrize("num_ctas", [0, 3])
+@pytest.mark.parametrize("quantised", [None, torch.int8])
+@pytest.mark.parametrize("cache", ["tokens_first", "slots", "pool", "paged", "paged_heads_first"])
+@pytest.mark.parametrize("kv_heads", [3, 10])
+def test_heads_abreast(
+    kv_heads: int, cache: str, quantised: torch.dtype | None, num_ctas: int, two_threads: None
+) -> None:
+    """Contexts so long that a CPU takes several heads through them together, in ranges that are merged."""
+    case = FeatureCase(
+        torch.float32,
+        quantised,
+        "row" if quantised else "",
+        cache,
+        alibi="heads",
+        softcap=5.0,
+        sinks=True,
+        leftpad=True,
+        group=2,
+        dims=(40, 24),
+        lens=(8500, 70, 0),
+        num_ctas=num_ctas,
+    )
+    arguments = make_arguments(case, kv_heads)
     assert_same(str(case), arguments, *lean_attention.decode(**arguments))

@@ -71,6 +71,11 @@ constexpr int64_t kMaxBytesPlace = 192 * 1024;
 // LeanTiles per thread below which fewer heads go abreast.
 constexpr int64_t kMinTilesPerThread = 2;
 
+// In the time in which a host block merges a byte of its peers' partial states, a thread reads this many
+// bytes of the caches, with allowance: where memory is as fast as the second cache level, merging shows
+// sooner.
+constexpr int64_t kMergingCost = 64;
+
 // A partial state set aside: O of every row, then m and l of every row.
 struct Partial {
   float* output;
@@ -107,13 +112,10 @@ class Decode {
     max_abreast = std::min({max_abreast, kMaxAbreast, p_.heads_per_sequence(),
                             kMaxBytesAbreast / (kShortRunTokens * token_bytes())});
     lay_out_sequences(std::max<int64_t>(max_abreast, 1));
-    while (heads_abreast_ > 1 && grid_.total_tiles < kMinTilesPerThread * num_threads()) {
-      lay_out_sequences(heads_abreast_ / 2);
-    }
+    while (heads_abreast_ > 1 && !worth_it_abreast()) lay_out_sequences(heads_abreast_ / 2);
     const bool wide_place =
         heads_abreast_ > 1 && heads_abreast_ * kRunTokens * token_bytes() > kMaxBytesPlace;
     run_tokens_ = widens_ || wide_place ? kShortRunTokens : kRunTokens;
-    grid_.num_ctas = p_.num_ctas > 0 ? std::min(p_.num_ctas, grid_.total_tiles) : choose_ctas();
     write_padding();
   }
 
@@ -171,8 +173,8 @@ class Decode {
   void lay_out_sequences(int64_t heads_abreast) {
     heads_abreast_ = heads_abreast;
     head_groups_ = ceil_div(p_.heads_per_sequence(), heads_abreast);
-    const int64_t tile_tokens = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v));
-    geometry_ = p_.geometry(rows_per_block_, std::max<int64_t>(tile_tokens / heads_abreast, kRunTokens));
+    const int64_t tile_runs = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v)) / kRunTokens;
+    geometry_ = p_.geometry(rows_per_block_, std::max<int64_t>(tile_runs / heads_abreast, 1) * kRunTokens);
     geometry_.num_kv_heads = head_groups_;
     const int64_t sequences = p_.sequences();
     sequence_begin_.resize(sequences + 1);
@@ -183,16 +185,32 @@ class Decode {
     }
     sequence_begin_[sequences] = tiles;
     grid_.total_tiles = tiles;
+    grid_.num_ctas = p_.num_ctas > 0 ? std::min(p_.num_ctas, tiles) : choose_ctas();
+  }
+
+  // Whether there are LeanTiles for all threads, and the partial states of heads abreast, which one host
+  // block merges, are few beside what each thread reads.
+  bool worth_it_abreast() const {
+    const int64_t threads = num_threads();
+    if (grid_.total_tiles < kMinTilesPerThread * threads) return false;
+    int64_t longest = 0;
+    for (int64_t i = 0; i < p_.sequences(); ++i) {
+      longest = std::max(longest, (sequence_begin_[i + 1] - sequence_begin_[i]) / head_groups_);
+    }
+    const int64_t peers = ceil_div(longest * grid_.num_ctas, grid_.total_tiles) - 1;
+    const int64_t merged_bytes = peers * heads_abreast_ * partial_floats() * sizeof(float);
+    return kMergingCost * merged_bytes <= grid_.total_tiles * tile_bytes() / threads;
   }
 
   int64_t choose_ctas() const {
-    const int64_t tile_bytes = geometry_.tile_tokens * token_bytes() * heads_abreast_;
     const int64_t threads =
-        useful_ctas(grid_.total_tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes));
+        useful_ctas(grid_.total_tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes()));
     if (threads == 1) return threads;
     return std::max(threads, useful_ctas(grid_.total_tiles, threads * kRangesPerThread,
-                                         ceil_div(kMinBytesPerRange, tile_bytes)));
+                                         ceil_div(kMinBytesPerRange, tile_bytes())));
   }
+
+  int64_t tile_bytes() const { return geometry_.tile_tokens * token_bytes() * heads_abreast_; }
 
   // Of one token of one head.
   int64_t token_bytes() const { return (p_.head_dim + p_.head_dim_v) * element_size(p_.cache_dtype); }
