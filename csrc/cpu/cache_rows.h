@@ -31,24 +31,31 @@ struct Stretch {
   TokenSpan tokens;
 };
 
+// Of a cache.
+enum Side { kKeys, kValues };
+
 class CacheRows {
  public:
   explicit CacheRows(const DecodeParams& p)
-      : p_(p), k_scaled_(p.k_scale.per_token()), v_scaled_(p.v_scale.per_token()) {}
+      : p_(p),
+        row_bytes_{element_size(p.cache_dtype) * p.head_dim, element_size(p.cache_dtype) * p.head_dim_v},
+        head_bytes_{element_size(p.cache_dtype) * p.k_head_stride,
+                    element_size(p.cache_dtype) * p.v_head_stride},
+        scaled_{p.k_scale.per_token(), p.v_scale.per_token()} {}
 
-  // Bytes of a row, and from a token's row to that of the next head.
-  int64_t k_row_bytes() const { return element_size(p_.cache_dtype) * p_.head_dim; }
-  int64_t v_row_bytes() const { return element_size(p_.cache_dtype) * p_.head_dim_v; }
-  int64_t k_head_bytes() const { return element_size(p_.cache_dtype) * p_.k_head_stride; }
-  int64_t v_head_bytes() const { return element_size(p_.cache_dtype) * p_.v_head_stride; }
+  int64_t row_bytes(Side side) const { return row_bytes_[side]; }
+  // From a token's row to that of the next head.
+  int64_t head_bytes(Side side) const { return head_bytes_[side]; }
+  // Whether what rows are multiplied by differs between tokens.
+  bool scaled(Side side) const { return scaled_[side]; }
 
   // Asks for a line in each memory page of a stretch. The first access to a page costs a walk of the page
   // tables, for which a core waits, prefetch or not: some 400 cycles on a virtual machine, in which it
   // multiplies 4 KB of bf16 at group 4. Many walks at once go on together. (Always inline, as `prefetch` is.)
   __attribute__((always_inline)) void touch(const Stretch& stretch) const {
     const int64_t size = element_size(p_.cache_dtype);
-    const int64_t head_bytes = std::max(std::abs(k_head_bytes()), std::abs(v_head_bytes()));
-    const bool share_pages = head_bytes * stretch.heads <= kPageBytes;
+    const int64_t step = std::max(std::abs(head_bytes(kKeys)), std::abs(head_bytes(kValues)));
+    const bool share_pages = step * stretch.heads <= kPageBytes;
     for (int64_t head = 0; head < (share_pages ? 1 : stretch.heads); ++head) {
       by_block(stretch.sequence, stretch.kv_head + head, stretch.tokens,
                [&](const Piece& piece) __attribute__((always_inline)) {
@@ -78,18 +85,21 @@ class CacheRows {
     std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, kZeroRow);
   }
 
-  bool k_scaled() const { return k_scaled_; }
-  bool v_scaled() const { return v_scaled_; }
-  // The scales of tokens' K or V, and 1 from `tokens` on.
-  void fill_k_scales(float (&to)[kRunTokens], int64_t sequence, int64_t kv_head, TokenSpan tokens) const {
-    fill_scales(p_.k_scale, to, sequence, kv_head, tokens);
-  }
-  void fill_v_scales(float (&to)[kRunTokens], int64_t sequence, int64_t kv_head, TokenSpan tokens) const {
-    fill_scales(p_.v_scale, to, sequence, kv_head, tokens);
+  // The scales of a stretch's tokens, for the head that is `head` after its first; 1 behind the last.
+  void fill_scales(Side side, float (&to)[kRunTokens], const Stretch& stretch, int64_t head) const {
+    float* at = to;
+    by_block(stretch.sequence, stretch.kv_head + head, stretch.tokens, [&](const Piece& piece) {
+      const float* from =
+          scales(side).address(stretch.sequence, piece.block, piece.slot, stretch.kv_head + head);
+      for (int64_t i = 0; i < piece.tokens; ++i) *at++ = from[i * scales(side).token_stride];
+    });
+    std::fill(at, to + kRunTokens, 1.0f);
   }
 
  private:
   static constexpr int64_t kPageBytes = 4096;
+
+  const Scales& scales(Side side) const { return side == kKeys ? p_.k_scale : p_.v_scale; }
 
   // Tokens of a sequence that lie in one block, from slot `slot` on, and their first rows.
   struct Piece {
@@ -117,16 +127,6 @@ class CacheRows {
     }
   }
 
-  void fill_scales(const Scales& scales, float (&to)[kRunTokens], int64_t sequence, int64_t kv_head,
-                   TokenSpan tokens) const {
-    float* at = to;
-    by_block(sequence, kv_head, tokens, [&](const Piece& piece) {
-      const float* from = scales.address(sequence, piece.block, piece.slot, kv_head);
-      for (int64_t i = 0; i < piece.tokens; ++i) *at++ = from[i * scales.token_stride];
-    });
-    std::fill(at, to + kRunTokens, 1.0f);
-  }
-
   // Asks for a line in each memory page of `count` rows.
   __attribute__((always_inline)) static void touch_rows(const char* row, int64_t stride, int64_t count) {
     const int64_t step = stride == 0 ? count : std::max<int64_t>(kPageBytes / std::abs(stride), 1);
@@ -135,8 +135,9 @@ class CacheRows {
   }
 
   const DecodeParams& p_;
-  const bool k_scaled_;
-  const bool v_scaled_;
+  const int64_t row_bytes_[2];
+  const int64_t head_bytes_[2];
+  const bool scaled_[2];
 };
 
 // The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if
@@ -150,8 +151,8 @@ class RunQueue {
            const Stretch& upcoming)
       : rows_(rows),
         run_tokens_(run_tokens),
-        whole_tokens_(whole_tokens && rows.k_head_bytes() == rows.k_row_bytes() &&
-                      rows.v_head_bytes() == rows.v_row_bytes()),
+        whole_tokens_(whole_tokens && rows.head_bytes(kKeys) == rows.row_bytes(kKeys) &&
+                      rows.head_bytes(kValues) == rows.row_bytes(kValues)),
         from_(stretch),
         upcoming_(upcoming),
         begin_(stretch.tokens.begin),
@@ -165,75 +166,52 @@ class RunQueue {
     fill_next();
   }
 
-  // The run with a head's K, and with its V, until another is asked for.
-  const Run& keys_of(int64_t head) {
+  // The run with this side of a head; the other side is another head's, maybe. It stays until the next call
+  // for the side.
+  const Run& run(Side side, int64_t head) {
     Place& place = now();
-    move_keys(place, head);
-    if (rows_.k_scaled()) {
-      rows_.fill_k_scales(k_scales_, place.at.sequence, place.at.kv_head + head, place.at.tokens);
-      place.run.k_scales = k_scales_;
-    }
-    return place.run;
-  }
-  const Run& values_of(int64_t head) {
-    Place& place = now();
-    move_values(place, head);
-    if (rows_.v_scaled()) {
-      rows_.fill_v_scales(v_scales_, place.at.sequence, place.at.kv_head + head, place.at.tokens);
-      place.run.v_scales = v_scales_;
+    move(place, side, head);
+    if (rows_.scaled(side)) {
+      rows_.fill_scales(side, scales_[side], place.at, head);
+      (side == kKeys ? place.run.k_scales : place.run.v_scales) = scales_[side];
     }
     return place.run;
   }
 
-  // What to prefetch while a head's K, then its V, are multiplied. A head alone is asked for a run ahead.
-  // Heads abreast go through the place twice, and what follows their K is their V.
-  RowsAhead during_keys(int64_t head) {
-    return now().at.heads == 1 ? keys_ahead(next(), head) : values_ahead(now(), head);
-  }
-  RowsAhead during_values(int64_t head) {
-    return now().at.heads == 1 ? values_ahead(next(), head) : keys_ahead(next(), head);
+  // What to prefetch while that is multiplied. A head alone is asked for a run ahead. Heads abreast go
+  // through the place twice, and what follows their K is their V.
+  RowsAhead ahead(Side side, int64_t head) {
+    if (now().at.heads == 1) return ahead_in(next(), side, head);
+    return side == kKeys ? ahead_in(now(), kValues, head) : ahead_in(next(), kKeys, head);
   }
 
  private:
-  // Its run has the K of one head and the V of another.
   struct Place {
     Stretch at{};
     Run run;
-    int64_t k_head;  // of `at`
-    int64_t v_head;
+    int64_t heads[2];  // of `at`, whose K and whose V the run has
   };
   Place& now() { return places_[next_ ^ 1]; }
   Place& next() { return places_[next_]; }
 
-  void move_keys(Place& place, int64_t head) const {
-    if (head == place.k_head) return;
-    move(place.run.k_rows, place.run.tokens, (head - place.k_head) * rows_.k_head_bytes());
-    place.k_head = head;
-  }
-  void move_values(Place& place, int64_t head) const {
-    if (head == place.v_head) return;
-    move(place.run.v_rows, place.run.tokens, (head - place.v_head) * rows_.v_head_bytes());
-    place.v_head = head;
-  }
-  static void move(const void** rows, int count, int64_t bytes) {
-    for (int i = 0; i < count; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
+  static const void** rows_of(Run& run, Side side) { return side == kKeys ? run.k_rows : run.v_rows; }
+
+  void move(Place& place, Side side, int64_t head) const {
+    if (head == place.heads[side]) return;
+    const int64_t bytes = (head - place.heads[side]) * rows_.head_bytes(side);
+    const void** rows = rows_of(place.run, side);
+    for (int i = 0; i < place.run.tokens; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
+    place.heads[side] = head;
   }
 
   // What one of a place's heads asks for: its own rows, or, of whole tokens, as many of all heads' in the
   // order of their addresses.
-  RowsAhead keys_ahead(Place& place, int64_t head) const {
+  RowsAhead ahead_in(Place& place, Side side, int64_t head) const {
     if (head >= place.at.heads) return {};
-    move_keys(place, whole_tokens_ ? 0 : head);
-    return ahead(place, place.run.k_rows, rows_.k_row_bytes(), head);
-  }
-  RowsAhead values_ahead(Place& place, int64_t head) const {
-    if (head >= place.at.heads) return {};
-    move_values(place, whole_tokens_ ? 0 : head);
-    return ahead(place, place.run.v_rows, rows_.v_row_bytes(), head);
-  }
-  RowsAhead ahead(const Place& place, const void* const* rows, int64_t row_bytes, int64_t head) const {
-    const int bytes = static_cast<int>(row_bytes);
-    if (!whole_tokens_) return {rows, place.run.tokens, bytes, 0};
+    move(place, side, whole_tokens_ ? 0 : head);
+    const void* const* rows = rows_of(place.run, side);
+    const int bytes = static_cast<int>(rows_.row_bytes(side));
+    if (!whole_tokens_) return {rows, place.run.tokens, bytes};
     return {rows, place.run.tokens, static_cast<int>(place.at.heads) * bytes,
             static_cast<int>(head) * run_tokens_ * bytes};
   }
@@ -255,7 +233,7 @@ class RunQueue {
                 from_.heads,
                 {begin_, std::min(begin_ + run_tokens_, from_.tokens.end)}};
     rows_.fill_rows(place.run, place.at);
-    place.k_head = place.v_head = 0;
+    place.heads[kKeys] = place.heads[kValues] = 0;
     begin_ += run_tokens_;
   }
 
@@ -267,8 +245,7 @@ class RunQueue {
   int64_t begin_;
   int64_t touched_;  // tokens before this one
   Place places_[2];
-  float k_scales_[kRunTokens];
-  float v_scales_[kRunTokens];
+  float scales_[2][kRunTokens];
   int next_ = 0;
 };
 
@@ -287,28 +264,21 @@ class WideRows {
                     sizeof(float));
   }
 
-  // The run with its K converted, and with its V; each until it is called again. They prefetch what is ahead.
-  const Run& keys(const Run& run, const RowsAhead& ahead) {
+  // The run with one side converted, until that is converted again. Prefetches what is ahead.
+  const Run& widen(Side side, const Run& run, const RowsAhead& ahead) {
     wide_.tokens = run.tokens;
-    wide_.k_scales = run.k_scales;
-    widen_rows(run.tokens, run.k_rows, ahead, p_.head_dim, k_, wide_.k_rows);
-    return wide_;
-  }
-  const Run& values(const Run& run, const RowsAhead& ahead) {
-    wide_.tokens = run.tokens;
-    wide_.v_scales = run.v_scales;
-    widen_rows(run.tokens, run.v_rows, ahead, p_.head_dim_v, v_, wide_.v_rows);
+    (side == kKeys ? wide_.k_scales : wide_.v_scales) = side == kKeys ? run.k_scales : run.v_scales;
+    char* const to = side == kKeys ? k_ : v_;
+    const int64_t columns = side == kKeys ? p_.head_dim : p_.head_dim_v;
+    routine_.widen(p_.cache_dtype, *table_, side == kKeys ? run.k_rows : run.v_rows, run.tokens,
+                   static_cast<int>(columns), to, ahead);
+    const void** rows = side == kKeys ? wide_.k_rows : wide_.v_rows;
+    const int64_t step = columns * element_size(routine_.row_dtype);
+    for (int i = 0; i < kRunTokens; ++i) rows[i] = i < run.tokens ? to + i * step : kZeroRow;
     return wide_;
   }
 
  private:
-  void widen_rows(int count, const void* const* from, const RowsAhead& ahead, int64_t columns, char* to,
-                  const void** rows) const {
-    routine_.widen(p_.cache_dtype, *table_, from, count, static_cast<int>(columns), to, ahead);
-    const int64_t step = columns * element_size(routine_.row_dtype);
-    for (int i = 0; i < kRunTokens; ++i) rows[i] = i < count ? to + i * step : kZeroRow;
-  }
-
   const DecodeParams& p_;
   const TileRoutine& routine_;
   const WideningTable* const table_;

@@ -13,6 +13,8 @@
 #include "cpu/cache_rows.h"
 #include "cpu/check_values.h"
 #include "cpu/parallel.h"
+#include "cpu/partial.h"
+#include "cpu/scratch_memory.h"
 #include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
@@ -37,28 +39,6 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return ceil_div(n, multiple) * multiple;
 }
 
-// Memory that a calling thread keeps from call to call, so that decoding allocates nothing once
-// warm.
-class ScratchMemory {
- public:
-  float* reserve(size_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      memory_.reset(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment)));
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  size_t size_ = 0;
-};
-
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
 // memory: in caches stored tokens first those are the rows of a token, in short pages the heads' parts of a
 // page. As many as leave the next place room in the second cache level.
@@ -75,13 +55,6 @@ constexpr int64_t kMinTilesPerThread = 2;
 // bytes of the caches, with allowance: where memory is as fast as the second cache level, merging shows
 // sooner.
 constexpr int64_t kMergingCost = 64;
-
-// A partial state set aside: O of every row, then m and l of every row.
-struct Partial {
-  float* output;
-  float* m;
-  float* l;
-};
 
 // One of the heads that a thread takes abreast through a segment.
 struct Work {
@@ -379,29 +352,6 @@ class Decode {
     }
   }
 
-  static void clear(const TileState& t) {
-    std::fill_n(t.m, t.rows, kMinusInfinity);
-    std::fill_n(t.l, t.rows, 0.0f);
-    std::fill_n(t.output, t.rows * t.output_stride, 0.0f);
-  }
-
-  static void set_aside(const TileState& t, const Partial& to) {
-    std::copy_n(t.output, t.rows * t.output_stride, to.output);
-    std::copy_n(t.m, t.rows, to.m);
-    std::copy_n(t.l, t.rows, to.l);
-  }
-
-  static void merge_into(const TileState& t, const Partial& from) {
-    for (int row = 0; row < t.rows; ++row) {
-      const Merged merged = merge({t.m[row], t.l[row]}, {from.m[row], from.l[row]});
-      t.m[row] = merged.state.m;
-      t.l[row] = merged.state.l;
-      float* a = t.output + row * t.output_stride;
-      const float* b = from.output + row * t.output_stride;
-      for (int64_t i = 0; i < t.output_stride; ++i) a[i] = a[i] * merged.weight_a + b[i] * merged.weight_b;
-    }
-  }
-
   void attend(const Work* works, const Segment& segment, const Segment* then, WideRows& wide) const {
     const auto [first_head, count] = heads_of(segment);
     const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
@@ -443,21 +393,23 @@ class Decode {
       if (viewed) fill_views(views, rows, segment, length, begin);
       runs.advance();
       for (int64_t i = 0; i < chunk.heads; ++i) {
-        const RowsAhead ahead = runs.during_keys(i);
+        const Run& run = runs.run(kKeys, i);
+        const RowsAhead ahead = runs.ahead(kKeys, i);
         const void* const next_q = chunk.heads == 1 ? nullptr : works[(i + 1) % chunk.heads].tile.q;
+        const RowView* const seen = viewed ? views : nullptr;
         if (widens_) {
-          routine_.score(works[i].tile, wide.keys(runs.keys_of(i), ahead), viewed ? views : nullptr, {},
-                         next_q);
+          routine_.score(works[i].tile, wide.widen(kKeys, run, ahead), seen, {}, next_q);
         } else {
-          routine_.score(works[i].tile, runs.keys_of(i), viewed ? views : nullptr, ahead, next_q);
+          routine_.score(works[i].tile, run, seen, ahead, next_q);
         }
       }
       for (int64_t i = 0; i < chunk.heads; ++i) {
-        const RowsAhead ahead = runs.during_values(i);
+        const Run& run = runs.run(kValues, i);
+        const RowsAhead ahead = runs.ahead(kValues, i);
         if (widens_) {
-          routine_.accumulate(works[i].tile, wide.values(runs.values_of(i), ahead), {});
+          routine_.accumulate(works[i].tile, wide.widen(kValues, run, ahead), {});
         } else {
-          routine_.accumulate(works[i].tile, runs.values_of(i), ahead);
+          routine_.accumulate(works[i].tile, run, ahead);
         }
       }
     }
