@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "cpu/tiles/tile.h"
 
@@ -46,6 +47,15 @@ class CacheRows {
   int64_t row_bytes(Side side) const { return row_bytes_[side]; }
   // From a token's row to that of the next head.
   int64_t head_bytes(Side side) const { return head_bytes_[side]; }
+  // Whether a head's rows lie apart at distances that hardware prefetchers follow: they compare addresses
+  // within memory pages, where every other row of those at multiples of half a page seems to be the same.
+  bool rows_attract_prefetchers() const {
+    const auto attract = [&](Side side, int64_t token_stride) {
+      const int64_t distance = element_size(p_.cache_dtype) * token_stride;
+      return distance != row_bytes(side) && (p_.block_table != nullptr || 2 * distance % kPageBytes != 0);
+    };
+    return attract(kKeys, p_.k_token_stride) || attract(kValues, p_.v_token_stride);
+  }
   // Whether what rows are multiplied by differs between tokens.
   bool scaled(Side side) const { return scaled_[side]; }
 
@@ -97,7 +107,7 @@ class CacheRows {
   }
 
  private:
-  static constexpr int64_t kPageBytes = 4096;
+  static constexpr int64_t kPageBytes = 4096;  // of memory
 
   const Scales& scales(Side side) const { return side == kKeys ? p_.k_scale : p_.v_scale; }
 
@@ -153,6 +163,7 @@ class RunQueue {
         run_tokens_(run_tokens),
         whole_tokens_(whole_tokens && rows.head_bytes(kKeys) == rows.row_bytes(kKeys) &&
                       rows.head_bytes(kValues) == rows.row_bytes(kValues)),
+        shuffles_(stretch.heads > 1 && rows.rows_attract_prefetchers()),
         from_(stretch),
         upcoming_(upcoming),
         begin_(stretch.tokens.begin),
@@ -160,9 +171,10 @@ class RunQueue {
     fill_next();
   }
 
-  // To the first place, then from each to the next.
-  void advance() {
+  // To the first place, then from each to the next. With `in_order` its run has the tokens in order.
+  void advance(bool in_order) {
     next_ ^= 1;
+    now().shuffled = shuffles_ && !in_order && now().run.tokens == run_tokens_;
     fill_next();
   }
 
@@ -170,9 +182,11 @@ class RunQueue {
   // for the side.
   const Run& run(Side side, int64_t head) {
     Place& place = now();
+    if (head == 0 && place.shuffled) shuffle(rows_of(place.run, side));
     move(place, side, head);
     if (rows_.scaled(side)) {
       rows_.fill_scales(side, scales_[side], place.at, head);
+      if (place.shuffled) shuffle(scales_[side]);
       (side == kKeys ? place.run.k_scales : place.run.v_scales) = scales_[side];
     }
     return place.run;
@@ -190,11 +204,24 @@ class RunQueue {
     Stretch at{};
     Run run;
     int64_t heads[2];  // of `at`, whose K and whose V the run has
+    bool shuffled;
   };
   Place& now() { return places_[next_ ^ 1]; }
   Place& next() { return places_[next_]; }
 
   static const void** rows_of(Run& run, Side side) { return side == kKeys ? run.k_rows : run.v_rows; }
+
+  // Takes a run's tokens in an order that no prefetcher follows. Those that follow heads' rows fetch what
+  // comes after the run, before it is asked for, piece by piece and in the way of what is.
+  template <class T>
+  void shuffle(T* of_tokens) const {
+    for (int i = 1, j = 0; i < run_tokens_; ++i) {  // j is i with its bits reversed
+      int bit = run_tokens_ / 2;
+      for (; j & bit; bit /= 2) j ^= bit;
+      j ^= bit;
+      if (i < j) std::swap(of_tokens[i], of_tokens[j]);
+    }
+  }
 
   void move(Place& place, Side side, int64_t head) const {
     if (head == place.heads[side]) return;
@@ -240,6 +267,7 @@ class RunQueue {
   const CacheRows& rows_;
   const int run_tokens_;
   const bool whole_tokens_;
+  const bool shuffles_;
   Stretch from_;
   const Stretch upcoming_;
   int64_t begin_;

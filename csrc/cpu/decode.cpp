@@ -391,7 +391,7 @@ class Decode {
       const int64_t end = std::min(begin + run_tokens_, chunk.tokens.end);
       const bool viewed = begin < common.begin || end > common.end || p_.alibi_slopes != nullptr;
       if (viewed) fill_views(views, rows, segment, length, begin);
-      runs.advance();
+      runs.advance(viewed);
       for (int64_t i = 0; i < chunk.heads; ++i) {
         const Run& run = runs.run(kKeys, i);
         const RowsAhead ahead = runs.ahead(kKeys, i);
