@@ -28,9 +28,7 @@ def test_any_combination(case: FeatureCase) -> None:
 @pytest.mark.parametrize("quantised", [None, torch.int8])
 @pytest.mark.parametrize("cache", ["tokens_first", "slots", "pool", "paged", "paged_heads_first"])
 @pytest.mark.parametrize("kv_heads", [3, 10])
-def test_heads_abreast(
-    kv_heads: int, cache: str, quantised: torch.dtype | None, alibi: str, two_threads: None
-) -> None:
+def test_heads_abreast(kv_heads: int, cache: str, quantised: torch.dtype | None, alibi: str) -> None:
     """Contexts so long that a CPU takes several heads through them together, in ranges that are merged; the
     tokens of a run out of order where no row needs to know a token's place."""
     case = FeatureCase(

@@ -40,6 +40,23 @@ def test_follows_torch_set_num_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("tokens", [400, 3000])
+@pytest.mark.parametrize("num_ctas", [1, 3])
+def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int) -> None:
+    """Bitwise, for a given grid: also not by how many heads of a tokens-first cache go together."""
+    inputs = make_inputs(Case(torch.bfloat16, lens=(tokens,), heads=32, kv_heads=8, head_dim=64))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(lean_attention.decode(**inputs, num_ctas=num_ctas))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
 def test_one_openmp_thread() -> None:
     """More lean ranges than threads: a host block may wait only for what has been taken before."""
     code = """

@@ -1,6 +1,6 @@
 // LeanAttention on a CPU: logical threads take lean ranges of the stream-K schedule, publish at
-// most one partial state each, and host blocks merge them and write the outputs, all in one
-// parallel region (arXiv 2405.10480, section 4).
+// most one partial state each (of each head, where they take several abreast), and host blocks
+// merge them and write the outputs, all in one parallel region (arXiv 2405.10480, section 4).
 #include "cpu/decode.h"
 
 #include <algorithm>
@@ -30,7 +30,7 @@ constexpr int64_t kRangesPerThread = 4;
 constexpr int64_t kMinBytesPerRange = 512 * 1024;
 
 // Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
-// additions stays short: 8192 / kRunTokens of them, then one per such chunk.
+// additions stays short: one per run, 256 at most, then one per such chunk.
 constexpr int64_t kChunkTokens = 8192;
 
 constexpr int64_t kCacheLineFloats = 16;
@@ -164,7 +164,8 @@ class Decode {
   // Whether there are LeanTiles for all threads, and the partial states of heads abreast, which one host
   // block merges, are few beside what each thread reads.
   bool worth_it_abreast() const {
-    const int64_t threads = num_threads();
+    // Where the caller fixes the grid, results may not depend on how many threads there are.
+    const int64_t threads = p_.num_ctas > 0 ? p_.num_ctas : num_threads();
     if (grid_.total_tiles < kMinTilesPerThread * threads) return false;
     int64_t longest = 0;
     for (int64_t i = 0; i < p_.sequences(); ++i) {
