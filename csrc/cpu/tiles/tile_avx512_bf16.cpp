@@ -48,7 +48,7 @@ struct Bf16Format {
     return {Simd::join_halves(_mm256_zextsi128_si256(Simd::load_128(lower)),
                               _mm256_zextsi128_si256(Simd::load_128(upper)))};
   }
-  static Chunk load_query(const Query* q) { return load(q); }
+  static Chunk load_query(const Query* q) { return {Simd::in_register(load(q).x)}; }
   static void pack_query(Query* to, const BFloat16* q, int columns) {
     _mm512_storeu_si512(to, (columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q)).x);
   }
@@ -131,7 +131,9 @@ class QuantisedFormat : public Bf16Format {
   static void pack_query(Query* to, const BFloat16* q, int columns) {
     store_twice(to, _mm512_maskz_loadu_epi16(Simd::tail_mask(std::min(columns, kDotColumns)), q));
   }
-  static Chunk load_query(const Query* q) { return {_mm512_loadu_si512(q), _mm512_loadu_si512(q + 32)}; }
+  static Chunk load_query(const Query* q) {
+    return {Simd::in_register(_mm512_loadu_si512(q)), Simd::in_register(_mm512_loadu_si512(q + 32))};
+  }
   static F dot(F sum, Chunk k, Chunk q) {
     return Bf16Format::dot(Bf16Format::dot(sum, {k.a}, {q.a}), {k.b}, {q.b});
   }

@@ -121,8 +121,10 @@ struct Strip {
   // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
   // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
   // holds the strip's packed rows.
-  static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
-                        const void* const* k_rows, Ahead<kPaced>& ahead, F (&dots)[2]) {
+  __attribute__((always_inline)) static void dot_block(const Format& format, int head_dim,
+                                                       const typename Format::Query* q,
+                                                       const void* const* k_rows, Ahead<kPaced>& ahead,
+                                                       F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     F sums[2][S::kLanes / 2];
@@ -169,42 +171,47 @@ struct Strip {
     return (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
   }
 
-  // Writes the scores of the run's tokens, and of some after them, and their maximum per row. Not inlined,
-  // nor is accumulate: next to other strips' loops these would lose their registers.
-  __attribute__((noinline)) static void score(const TileState& t, int first_row, float* scores,
-                                              const Run& run, const RowView* views,
-                                              const RowsAhead& rows_ahead) {
-    const int tokens = padded_tokens(run);
-    const F scale = S::set1(t.scale), softcap = S::set1(t.softcap);
-    const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
-    const float* const k_scales = run.k_scales;
-    LaneViews lanes{};
-    if (masked) lanes = lane_views(t, first_row, run, views);
+  // Writes the dot products of the run's tokens, and of some after them. Not inlined, nor are the loops over
+  // V: what the callers keep in registers would push the sums out of them.
+  __attribute__((noinline)) static void multiply_keys(const TileState& t, int first_row, float* dots,
+                                                      const Run& run, int tokens,
+                                                      const RowsAhead& rows_ahead) {
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
     const Format format(t);
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
     Ahead<kPaced> ahead(rows_ahead, 0);
-    F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
-      F s[2];
-      dot_block(format, head_dim, q, run.k_rows + token, ahead, s);
-#pragma GCC unroll 16
-      for (int i = 0; i < 2; ++i) {
-        s[i] = S::mul(s[i], scale);
-        if (k_scales != nullptr) {
-          s[i] = S::mul(s[i], S::spread<kPeriod>(k_scales + token + i * kBlockTokens));
-        }
-        if (capped) s[i] = S::mul(tanh(s[i]), softcap);
-        if (masked) {
-          const F distance = S::abs(S::sub(lanes.position, lanes.index));
-          s[i] = S::fma(lanes.minus_slope, distance, s[i]);
-          s[i] = S::where_between(lanes.index, lanes.begin, lanes.end, s[i], S::set1(kMinusInfinity));
-          lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
-        }
-        S::store(scores + (token + i * kBlockTokens) * kPeriod, s[i]);
-        m = S::max(s[i], m);  // m where s is NaN
+      F x[2];
+      dot_block(format, head_dim, q, run.k_rows + token, ahead, x);
+      S::store(dots + token * kPeriod, x[0]);
+      S::store(dots + (token + kBlockTokens) * kPeriod, x[1]);
+    }
+  }
+
+  // Writes the scores of the run's tokens, and of some after them, and their maximum per row.
+  static void score(const TileState& t, int first_row, float* scores, const Run& run, const RowView* views,
+                    const RowsAhead& rows_ahead) {
+    const int tokens = padded_tokens(run);
+    multiply_keys(t, first_row, scores, run, tokens, rows_ahead);
+    const F scale = S::set1(t.scale), softcap = S::set1(t.softcap);
+    const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
+    const float* const k_scales = run.k_scales;
+    LaneViews lanes{};
+    if (masked) lanes = lane_views(t, first_row, run, views);
+    F m = S::set1(kMinusInfinity);
+    for (int token = 0; token < tokens; token += kBlockTokens) {
+      F s = S::mul(S::load(scores + token * kPeriod), scale);
+      if (k_scales != nullptr) s = S::mul(s, S::spread<kPeriod>(k_scales + token));
+      if (capped) s = S::mul(tanh(s), softcap);
+      if (masked) {
+        const F distance = S::abs(S::sub(lanes.position, lanes.index));
+        s = S::fma(lanes.minus_slope, distance, s);
+        s = S::where_between(lanes.index, lanes.begin, lanes.end, s, S::set1(kMinusInfinity));
+        lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
       }
+      S::store(scores + token * kPeriod, s);
+      m = S::max(s, m);  // m where s is NaN
     }
     if (views != nullptr && hide(scores, views + first_row, tokens)) m = maximum(scores, tokens);
     S::store(t.run_max + first_row, S::fold<kPeriod, S::max>(m));
@@ -260,9 +267,8 @@ struct Strip {
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
     }
-    auto step = [&](int token, const typename Format::Weight* weight, const typename Format::Weight* again,
-                    auto load) __attribute__((always_inline)) {
-      const void* const* v_rows = run.v_rows + token;
+    const auto step = [&](unsigned i, const void* const* v_rows, const typename Format::Weight* weight,
+                          const typename Format::Weight* again, auto load) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int c = 0; c < chunks; ++c) {
         const auto at = [&](const void* row) {
@@ -272,25 +278,26 @@ struct Strip {
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
           ahead.template keep_up<Format::kTokensPerStep * Format::kColumns * sizeof(T)>(
-              static_cast<unsigned>(token) / Format::kTokensPerStep, r, rows,
-              at(v_rows[Format::kTokensPerStep - 1]));
+              i, r, rows, at(v_rows[Format::kTokensPerStep - 1]));
           Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, (r % 2 ? again : weight) + r, v);
         }
       }
     };
     // The compiler would broadcast a weight to a register for the products that share it. Beside conversions
     // a core multiplies faster if every other weight is broadcast by its two multiplications themselves.
-    const typename Format::Weight* weights_again = weights;
-    if constexpr (Format::kBroadcastsAgain && chunks == 1) asm("" : "+r"(weights_again));
-    for (int token = 0; token < tokens; token += Format::kTokensPerStep) {
-      const int at = token / Format::kTokensPerStep * kPeriod;
+    const typename Format::Weight* again = weights;
+    if constexpr (Format::kBroadcastsAgain && chunks == 1) asm("" : "+r"(again));
+    const int columns = t.head_dim_v - column;  // that are left
+    const void* const* v_rows = run.v_rows;
+    for (int i = 0; i < tokens / Format::kTokensPerStep; ++i) {
       if constexpr (tail) {
-        const int columns = t.head_dim_v - column;
-        step(token, weights + at, weights_again + at,
-             [&](const T* row) { return Format::load_tail(row, columns); });
+        step(i, v_rows, weights, again, [&](const T* row) { return Format::load_tail(row, columns); });
       } else {
-        step(token, weights + at, weights_again + at, [](const T* row) { return Format::load(row); });
+        step(i, v_rows, weights, again, [](const T* row) { return Format::load(row); });
       }
+      v_rows += Format::kTokensPerStep;
+      weights += kPeriod;
+      again += kPeriod;
     }
 #pragma GCC unroll 16
     for (int c = 0; c < chunks; ++c) {
