@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,31 +29,32 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.fixture
+def count_is_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("count_is_restored")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_follows_torch_set_num_threads(threads: int) -> None:
     inputs = make_inputs(CASE)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for num_ctas in (0, 1, 3, 64):
-            assert_close(CASE, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    for num_ctas in (0, 1, 3, 64):
+        assert_close(CASE, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))
 
 
+@pytest.mark.usefixtures("count_is_restored")
 @pytest.mark.parametrize("tokens", [400, 3000])
 @pytest.mark.parametrize("num_ctas", [1, 3])
 def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int) -> None:
     """Bitwise, for a given grid: also not by how many heads of a tokens-first cache go together."""
     inputs = make_inputs(Case(torch.bfloat16, lens=(tokens,), heads=32, kv_heads=8, head_dim=64))
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(lean_attention.decode(**inputs, num_ctas=num_ctas))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(lean_attention.decode(**inputs, num_ctas=num_ctas))
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 

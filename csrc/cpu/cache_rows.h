@@ -155,13 +155,14 @@ class CacheRows {
 // for.
 class RunQueue {
  public:
-  // In runs of `run_tokens`, but the last of a stretch. With `whole_tokens` heads abreast whose rows adjoin
-  // are asked for together.
-  RunQueue(const CacheRows& rows, int run_tokens, bool whole_tokens, const Stretch& stretch,
+  // In runs of `run_tokens`, but the last of a stretch. With `joins_rows` those that adjoin, of heads abreast
+  // too, are asked for together.
+  RunQueue(const CacheRows& rows, int run_tokens, bool joins_rows, const Stretch& stretch,
            const Stretch& upcoming)
       : rows_(rows),
         run_tokens_(run_tokens),
-        whole_tokens_(whole_tokens && rows.head_bytes(kKeys) == rows.row_bytes(kKeys) &&
+        joins_rows_(joins_rows),
+        whole_tokens_(joins_rows && rows.head_bytes(kKeys) == rows.row_bytes(kKeys) &&
                       rows.head_bytes(kValues) == rows.row_bytes(kValues)),
         shuffles_(stretch.heads > 1 && rows.rows_attract_prefetchers()),
         from_(stretch),
@@ -203,7 +204,7 @@ class RunQueue {
   struct Place {
     Stretch at{};
     Run run;
-    int64_t heads[2];  // of `at`, whose K and whose V the run has
+    int64_t head[2];  // of `at`, whose K and whose V the run has
     bool shuffled;
   };
   Place& now() { return places_[next_ ^ 1]; }
@@ -224,23 +225,26 @@ class RunQueue {
   }
 
   void move(Place& place, Side side, int64_t head) const {
-    if (head == place.heads[side]) return;
-    const int64_t bytes = (head - place.heads[side]) * rows_.head_bytes(side);
+    if (head == place.head[side]) return;
+    const int64_t bytes = (head - place.head[side]) * rows_.head_bytes(side);
     const void** rows = rows_of(place.run, side);
     for (int i = 0; i < place.run.tokens; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
-    place.heads[side] = head;
+    place.head[side] = head;
   }
 
   // What one of a place's heads asks for: its own rows, or, of whole tokens, as many of all heads' in the
-  // order of their addresses.
+  // order of their addresses. Rows that adjoin are one long row.
   RowsAhead ahead_in(Place& place, Side side, int64_t head) const {
     if (head >= place.at.heads) return {};
     move(place, side, whole_tokens_ ? 0 : head);
     const void* const* rows = rows_of(place.run, side);
-    const int bytes = static_cast<int>(rows_.row_bytes(side));
-    if (!whole_tokens_) return {rows, place.run.tokens, bytes};
-    return {rows, place.run.tokens, static_cast<int>(place.at.heads) * bytes,
-            static_cast<int>(head) * run_tokens_ * bytes};
+    const int bytes = static_cast<int>(rows_.row_bytes(side) * (whole_tokens_ ? place.at.heads : 1));
+    const int begin = whole_tokens_ ? static_cast<int>(head * run_tokens_ * rows_.row_bytes(side)) : 0;
+    const int count = place.run.tokens;
+    const bool adjoin =
+        joins_rows_ && static_cast<const char*>(rows[count - 1]) - static_cast<const char*>(rows[0]) ==
+                           int64_t{count - 1} * bytes;
+    return {rows, adjoin ? 1 : count, adjoin ? count * bytes : bytes, begin};
   }
 
   void fill_next() {
@@ -260,12 +264,13 @@ class RunQueue {
                 from_.heads,
                 {begin_, std::min(begin_ + run_tokens_, from_.tokens.end)}};
     rows_.fill_rows(place.run, place.at);
-    place.heads[kKeys] = place.heads[kValues] = 0;
+    place.head[kKeys] = place.head[kValues] = 0;
     begin_ += run_tokens_;
   }
 
   const CacheRows& rows_;
   const int run_tokens_;
+  const bool joins_rows_;
   const bool whole_tokens_;
   const bool shuffles_;
   Stretch from_;
