@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/partial.h"
 #include "cpu/scratch_memory.h"
+#include "cpu/second_level.h"
 #include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
@@ -42,11 +43,16 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
 // memory: in caches stored tokens first those are the rows of a token, in short pages the heads' parts of a
 // page. As many as leave the next place room in the second cache level.
-constexpr int64_t kMaxBytesAbreast = 256 * 1024;
+int64_t max_bytes_abreast() {
+  return second_level().bytes / 4;
+}
 
-// The most bytes that heads abreast read in runs of kRunTokens. Longer rows go in shorter runs: of a thread's
-// q, O and scores, less is pushed out of the first cache levels between a head's run and its next.
-constexpr int64_t kMaxBytesPlace = 192 * 1024;
+// The most bytes that heads abreast read in runs of kRunTokens: of a thread's q, O and scores, less is pushed
+// out of the first cache levels between a head's short run and its next, but long ones cost less. In a cache
+// of few ways, rows that were asked for push each other out before half of it is full.
+int64_t max_bytes_place() {
+  return second_level().ways >= 16 ? second_level().bytes / 4 : second_level().bytes / 16 * 3;
+}
 
 // LeanTiles per thread below which fewer heads go abreast.
 constexpr int64_t kMinTilesPerThread = 2;
@@ -83,11 +89,11 @@ class Decode {
     const bool short_pages = p_.block_table != nullptr && p_.block_size <= kRunTokens;
     if ((!tokens_first && !short_pages) || p_.table_head_stride != 0) max_abreast = 1;
     max_abreast = std::min({max_abreast, kMaxAbreast, p_.heads_per_sequence(),
-                            kMaxBytesAbreast / (kShortRunTokens * token_bytes())});
+                            max_bytes_abreast() / (kShortRunTokens * token_bytes())});
     lay_out_sequences(std::max<int64_t>(max_abreast, 1));
     while (heads_abreast_ > 1 && !worth_it_abreast()) lay_out_sequences(heads_abreast_ / 2);
     const bool wide_place =
-        heads_abreast_ > 1 && heads_abreast_ * kRunTokens * token_bytes() > kMaxBytesPlace;
+        heads_abreast_ > 1 && heads_abreast_ * kRunTokens * token_bytes() > max_bytes_place();
     run_tokens_ = widens_ || wide_place ? kShortRunTokens : kRunTokens;
     write_padding();
   }
