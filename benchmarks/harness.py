@@ -408,15 +408,21 @@ def draw(study: dict, path: Path) -> None:
             marker = "o" if name == OURS else "x+v^sd*"[i % 7]
             axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-    bounded = [
-        (bound_of(case)[0] / case["read_gb_per_second"], row)
-        for row, case in enumerate(cases.values())
-        if bound_of(case)[1] == "products"
-    ]
-    if bounded:
-        axis.scatter(
-            *zip(*bounded, strict=True), label=f"bound of {OURS}: products", marker="|", s=80, color="black"
-        )
+    limits = {
+        f"bound of {OURS}: products": [
+            (bound_of(case)[0] / case["read_gb_per_second"], row)
+            for row, case in enumerate(cases.values())
+            if bound_of(case)[1] == "products"
+        ],
+        f"{OURS} in cache, where memory is faster": [
+            (case["in_cache_gb_per_second"] / case["read_gb_per_second"], row)
+            for row, case in enumerate(cases.values())
+            if case["in_cache_gb_per_second"] < case["read_gb_per_second"]
+        ],
+    }
+    for (label, points), color in zip(limits.items(), ("black", "tab:blue"), strict=True):
+        if points:
+            axis.scatter(*zip(*points, strict=True), label=label, marker="|", s=80, color=color)
     axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axis.invert_yaxis()
     axis.margins(y=0.01)
