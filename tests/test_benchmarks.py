@@ -37,6 +37,7 @@ def test_contenders_agree_and_results_are_kept(case: Case, tmp_path: Path) -> No
             assert result["max_abs_error_to_fp32"] < 0.02, name
             assert result["gb_per_second"] == pytest.approx(case.kv_bytes / result["seconds"] / 1e9)
     assert study["machine"]["threads"] == torch.get_num_threads()
+    assert study["cases"][case.id]["in_cache_gb_per_second"] > 0
 
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_table(study, console)

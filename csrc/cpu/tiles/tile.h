@@ -43,7 +43,7 @@ struct Run {
 };
 
 // Rows that may be prefetched while others are multiplied: as many bytes as these, from byte `begin` on of
-// `count` rows of `bytes` each, which may be those of neighbouring heads as one. None if count is 0.
+// `count` rows of `bytes` each, which may be several that adjoin as one. None if count is 0.
 struct RowsAhead {
   const void* const* rows = nullptr;
   int count = 0;
