@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <utility>
 
+#include "cpu/core_caches.h"
 #include "cpu/tiles/tile.h"
 
 namespace lean::cpu {
@@ -193,10 +194,10 @@ class RunQueue {
     return place.run;
   }
 
-  // What to prefetch while that is multiplied. A head alone is asked for a run ahead. Heads abreast go
-  // through the place twice, and what follows their K is their V.
+  // What to prefetch while that is multiplied. Heads go through a place twice, and what follows their K is
+  // their V; but those of a head alone are asked for a run ahead, where the second level has room for them.
   RowsAhead ahead(Side side, int64_t head) {
-    if (now().at.heads == 1) return ahead_in(next(), side, head);
+    if (now().at.heads == 1 && !first_level_) return ahead_in(next(), side, head);
     return side == kKeys ? ahead_in(now(), kValues, head) : ahead_in(next(), kKeys, head);
   }
 
@@ -244,7 +245,7 @@ class RunQueue {
     const bool adjoin =
         joins_rows_ && static_cast<const char*>(rows[count - 1]) - static_cast<const char*>(rows[0]) ==
                            int64_t{count - 1} * bytes;
-    return {rows, adjoin ? 1 : count, adjoin ? count * bytes : bytes, begin};
+    return {rows, adjoin ? 1 : count, adjoin ? count * bytes : bytes, begin, first_level_ ? 1 : 2};
   }
 
   void fill_next() {
@@ -273,6 +274,7 @@ class RunQueue {
   const bool joins_rows_;
   const bool whole_tokens_;
   const bool shuffles_;
+  const bool first_level_ = reads_through_first_level();
   Stretch from_;
   const Stretch upcoming_;
   int64_t begin_;

@@ -12,10 +12,10 @@
 
 #include "cpu/cache_rows.h"
 #include "cpu/check_values.h"
+#include "cpu/core_caches.h"
 #include "cpu/parallel.h"
 #include "cpu/partial.h"
 #include "cpu/scratch_memory.h"
-#include "cpu/second_level.h"
 #include "cpu/tiles/tile.h"
 
 namespace lean::cpu {

@@ -1,10 +1,9 @@
 // Prefetches: what is read next, asked for while other rows are multiplied. Included by tile_impl.h, once per
 // instruction set.
 
-// Asks a cache for these bytes. For what lies in memory that is the second level, which has more reads in
-// flight than the first, whose few would bound the bandwidth of a core. (Always inline: a function that only
-// prefetches is taken for one without effect and its calls are dropped.)
-template <int level = 2>
+// Asks a cache for these bytes. (Always inline: a function that only prefetches is taken for one without
+// effect and its calls are dropped.)
+template <int level>
 __attribute__((always_inline)) inline void prefetch(const void* from, int bytes) {
   for (int i = 0; i < bytes; i += 64) {
     __builtin_prefetch(static_cast<const char*>(from) + i, 0, 4 - level);
@@ -13,7 +12,7 @@ __attribute__((always_inline)) inline void prefetch(const void* from, int bytes)
 
 // RowsAhead, asked for in the order of their addresses, which memory reads faster than any other. (Where rows
 // are neither adjacent nor whole lines, some lines are left to the hardware.)
-template <bool paced>
+template <bool paced, int level>
 class Ahead {
  public:
   // From `skip` bytes further on.
@@ -49,7 +48,7 @@ class Ahead {
 
   __attribute__((always_inline)) void ask(const void* taken) {
     if constexpr (paced) at_ = when_arrived(taken, at_);
-    prefetch(at_, kLine);
+    prefetch<level>(at_, kLine);
     at_ += kLine;
     if (at_ < end_) return;
     const char* const row = static_cast<const char*>(*next_);

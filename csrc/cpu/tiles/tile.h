@@ -49,6 +49,7 @@ struct RowsAhead {
   int count = 0;
   int bytes = 0;
   int begin = 0;
+  int cache_level = 2;  // of the core's, 1 or 2, that they are prefetched into
 };
 
 // What a row sees of the current run. Places are relative to its first token.

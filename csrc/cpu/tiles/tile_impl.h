@@ -121,9 +121,10 @@ struct Strip {
   // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
   // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
   // holds the strip's packed rows.
+  template <int level>
   __attribute__((always_inline)) static void dot_block(const Format& format, int head_dim,
                                                        const typename Format::Query* q,
-                                                       const void* const* k_rows, Ahead<kPaced>& ahead,
+                                                       const void* const* k_rows, Ahead<kPaced, level>& ahead,
                                                        F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
@@ -173,6 +174,7 @@ struct Strip {
 
   // Writes the dot products of the run's tokens, and of some after them. Not inlined, nor are the loops over
   // V: what the callers keep in registers would push the sums out of them.
+  template <int level>
   __attribute__((noinline)) static void multiply_keys(const TileState& t, int first_row, float* dots,
                                                       const Run& run, int tokens,
                                                       const RowsAhead& rows_ahead) {
@@ -180,7 +182,7 @@ struct Strip {
     const Format format(t);
     const int head_dim = t.head_dim;
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
-    Ahead<kPaced> ahead(rows_ahead, 0);
+    Ahead<kPaced, level> ahead(rows_ahead, 0);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F x[2];
       dot_block(format, head_dim, q, run.k_rows + token, ahead, x);
@@ -193,7 +195,8 @@ struct Strip {
   static void score(const TileState& t, int first_row, float* scores, const Run& run, const RowView* views,
                     const RowsAhead& rows_ahead) {
     const int tokens = padded_tokens(run);
-    multiply_keys(t, first_row, scores, run, tokens, rows_ahead);
+    const auto multiply = rows_ahead.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
+    multiply(t, first_row, scores, run, tokens, rows_ahead);
     const F scale = S::set1(t.scale), softcap = S::set1(t.softcap);
     const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
     const float* const k_scales = run.k_scales;
@@ -256,13 +259,13 @@ struct Strip {
 
   // Columns [column, column + chunks * kColumns) of the weighted sum of V, added to the rescaled output. Not
   // inlined: what the caller keeps in registers would push the sums out of them.
-  template <int chunks, bool tail>
+  template <int chunks, bool tail, int level>
   __attribute__((noinline)) static void add_values(const TileState& t, int first_row, const Run& run,
                                                    const RowsAhead& rows_ahead, int tokens,
                                                    const typename Format::Weight* weights,
                                                    const float* correction, int column) {
     const Format format(t);
-    Ahead<kPaced> ahead(rows_ahead, column * sizeof(T) * tokens);
+    Ahead<kPaced, level> ahead(rows_ahead, column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
     for (auto& chunk : sums) {
       for (auto& row : chunk) row[0] = row[1] = S::zero();
@@ -311,6 +314,25 @@ struct Strip {
     }
   }
 
+  // All columns.
+  template <int level>
+  static void add_all_values(const TileState& t, int first_row, const Run& run, const RowsAhead& ahead,
+                             int tokens, const typename Format::Weight* weights, const float* correction) {
+    // Few rows leave registers for more columns at once, which hides the latency of the additions.
+    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
+    const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
+    int column = 0;
+    for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
+      add_values<kChunks, false, level>(t, first_row, run, ahead, tokens, weights, correction, column);
+    }
+    for (; column < whole; column += Format::kColumns) {
+      add_values<1, false, level>(t, first_row, run, ahead, tokens, weights, correction, column);
+    }
+    if (column < t.head_dim_v) {
+      add_values<1, true, level>(t, first_row, run, ahead, tokens, weights, correction, column);
+    }
+  }
+
   // Makes weights of the scores, and adds the weighted sum of V to the output.
   __attribute__((noinline)) static void accumulate(const TileState& t, int first_row, float* scores,
                                                    const Run& run, const RowsAhead& ahead) {
@@ -346,20 +368,9 @@ struct Strip {
       t.l[first_row + r] = l_of[r];
     }
 
-    // Few rows leave registers for more columns at once, which hides the latency of the additions.
-    constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
     const auto* weights = Format::template pack_weights<kPeriod>(scores, tokens);
-    const int whole = t.head_dim_v / Format::kColumns * Format::kColumns;
-    int column = 0;
-    for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
-      add_values<kChunks, false>(t, first_row, run, ahead, tokens, weights, correction_of, column);
-    }
-    for (; column < whole; column += Format::kColumns) {
-      add_values<1, false>(t, first_row, run, ahead, tokens, weights, correction_of, column);
-    }
-    if (column < t.head_dim_v) {
-      add_values<1, true>(t, first_row, run, ahead, tokens, weights, correction_of, column);
-    }
+    const auto add = ahead.cache_level == 1 ? add_all_values<1> : add_all_values<2>;
+    add(t, first_row, run, ahead, tokens, weights, correction_of);
   }
 
   static int64_t padded(int64_t columns) {
@@ -455,7 +466,7 @@ struct Tile {
                     void* to, const RowsAhead& ahead) {
     const Simd::Widener<T> widener(from, table);
     for (int i = 0; i < count; ++i) {
-      if (i < ahead.count) prefetch(ahead.rows[i], ahead.bytes);
+      if (i < ahead.count) prefetch<2>(ahead.rows[i], ahead.bytes);
       widener(static_cast<const uint8_t*>(rows[i]), columns, static_cast<T*>(to) + i * columns);
     }
   }
