@@ -19,8 +19,11 @@ alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
 // read it: in two halves, more of the reading is left to the multiplication between them.
 inline constexpr int kShortRunTokens = kRunTokens / 2;
 
-// Tokens of a head whose memory pages are touched at once.
-inline constexpr int64_t kTouchTokens = 512;
+// Tokens of a head whose memory pages are touched at once: many where rows are read through the second cache
+// level, while a core that reads them through the first has fewer places for it.
+inline int64_t touch_tokens() {
+  return reads_through_first_level() ? kRunTokens : 512;
+}
 
 // Heads that a thread may take through the tokens abreast.
 inline constexpr int64_t kMaxAbreast = 8;
@@ -257,7 +260,7 @@ class RunQueue {
       if (begin_ >= from_.tokens.end) return;
     }
     if (begin_ >= touched_) {
-      touched_ = std::min(begin_ + kTouchTokens, from_.tokens.end);
+      touched_ = std::min(begin_ + touch_tokens_, from_.tokens.end);
       rows_.touch({from_.sequence, from_.kv_head, from_.heads, {begin_, touched_}});
     }
     place.at = {from_.sequence,
@@ -275,6 +278,7 @@ class RunQueue {
   const bool whole_tokens_;
   const bool shuffles_;
   const bool first_level_ = reads_through_first_level();
+  const int64_t touch_tokens_ = touch_tokens();
   Stretch from_;
   const Stretch upcoming_;
   int64_t begin_;
