@@ -3,7 +3,8 @@
     python -m benchmarks.cpu_decode            a subset, about three minutes on two cores
     python -m benchmarks.cpu_decode --full     the grid; an interrupted run continues with --resume
 
-Prints a table and writes a JSON file and a plot.
+Prints a table and what its rows say together, and writes a JSON file and a plot.
+`python -m benchmarks.report` prints such a file again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import peers
-from benchmarks.harness import Case, draw, print_table, run_study
+from benchmarks.harness import Case, run_study
+from benchmarks.report import draw, print_summary, print_table
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = {
@@ -124,6 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     print_table(study, console)
+    print_summary(study, console)
     picture = options.output.with_suffix(".png")
     draw(study, picture)
     console.print(f"written: {options.output}, {picture}", soft_wrap=True)

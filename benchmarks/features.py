@@ -18,8 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 import lean_attention
-from benchmarks.harness import Case, Inputs, draw, print_table, run_study
+from benchmarks.harness import Case, Inputs, run_study
 from benchmarks.peers import LeanAttention
+from benchmarks.report import draw, print_table
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [

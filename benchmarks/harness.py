@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 import lean_attention
@@ -334,101 +332,3 @@ def run_study(
             part.replace(output)  # an interrupted run leaves a whole file
             progress.advance(bar)
     return study
-
-
-def bound_of(case: dict) -> tuple[float, str]:
-    """GB/s that this package can reach by the rates measured with the case, and which of them it is.
-
-    It can come out faster where a part of the caches is in the last cache level.
-    """
-    products = case["kv_bytes"] / case["products"] * case["giga_products_per_second"]
-    read = case["read_gb_per_second"]
-    return (products, "products") if products < read else (read, "read")
-
-
-def print_table(study: dict, console: Console) -> None:
-    """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other.
-
-    What bounds a case is the longer of two floors: reading K and V once, and multiplying with them. The
-    column "in cache" is how fast our loops read K and V that never leave the second cache level.
-    """
-    names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
-    others = [name for name in names if name != OURS]
-    facts = study["machine"]
-    table = Table(
-        title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one",
-    )
-    table.add_column("case", no_wrap=True)
-    for column in ("MB", "read GB/s", "in cache", "ours GB/s", "share", "of the bound", *others):
-        table.add_column(column, justify="right")
-    for case_id, case in study["cases"].items():
-        ours = case["contenders"].get(OURS, {})
-        rate = ours.get("gb_per_second", math.nan)
-        bound, what = bound_of(case)
-        ratios = []
-        for name in others:
-            theirs = case["contenders"].get(name, {}).get("gb_per_second")
-            ratios.append(f"{rate / theirs:.2f}x" if theirs else "-")
-        table.add_row(
-            case_id,
-            f"{case['kv_bytes'] / 1e6:.0f}",
-            f"{case['read_gb_per_second']:.1f}",
-            f"{case['in_cache_gb_per_second']:.1f}",
-            f"{rate:.1f}",
-            f"{rate / case['read_gb_per_second']:.0%}",
-            f"{rate / bound:.0%} {what}",
-            *ratios,
-        )
-    console.print(table)
-    reasons = {
-        f"{name}: {result['unavailable']}"
-        for case in study["cases"].values()
-        for name, result in case["contenders"].items()
-        if "unavailable" in result
-    }
-    for reason in sorted(reasons):
-        console.print(f"- {reason}", soft_wrap=True, markup=False)
-
-
-def draw(study: dict, path: Path) -> None:
-    """Draws each contender's share of the read bandwidth, case by case."""
-    from matplotlib.figure import Figure
-
-    cases = study["cases"]
-    names = list(dict.fromkeys(name for case in cases.values() for name in case["contenders"]))
-    figure = Figure(figsize=(9, 1.5 + 0.22 * len(cases)), layout="constrained")
-    axis = figure.subplots()
-    for i, name in enumerate(names):
-        points = [
-            (case["contenders"][name]["gb_per_second"] / case["read_gb_per_second"], row)
-            for row, case in enumerate(cases.values())
-            if "gb_per_second" in case["contenders"].get(name, {})
-        ]
-        if points:
-            marker = "o" if name == OURS else "x+v^sd*"[i % 7]
-            axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
-    axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-    limits = {
-        f"bound of {OURS}: products": [
-            (bound_of(case)[0] / case["read_gb_per_second"], row)
-            for row, case in enumerate(cases.values())
-            if bound_of(case)[1] == "products"
-        ],
-        f"{OURS} in cache, where memory is faster": [
-            (case["in_cache_gb_per_second"] / case["read_gb_per_second"], row)
-            for row, case in enumerate(cases.values())
-            if case["in_cache_gb_per_second"] < case["read_gb_per_second"]
-        ],
-    }
-    for (label, points), color in zip(limits.items(), ("black", "tab:blue"), strict=True):
-        if points:
-            axis.scatter(*zip(*points, strict=True), label=label, marker="|", s=80, color=color)
-    axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
-    axis.invert_yaxis()
-    axis.margins(y=0.01)
-    axis.set_xlim(left=0)
-    axis.set_xlabel("K and V read, as a share of the machine's streaming-read bandwidth")
-    axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=7)
-    axis.set_title(f"{study['machine']['cpu']}, {study['machine']['threads']} threads", fontsize=9)
-    figure.savefig(path, dpi=120)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_decode, small_calls
-from benchmarks.harness import Case, bound_of, draw, print_table, run_study
+from benchmarks import cpu_decode, report, small_calls
+from benchmarks.harness import FORMAT, Case, run_study
 from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
+from benchmarks.report import bound_of, draw, print_summary, print_table
 from lean_attention import Schedule
 from lean_attention._core import core
 from lean_attention.limits import product_rate
@@ -114,6 +115,59 @@ def test_makespans() -> None:
     assert splits([6, 6], 3) == {0: 4, 1: 6, 2: 6, 6: 4}
     # One long output tile last: whoever gets it works on alone.
     assert splits([1, 1, 1, 1, 8], 4)[1] == 9
+
+
+def test_a_summary_says_what_the_cases_say_together() -> None:
+    def case(ours: float, in_cache: float, theirs: float | None, megabytes: int = 64) -> dict:
+        peer = {"unavailable": "no kernel"} if theirs is None else {"gb_per_second": theirs}
+        return {
+            "kv_bytes": megabytes * 10**6,
+            "read_gb_per_second": 40.0,
+            "in_cache_gb_per_second": in_cache,
+            "contenders": {"lean_attention": {"gb_per_second": ours}, "sdpa": peer},
+        }
+
+    study = {"cases": {
+        "bf16-h32-kv8-d128-b1-n50000": case(36.0, 80.0, 2.0),
+        "bf16-h8-kv8-d128-b1-n50000": case(32.0, 60.0, None),
+        "bf16-h24-kv8-d128-b1-n50000": case(28.0, 70.0, 4.0),
+        "f16-h64-kv8-d128-b1-n50000-tokens_first": case(15.0, 20.0, 1.0),
+        "f32-h8-kv8-d128-b1-n1024": case(20.0, 60.0, 16.0, megabytes=8),  # counts against peers only
+    }}  # fmt: skip
+    console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(study, console)
+    text = console.export_text()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert ["bf16", "heads first", "1 to 4", "3", "0.80", "0.70", "0.80", "0.70"] in rows
+    assert ["f16", "tokens first", "5 to 8", "1", "0.38", "0.38", "0.75", "0.75"] in rows
+    assert ["2 and more", "1", "0.90", "0.90"] in rows
+    assert ["1.5 to 2", "2", "0.75", "0.70"] in rows
+    assert ["0 to 1", "1", "0.38", "0.38"] in rows
+    assert "f32" not in {row[0] for row in rows if row}
+    assert "1.25 to 18.0 times as fast as sdpa, least at f32-h8-kv8-d128-b1-n1024" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no study: JSONDecodeError"),
+        ("[]", "is no study: TypeError"),
+        ("{}", "is no study: KeyError: 'machine'"),
+        ('{"machine": {"format": 1}}', f"has format 1; this version reads {FORMAT}"),
+    ],
+)
+def test_a_report_of_what_is_no_study(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        report.main([str(tmp_path / "file.json")])
+    with pytest.raises(SystemExit, match="is no study: FileNotFoundError"):
+        report.main([str(tmp_path / "missing.json")])
+
+
+@pytest.mark.parametrize("name", ["cpu_decode", "cpu_decode_avx2", "features"])
+def test_committed_studies_are_printed_again(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(ROOT / "benchmarks" / "results" / f"{name}.json")])
+    assert "64 MB and more" in capsys.readouterr().out
 
 
 def test_what_bounds_a_case() -> None:

@@ -1,0 +1,210 @@
+"""What a study found: a table and a plot of its cases, and what they say together.
+
+    python -m benchmarks.report benchmarks/results/cpu_decode.json
+
+Prints a written study again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import FORMAT, OURS
+
+# Smaller caches stay in the processor's own, in part, and are no part of the summary.
+LEAST_BYTES = 64e6
+# How many times as fast as memory the loops are in cache, at least: the summary's classes.
+LEADS = (0.0, 1.0, 1.5, 2.0)
+
+
+def bound_of(case: dict) -> tuple[float, str]:
+    """GB/s that this package can reach by the rates measured with the case, and which of them it is.
+
+    It can come out faster where a part of the caches is in the last cache level.
+    """
+    products = case["kv_bytes"] / case["products"] * case["giga_products_per_second"]
+    read = case["read_gb_per_second"]
+    return (products, "products") if products < read else (read, "read")
+
+
+def print_table(study: dict, console: Console) -> None:
+    """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other.
+
+    What bounds a case is the longer of two floors: reading K and V once, and multiplying with them. The
+    column "in cache" is how fast our loops read K and V that never leave the second cache level.
+    """
+    names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
+    others = [name for name in names if name != OURS]
+    facts = study["machine"]
+    table = Table(
+        title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one",
+    )
+    table.add_column("case", no_wrap=True)
+    for column in ("MB", "read GB/s", "in cache", "ours GB/s", "share", "of the bound", *others):
+        table.add_column(column, justify="right")
+    for case_id, case in study["cases"].items():
+        ours = case["contenders"].get(OURS, {})
+        rate = ours.get("gb_per_second", math.nan)
+        bound, what = bound_of(case)
+        ratios = []
+        for name in others:
+            theirs = case["contenders"].get(name, {}).get("gb_per_second")
+            ratios.append(f"{rate / theirs:.2f}x" if theirs else "-")
+        table.add_row(
+            case_id,
+            f"{case['kv_bytes'] / 1e6:.0f}",
+            f"{case['read_gb_per_second']:.1f}",
+            f"{case['in_cache_gb_per_second']:.1f}",
+            f"{rate:.1f}",
+            f"{rate / case['read_gb_per_second']:.0%}",
+            f"{rate / bound:.0%} {what}",
+            *ratios,
+        )
+    console.print(table)
+    reasons = {
+        f"{name}: {result['unavailable']}"
+        for case in study["cases"].values()
+        for name, result in case["contenders"].items()
+        if "unavailable" in result
+    }
+    for reason in sorted(reasons):
+        console.print(f"- {reason}", soft_wrap=True, markup=False)
+
+
+def draw(study: dict, path: Path) -> None:
+    """Draws each contender's share of the read bandwidth, case by case."""
+    from matplotlib.figure import Figure
+
+    cases = study["cases"]
+    names = list(dict.fromkeys(name for case in cases.values() for name in case["contenders"]))
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(cases)), layout="constrained")
+    axis = figure.subplots()
+    for i, name in enumerate(names):
+        points = [
+            (case["contenders"][name]["gb_per_second"] / case["read_gb_per_second"], row)
+            for row, case in enumerate(cases.values())
+            if "gb_per_second" in case["contenders"].get(name, {})
+        ]
+        if points:
+            marker = "o" if name == OURS else "x+v^sd*"[i % 7]
+            axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    limits = {
+        f"bound of {OURS}: products": [
+            (bound_of(case)[0] / case["read_gb_per_second"], row)
+            for row, case in enumerate(cases.values())
+            if bound_of(case)[1] == "products"
+        ],
+        f"{OURS} in cache, where memory is faster": [
+            (case["in_cache_gb_per_second"] / case["read_gb_per_second"], row)
+            for row, case in enumerate(cases.values())
+            if case["in_cache_gb_per_second"] < case["read_gb_per_second"]
+        ],
+    }
+    for (label, points), color in zip(limits.items(), ("black", "tab:blue"), strict=True):
+        if points:
+            axis.scatter(*zip(*points, strict=True), label=label, marker="|", s=80, color=color)
+    axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
+    axis.invert_yaxis()
+    axis.margins(y=0.01)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("K and V read, as a share of the machine's streaming-read bandwidth")
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=7)
+    axis.set_title(f"{study['machine']['cpu']}, {study['machine']['threads']} threads", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def print_summary(study: dict, console: Console) -> None:
+    """What the cases with caches of 64 MB and more say together, and where others come closest.
+
+    Memory bounds a case if the loops in cache are far ahead of it, and the loops if they are behind it. In
+    between both take their share of the time, because neither hides the other wholly.
+    """
+    by_kind: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    by_lead: dict[float, list[float]] = {}
+    closest: dict[str, list[tuple[float, str]]] = {}
+    for case_id, case in study["cases"].items():
+        rate = case["contenders"].get(OURS, {}).get("gb_per_second")
+        if rate is None:
+            continue
+        for name, result in case["contenders"].items():
+            if name != OURS and "gb_per_second" in result:
+                closest.setdefault(name, []).append((rate / result["gb_per_second"], case_id))
+        if case["kv_bytes"] < LEAST_BYTES:
+            continue
+        read, in_cache = case["read_gb_per_second"], case["in_cache_gb_per_second"]
+        by_kind.setdefault(kind_of(case_id), []).append((rate / read, rate / min(read, in_cache)))
+        by_lead.setdefault(max(lead for lead in LEADS if in_cache >= lead * read), []).append(rate / read)
+
+    def share(values: list[float]) -> tuple[str, str]:
+        return f"{statistics.median(values):.2f}", f"{min(values):.2f}"
+
+    if by_kind:
+        table = Table(
+            title="64 MB and more: shares of the read bandwidth, and of the lower of it and the rate in cache"
+        )
+        for column in ("dtype", "layout", "group"):
+            table.add_column(column)
+        for column in ("cases", "median", "least", "of the lower", "least"):
+            table.add_column(column, justify="right")
+        for kind, shares in sorted(by_kind.items()):
+            of_read, of_lower = zip(*shares, strict=True)
+            table.add_row(*kind, str(len(shares)), *share(of_read), *share(of_lower))
+        console.print(table)
+        table = Table(title="64 MB and more: shares of the read bandwidth by how fast the loops are in cache")
+        table.add_column("times the bandwidth")
+        for column in ("cases", "median", "least"):
+            table.add_column(column, justify="right")
+        for lead, shares in sorted(by_lead.items()):
+            above = [f"to {other:g}" for other in LEADS if other > lead][:1] or ["and more"]
+            table.add_row(f"{lead:g} {above[0]}", str(len(shares)), *share(shares))
+        console.print(table)
+    for name, ratios in closest.items():
+        (least, where), (most, _) = min(ratios), max(ratios)
+        console.print(f"{least:.2f} to {most:.1f} times as fast as {name}, least at {where}", soft_wrap=True)
+
+
+def kind_of(case_id: str) -> tuple[str, str, str]:
+    """dtype, layout and class of group size of a case, by its id."""
+    parts = re.match(r"(\w+)-h(\d+)-kv(\d+)-", case_id)
+    if parts is None:
+        raise ValueError(f"{case_id!r} is no case's id")
+    dtype, group = parts[1], int(parts[2]) // int(parts[3])
+    layout = "tokens first" if case_id.endswith("-tokens_first") else "heads first"
+    return dtype, layout, "1 to 4" if group <= 4 else "5 to 8" if group <= 8 else "over 8"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", type=Path, help="the JSON file of a study")
+    options = parser.parse_args(arguments)
+    try:
+        study = json.loads(options.study.read_text())
+        made = study["machine"]["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{options.study} is no study: {type(error).__name__}: {error}")
+    if made != FORMAT:
+        sys.exit(f"{options.study} has format {made}; this version reads {FORMAT}")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    print_table(study, console)
+    print_summary(study, console)
+
+
+if __name__ == "__main__":
+    main()
