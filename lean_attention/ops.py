@@ -115,18 +115,17 @@ def decode(
         cu_seqlens_q,
         tree_mask,
     )
-    options = {
-        name: value
-        for name, value, default in (
-            ("scale", scale, None),
-            ("causal", causal, True),
-            ("window_left", window_left, -1),
-            ("window_right", window_right, -1),
-            ("softcap", softcap, 0.0),
-            ("num_ctas", num_ctas, 0),
-        )
-        if value != default
-    }
+    # A call that reads a cache finds this code cold: naming the options takes longer than all else here.
+    options = {}
+    if (scale, causal, window_left, window_right, softcap, num_ctas) != (None, True, -1, -1, 0.0, 0):
+        options = {
+            "scale": scale,
+            "causal": causal,
+            "window_left": window_left,
+            "window_right": window_right,
+            "softcap": softcap,
+            "num_ctas": num_ctas,
+        }
     if out is not None:
         _call(torch.ops.lean_attn.decode_out.default, q, k_cache, v_cache, out, lse, *tensors, **options)
         return out, lse
@@ -136,9 +135,9 @@ def decode(
 def _call(op, *tensors, **options):
     """Calls an op, and where no gradient can be asked for, without PyTorch's Python layer for gradients.
 
-    That layer, which makes a gradient raise, takes longer than a short decode.
+    That layer, which makes a gradient raise, takes longer than a short decode. Inference mode has none.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return op(*tensors, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*tensors, **options)
