@@ -205,10 +205,11 @@ def test_the_schedules_that_stream_k_replaces(splits: int) -> None:
     assert_close(case, inputs, *torch.ops.lean_attn.decode_fixed_split(**inputs, splits=splits))
 
 
+@pytest.mark.parametrize("kv_heads", [13, 37])
 @pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
-def test_many_heads_abreast(layout: str) -> None:
+def test_many_heads_abreast(layout: str, kv_heads: int) -> None:
     """Ranges that begin and end inside heads, with whole ones between, longer than one chunk of tokens."""
-    case = Case(F32, lens=(9000, 70), heads=26, kv_heads=13, head_dim=8)
+    case = Case(F32, lens=(9000, 70), heads=2 * kv_heads, kv_heads=kv_heads, head_dim=8)
     inputs = make_inputs(case, layout)
     for num_ctas in (1, 2, 3):
         assert_close(case, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))

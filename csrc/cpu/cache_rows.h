@@ -25,8 +25,10 @@ inline int64_t touch_tokens() {
   return reads_through_first_level() ? kRunTokens : 512;
 }
 
-// Heads that a thread may take through the tokens abreast.
-inline constexpr int64_t kMaxAbreast = 8;
+// Heads that a thread may take through the tokens abreast: many, so that it reads whole tokens, but of pages
+// that are stored head by head fewer, whose pieces are long enough.
+inline constexpr int64_t kMaxAbreast = 32;
+inline constexpr int64_t kMaxAbreastInPages = 8;
 
 // Tokens of neighbouring heads of a sequence.
 struct Stretch {

@@ -88,8 +88,9 @@ class Decode {
     const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
     const bool short_pages = p_.block_table != nullptr && p_.block_size <= kRunTokens;
     if ((!tokens_first && !short_pages) || p_.table_head_stride != 0) max_abreast = 1;
-    max_abreast = std::min({max_abreast, kMaxAbreast, p_.heads_per_sequence(),
-                            max_bytes_abreast() / (kShortRunTokens * token_bytes())});
+    max_abreast =
+        std::min({max_abreast, tokens_first ? kMaxAbreast : kMaxAbreastInPages, p_.heads_per_sequence(),
+                  max_bytes_abreast() / (kShortRunTokens * token_bytes())});
     lay_out_sequences(std::max<int64_t>(max_abreast, 1));
     while (heads_abreast_ > 1 && !worth_it_abreast()) lay_out_sequences(heads_abreast_ / 2);
     const bool wide_place =
