@@ -137,6 +137,7 @@ def _call(op, *tensors, **options):
 
     That layer, which makes a gradient raise, takes longer than a short decode. Inference mode has none.
     """
+    # Inference mode is asked for last: a graph that torch.compile traces would break there.
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return op(*tensors, **options)
     with torch._C._AutoDispatchBelowAutograd():
