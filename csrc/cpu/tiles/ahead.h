@@ -25,6 +25,7 @@ class Ahead {
     end_ = first + bytes_at_once_;
     last_ = a.rows + a.count - 1;
     next_ = a.rows + std::min(row + rows_at_once_, a.count - 1);
+    asm("" : "+r"(zero_));  // the compiler is not to know that it is zero
   }
 
   // In step `step` of many that each take `bytes` of other rows, the last of these at `taken`, and at place
@@ -37,35 +38,38 @@ class Ahead {
       const int parts = Simd::kLanes >= 16 ? count : 1;
       if (i >= parts) return;
 #pragma GCC unroll 16
-      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) ask(taken);
+      for (int l = kLines * i / parts; l < kLines * (i + 1) / parts; ++l) {
+        if (paced && l == 0) wait_for(taken);
+        ask();
+      }
     } else {
-      if (i == 0 && step % (kLine / bytes) == 0) ask(taken);
+      if (i != 0 || step % (kLine / bytes) != 0) return;
+      if constexpr (paced) wait_for(taken);
+      ask();
     }
   }
 
  private:
   static constexpr int kLine = 64;
 
-  __attribute__((always_inline)) void ask(const void* taken) {
-    if constexpr (paced) at_ = when_arrived(taken, at_);
+  __attribute__((always_inline)) void ask() {
     prefetch<level>(at_, kLine);
     at_ += kLine;
-    if (at_ < end_) return;
+    if (at_ < end_) [[likely]]
+      return;
     const char* const row = static_cast<const char*>(*next_);
     next_ = std::min(next_ + rows_at_once_, last_);
     if (line_of(row) != at_ - kLine) at_ = line_of(row);  // else the row begins in the line just asked for
     end_ = row + bytes_at_once_;
   }
 
-  // `address`, once `taken` has arrived: a word of it, less itself, is added. A core that asks as fast as it
-  // can has more lines waiting than it can have in flight, and takes them out of order then, so that no
-  // hardware prefetcher follows.
-  __attribute__((always_inline)) static const char* when_arrived(const void* taken, const char* address) {
-    uint32_t word, same;
+  // Makes what is asked for from now on wait until `taken` has arrived: a word of it, masked to zero, is
+  // added to the address. A core that asks as fast as it can has more lines waiting than it can have in
+  // flight, and takes them out of order then, so that no hardware prefetcher follows.
+  __attribute__((always_inline)) void wait_for(const void* taken) {
+    uint32_t word;
     memcpy(&word, taken, sizeof word);
-    same = word;
-    asm("" : "+r"(same));  // the compiler is not to know that they are equal
-    return address + (word - same);
+    at_ += word & zero_;
   }
 
   static const char* line_of(const char* address) {
@@ -76,6 +80,7 @@ class Ahead {
   const char* end_;
   const void* const* next_;
   const void* const* last_;
+  uint32_t zero_ = 0;
   const int rows_at_once_;  // 1, but where rows are shorter than a line
   const int bytes_at_once_;
 };

@@ -25,6 +25,7 @@ struct Bf16Format {
   static constexpr int kDotColumns = 16;
   static constexpr int kColumns = 32;
   static constexpr int kTokensPerStep = 2;
+  static constexpr int kStepsAtOnce = 2;
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = false;
   static constexpr bool kBroadcastsAgain = false;
@@ -197,8 +198,9 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
   using typename Base::F;
   using typename Base::Step;
   using Tensor = Half;
-  using Query = uint32_t;   // the high parts of a chunk, then the low ones
-  using Weight = uint64_t;  // the high parts of two tokens, then the low ones
+  using Query = uint32_t;                 // the high parts of a chunk, then the low ones
+  using Weight = uint64_t;                // the high parts of two tokens, then the low ones
+  static constexpr int kStepsAtOnce = 1;  // which has as many products as two of others
 
   struct QueryParts {
     Chunk high, low;

@@ -25,6 +25,8 @@ struct Fp32Format {
   static constexpr int kDotColumns = Simd::kLanes;
   static constexpr int kColumns = 2 * Simd::kLanes;
   static constexpr int kTokensPerStep = 1;
+  // Steps of the weighted sum to one round of its loop.
+  static constexpr int kStepsAtOnce = 2;
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = kRowDtype != DType::float32;
   // Whether weights are broadcast twice; see add_values.
@@ -112,6 +114,7 @@ struct Strip {
   // Vectors are handled in even number, which is what Formats that pair tokens need.
   static constexpr int kRoundTokens = 2 * kBlockTokens;
   static_assert(kRunTokens % kRoundTokens == 0);
+  static_assert(kRoundTokens % (Format::kTokensPerStep * Format::kStepsAtOnce) == 0);
   // Whether a strip has so few products to a row of K or V that memory is far from keeping up. Then what
   // counts is to read in the order of addresses.
   static constexpr bool kFewRows = rows * (Format::kConverts ? 4 : 2) <= S::kStripRows;
@@ -138,7 +141,7 @@ struct Strip {
     for (int first = 0; first < 2 * kPairs; first += kGroup) {
       const void* const* group = k_rows + 2 * first;
       const typename Format::Query* q_chunk = q;
-      auto add_chunk = [&](int column, auto load) __attribute__((always_inline)) {
+      auto add_chunk = [&](size_t column, auto load) __attribute__((always_inline)) {
         const auto at = [&](int token) { return static_cast<const T*>(group[token]) + column; };
         typename Format::Chunk k[kGroup];
 #pragma GCC unroll 16
@@ -155,13 +158,12 @@ struct Strip {
           }
         }
       };
-      int column = 0;
-      for (; column + kColumns <= head_dim; column += kColumns) {
+      const size_t whole = head_dim / kColumns * kColumns;
+      for (size_t column = 0; column < whole; column += kColumns) {
         add_chunk(column, [&](const T* a, const T* b) { return format.load_two(a, b); });
       }
-      if (column < head_dim) {
-        const int tail = head_dim - column;
-        add_chunk(column, [&](const T* a, const T* b) { return format.load_two_tail(a, b, tail); });
+      if (const int tail = head_dim - static_cast<int>(whole); tail > 0) {
+        add_chunk(whole, [&](const T* a, const T* b) { return format.load_two_tail(a, b, tail); });
       }
     }
     dots[0] = S::interleave_halves<kPeriod>(S::sum_halves(sums[0]));
@@ -292,15 +294,18 @@ struct Strip {
     if constexpr (Format::kBroadcastsAgain && chunks == 1) asm("" : "+r"(again));
     const int columns = t.head_dim_v - column;  // that are left
     const void* const* v_rows = run.v_rows;
-    for (int i = 0; i < tokens / Format::kTokensPerStep; ++i) {
-      if constexpr (tail) {
-        step(i, v_rows, weights, again, [&](const T* row) { return Format::load_tail(row, columns); });
-      } else {
-        step(i, v_rows, weights, again, [](const T* row) { return Format::load(row); });
+    for (int i = 0; i < tokens / Format::kTokensPerStep; i += Format::kStepsAtOnce) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Format::kStepsAtOnce; ++j) {
+        if constexpr (tail) {
+          step(i + j, v_rows, weights, again, [&](const T* row) { return Format::load_tail(row, columns); });
+        } else {
+          step(i + j, v_rows, weights, again, [](const T* row) { return Format::load(row); });
+        }
+        v_rows += Format::kTokensPerStep;
+        weights += kPeriod;
+        again += kPeriod;
       }
-      v_rows += Format::kTokensPerStep;
-      weights += kPeriod;
-      again += kPeriod;
     }
 #pragma GCC unroll 16
     for (int c = 0; c < chunks; ++c) {
