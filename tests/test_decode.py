@@ -143,6 +143,19 @@ def test_large_scores(offset: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("rise", [0.02, 0.1, 0.5])
+def test_scores_that_rise_along_the_context(rise: float, dtype: torch.dtype, instruction_set: str) -> None:
+    """To 0 from down to -200, by a different step in each row; e^89 would overflow."""
+    case = Case(dtype, lens=(min(3000, int(200 / rise)),), heads=7, kv_heads=1, head_dim=64)
+    inputs = make_inputs(case)
+    inputs["q"][..., -1] = torch.linspace(0, 1, 7, dtype=dtype)
+    ramp = 8 * rise * (torch.arange(inputs["k_cache"].shape[1]) - case.lens[0])
+    inputs["k_cache"][..., -1] += ramp[:, None].to(dtype)
+    for num_ctas in (1, 3):
+        assert_close(case, inputs, *lean_attention.decode(**inputs, num_ctas=num_ctas))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["k_cache", "v_cache"])
 @pytest.mark.parametrize("place", [257, 299])

@@ -4,7 +4,7 @@
 // Asks a cache for these bytes. (Always inline: a function that only prefetches is taken for one without
 // effect and its calls are dropped.)
 template <int level>
-__attribute__((always_inline)) inline void prefetch(const void* from, int bytes) {
+LEAN_INLINE inline void prefetch(const void* from, int bytes) {
   for (int i = 0; i < bytes; i += 64) {
     __builtin_prefetch(static_cast<const char*>(from) + i, 0, 4 - level);
   }
@@ -19,12 +19,17 @@ class Ahead {
   explicit Ahead(const RowsAhead& a, int skip)
       : rows_at_once_(a.bytes >= kLine ? 1 : (kLine + a.bytes - 1) / a.bytes),
         bytes_at_once_(rows_at_once_ * a.bytes) {
-    const int begin = a.begin + skip, row = std::min(begin / a.bytes, a.count - 1);
-    const char* const first = static_cast<const char*>(a.rows[row]);
-    at_ = line_of(first + begin % a.bytes);
+    int row = 0, offset = a.begin + skip;
+    if (offset >= a.bytes) {  // a division saved where rows are one long row
+      row = std::min(offset / a.bytes, a.count - 1);
+      offset %= a.bytes;
+    }
+    row_ = a.rows + row;
+    const int rest = a.count - 1 - row;
+    last_ = row_ + (a.bytes >= kLine ? rest : rest - rest % static_cast<int>(rows_at_once_));
+    const char* const first = static_cast<const char*>(*row_);
+    at_ = line_of(first + offset);
     end_ = first + bytes_at_once_;
-    last_ = a.rows + a.count - 1;
-    next_ = a.rows + std::min(row + rows_at_once_, a.count - 1);
     asm("" : "+r"(zero_));  // the compiler is not to know that it is zero
   }
 
@@ -32,7 +37,7 @@ class Ahead {
   // `i` of `count` in it, asks for as much. Spread over the step where there are registers for it: a burst
   // finds fewer places free among the core's reads in flight.
   template <int bytes>
-  __attribute__((always_inline)) void keep_up(unsigned step, int i, int count, const void* taken) {
+  LEAN_INLINE void keep_up(unsigned step, int i, int count, const void* taken) {
     if constexpr (bytes >= kLine) {
       constexpr int kLines = bytes / kLine;
       const int parts = Simd::kLanes >= 16 ? count : 1;
@@ -52,13 +57,13 @@ class Ahead {
  private:
   static constexpr int kLine = 64;
 
-  __attribute__((always_inline)) void ask() {
+  LEAN_INLINE void ask() {
     prefetch<level>(at_, kLine);
     at_ += kLine;
     if (at_ < end_) [[likely]]
       return;
-    const char* const row = static_cast<const char*>(*next_);
-    next_ = std::min(next_ + rows_at_once_, last_);
+    if (row_ != last_) row_ += rows_at_once_;
+    const char* const row = static_cast<const char*>(*row_);
     if (line_of(row) != at_ - kLine) at_ = line_of(row);  // else the row begins in the line just asked for
     end_ = row + bytes_at_once_;
   }
@@ -66,7 +71,7 @@ class Ahead {
   // Makes what is asked for from now on wait until `taken` has arrived: a word of it, masked to zero, is
   // added to the address. A core that asks as fast as it can has more lines waiting than it can have in
   // flight, and takes them out of order then, so that no hardware prefetcher follows.
-  __attribute__((always_inline)) void wait_for(const void* taken) {
+  LEAN_INLINE void wait_for(const void* taken) {
     uint32_t word;
     memcpy(&word, taken, sizeof word);
     at_ += word & zero_;
@@ -78,9 +83,9 @@ class Ahead {
 
   const char* at_;
   const char* end_;
-  const void* const* next_;
+  const void* const* row_;
   const void* const* last_;
   uint32_t zero_ = 0;
-  const int rows_at_once_;  // 1, but where rows are shorter than a line
-  const int bytes_at_once_;
+  const int64_t rows_at_once_;  // 1, but where rows are shorter than a line
+  const int64_t bytes_at_once_;
 };

@@ -23,6 +23,7 @@ struct Simd {
   static F abs(F x) { return _mm256_andnot_ps(set1(-0.0f), x); }
   static F copy_sign(F x, F sign) { return _mm256_or_ps(abs(x), _mm256_and_ps(set1(-0.0f), sign)); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static bool any_above(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
   static F where_between(F i, F begin, F end, F x, F other) {
     return _mm256_blendv_ps(
         other, x, _mm256_and_ps(_mm256_cmp_ps(i, begin, _CMP_GE_OQ), _mm256_cmp_ps(i, end, _CMP_LT_OQ)));
@@ -42,6 +43,13 @@ struct Simd {
     if constexpr (period == 2)
       return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
     if constexpr (period == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  }
+
+  template <int rows>
+  static void store_rows(float* p, F x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    memcpy(p, lanes, rows * sizeof(float));
   }
 
   template <int period>

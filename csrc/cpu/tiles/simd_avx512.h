@@ -24,6 +24,7 @@ struct Simd {
   static F copy_sign(F x, F sign) { return _mm512_or_ps(abs(x), _mm512_and_ps(set1(-0.0f), sign)); }
   // The second operand where either is NaN.
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   // x, or `other` in the lanes where i is outside [begin, end).
   static F where_between(F i, F begin, F end, F x, F other) {
     const __mmask16 in = _mm512_cmp_ps_mask(i, begin, _CMP_GE_OQ) & _mm512_cmp_ps_mask(i, end, _CMP_LT_OQ);
@@ -47,6 +48,12 @@ struct Simd {
       return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(p))));
     if constexpr (period == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if constexpr (period == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+  }
+
+  // Stores the first lanes.
+  template <int rows>
+  static void store_rows(float* p, F x) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << rows) - 1), x);
   }
 
   // Lane i of the result is p[i / period].

@@ -32,6 +32,10 @@ struct Simd {
     return as_float((as_bits(x) & 0x7fffffff) | (as_bits(sign) & 0x80000000));
   }
   static F max(F a, F b) { return a > b ? a : b; }
+  static bool any_above(F a, F b) {
+    const auto above = (U64)(a > b);
+    return (above[0] | above[1]) != 0;
+  }
   static F where_between(F i, F begin, F end, F x, F other) { return ((i >= begin) & (i < end)) ? x : other; }
   static F zero_where_minus_infinity(F x) { return x == set1(kMinusInfinity) ? zero() : x; }
   // Adding 1.5 * 2^23 leaves a whole number in the low bits, for |x| < 2^22.
@@ -45,6 +49,11 @@ struct Simd {
   static F replicate(const float* p) {
     if constexpr (period == 1) return set1(p[0]);
     if constexpr (period == 2) return F{p[0], p[1], p[0], p[1]};
+  }
+
+  template <int rows>
+  static void store_rows(float* p, F x) {
+    memcpy(p, &x, rows * sizeof(float));
   }
 
   template <int period>

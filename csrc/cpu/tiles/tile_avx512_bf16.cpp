@@ -70,27 +70,24 @@ struct Bf16Format {
     b = _mm512_dpbf16_ps(b, w, v.b);
   }
 
-  // 32 weights are two blocks of tokens, [token][row]; in this order they are [token / 2][row][token % 2].
+  // Two vectors of weights are two blocks of tokens, [token][row]; as pairs of bf16 weights they are
+  // [token / 2][row][token % 2].
   template <int period>
   static __m512i pair_order() {
-    alignas(64) uint16_t order[32];
-    for (int i = 0; i < 32; ++i) {
-      order[i] = static_cast<uint16_t>((2 * (i / (2 * period)) + i % 2) * period + i / 2 % period);
-    }
-    return _mm512_load_si512(order);
+    alignas(64) static constexpr auto order = [] {
+      std::array<uint16_t, 32> order{};
+      for (int i = 0; i < 32; ++i) {
+        order[i] = static_cast<uint16_t>((2 * (i / (2 * period)) + i % 2) * period + i / 2 % period);
+      }
+      return order;
+    }();
+    return _mm512_load_si512(order.data());
   }
-
-  // Turns token-major fp32 weights into pairs of bf16 weights, in place.
   template <int period>
-  static const Weight* pack_weights(float* scores, int tokens) {
-    const __m512i permutation = pair_order<period>();
-    auto* packed = reinterpret_cast<Weight*>(scores);
-    for (int i = 0; i < tokens * period; i += 32) {
-      const auto x = reinterpret_cast<__m512i>(
-          _mm512_cvtne2ps_pbh(_mm512_loadu_ps(scores + i + 16), _mm512_loadu_ps(scores + i)));
-      _mm512_storeu_si512(packed + i / 2, _mm512_permutexvar_epi16(permutation, x));
-    }
-    return packed;
+  static void store_weights(float* scores, int i, F a, F b) {
+    const auto x = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+    _mm512_storeu_si512(reinterpret_cast<Weight*>(scores) + i / 2,
+                        _mm512_permutexvar_epi16(pair_order<period>(), x));
   }
 
   static void store_output(BFloat16* out, int columns, F a, F b) {
@@ -235,19 +232,16 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
   static F dot(F sum, Chunk k, QueryParts q) { return Base::dot(Base::dot(sum, k, q.low), k, q.high); }
 
   template <int period>
-  static const Weight* pack_weights(float* scores, int tokens) {
-    const __m512i permutation = Base::template pair_order<period>();
+  static void store_weights(float* scores, int i, F a, F b) {
     // Words 0, 16, 1, 17, ... of two vectors.
     const __m512i mix = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int i = 0; i < tokens * period; i += 32) {
-      const Parts a = split(_mm512_loadu_ps(scores + i)), b = split(_mm512_loadu_ps(scores + i + 16));
-      const __m512i high = _mm512_permutexvar_epi16(permutation, join(a.high, b.high));
-      const __m512i low = _mm512_permutexvar_epi16(permutation, join(a.low, b.low));
-      _mm512_storeu_si512(scores + i, _mm512_permutex2var_epi32(high, mix, low));
-      _mm512_storeu_si512(scores + i + 16,
-                          _mm512_permutex2var_epi32(high, _mm512_add_epi32(mix, _mm512_set1_epi32(8)), low));
-    }
-    return reinterpret_cast<const Weight*>(scores);
+    const __m512i permutation = Base::template pair_order<period>();
+    const Parts x = split(a), y = split(b);
+    const __m512i high = _mm512_permutexvar_epi16(permutation, join(x.high, y.high));
+    const __m512i low = _mm512_permutexvar_epi16(permutation, join(x.low, y.low));
+    _mm512_storeu_si512(scores + i, _mm512_permutex2var_epi32(high, mix, low));
+    _mm512_storeu_si512(scores + i + 16,
+                        _mm512_permutex2var_epi32(high, _mm512_add_epi32(mix, _mm512_set1_epi32(8)), low));
   }
   static void accumulate(F& a, F& b, const Weight* weight, const Weight*, Step v) {
     const auto* parts = reinterpret_cast<const typename Base::Weight*>(weight);

@@ -9,6 +9,7 @@
 // weighted sum.
 
 #include "cpu/tiles/ahead.h"
+#include "cpu/tiles/vector_math.h"
 
 // How rows of dtype T are multiplied: converted to fp32.
 template <class T>
@@ -62,44 +63,17 @@ struct Fp32Format {
     a = Simd::fma(Simd::set1(*weight), v.a, a);
     b = Simd::fma(Simd::set1(*again), v.b, b);
   }
+  // Stores two vectors of token-major weights, from place i on, as accumulate takes them: over their scores.
   template <int period>
-  static const Weight* pack_weights(float* scores, int) {
-    return scores;
+  static void store_weights(float* scores, int i, F a, F b) {
+    Simd::store(scores + i, a);
+    Simd::store(scores + i + Simd::kLanes, b);
   }
   static void store_output(T* out, int columns, F a, F b) { Simd::store_pair_tail(out, columns, a, b); }
 };
 
-// (2^x - 1) / x on [-1/2, 1/2]; 2^x comes out to 9.2e-8 relative, minimax.
-inline Simd::F exp2_slope(Simd::F x) {
-  using S = Simd;
-  S::F p = S::set1(1.32647272e-3f);
-  p = S::fma(p, x, S::set1(9.67151269e-3f));
-  p = S::fma(p, x, S::set1(5.55073374e-2f));
-  p = S::fma(p, x, S::set1(2.40222421e-1f));
-  return S::fma(p, x, S::set1(6.93146978e-1f));
-}
-
-// 2^x for x <= 0 to 1.7e-7 relative. Exact for whole x, because rescaling by 2^0 once per run must not drift.
-// Zero below 2^-126, NaN for NaN.
-inline Simd::F exp2(Simd::F x) {
-  using S = Simd;
-  x = S::max(S::set1(-127.0f), x);
-  const S::F n = S::round(x);
-  const S::F f = S::sub(x, n);
-  return S::scale_by_power(S::fma(exp2_slope(f), f, S::set1(1.0f)), n);
-}
-
-// tanh to some 3e-7 relative, also near 0: with e = e^(-2|x|) - 1, summed so that nothing cancels, its
-// magnitude is -e / (2 + e).
-inline Simd::F tanh(Simd::F x) {
-  using S = Simd;
-  const S::F y = S::max(S::set1(-127.0f), S::mul(S::abs(x), S::set1(-2.0f * kLog2e)));
-  const S::F n = S::round(y);
-  const S::F f = S::sub(y, n);
-  const S::F power = S::scale_by_power(S::set1(1.0f), n);
-  const S::F e = S::fma(S::mul(power, f), exp2_slope(f), S::sub(power, S::set1(1.0f)));
-  return S::copy_sign(S::div(e, S::add(e, S::set1(2.0f))), x);
-}
+// By how much scores, in units of log2, may exceed what they are taken relative to.
+constexpr float kSlack = 8;
 
 constexpr int power_of_two_from(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;
@@ -125,10 +99,8 @@ struct Strip {
   // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
   // holds the strip's packed rows.
   template <int level>
-  __attribute__((always_inline)) static void dot_block(const Format& format, int head_dim,
-                                                       const typename Format::Query* q,
-                                                       const void* const* k_rows, Ahead<kPaced, level>& ahead,
-                                                       F (&dots)[2]) {
+  LEAN_INLINE static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
+                                    const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
     constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     F sums[2][S::kLanes / 2];
@@ -141,7 +113,7 @@ struct Strip {
     for (int first = 0; first < 2 * kPairs; first += kGroup) {
       const void* const* group = k_rows + 2 * first;
       const typename Format::Query* q_chunk = q;
-      auto add_chunk = [&](size_t column, auto load) __attribute__((always_inline)) {
+      auto add_chunk = [&](size_t column, auto load) LEAN_INLINE {
         const auto at = [&](int token) { return static_cast<const T*>(group[token]) + column; };
         typename Format::Chunk k[kGroup];
 #pragma GCC unroll 16
@@ -174,23 +146,29 @@ struct Strip {
     return (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
   }
 
-  // Writes the dot products of the run's tokens, and of some after them. Not inlined, nor are the loops over
-  // V: what the callers keep in registers would push the sums out of them.
+  // Writes the scaled dot products of the run's tokens, and of some after them, and returns their maximum per
+  // row. Not inlined, nor are the loops over V: what the callers keep in registers would push the sums out of
+  // them.
   template <int level>
-  __attribute__((noinline)) static void multiply_keys(const TileState& t, int first_row, float* dots,
-                                                      const Run& run, int tokens,
-                                                      const RowsAhead& rows_ahead) {
+  __attribute__((noinline)) static F multiply_keys(const TileState& t, int first_row, float* dots,
+                                                   const Run& run, int tokens, const RowsAhead& rows_ahead) {
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
     const Format format(t);
     const int head_dim = t.head_dim;
+    const F scale = S::set1(t.scale);
     const auto* q = static_cast<const typename Format::Query*>(t.q) + first_row * query_stride(head_dim);
     Ahead<kPaced, level> ahead(rows_ahead, 0);
+    F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F x[2];
       dot_block(format, head_dim, q, run.k_rows + token, ahead, x);
-      S::store(dots + token * kPeriod, x[0]);
-      S::store(dots + (token + kBlockTokens) * kPeriod, x[1]);
+      unrolled<2>([&](auto i) LEAN_INLINE {
+        const F s = S::mul(x[i], scale);
+        S::store(dots + (token + i * kBlockTokens) * kPeriod, s);
+        m = S::max(s, m);  // m where s is NaN
+      });
     }
+    return m;
   }
 
   // Writes the scores of the run's tokens, and of some after them, and their maximum per row.
@@ -198,15 +176,24 @@ struct Strip {
                     const RowsAhead& rows_ahead) {
     const int tokens = padded_tokens(run);
     const auto multiply = rows_ahead.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
-    multiply(t, first_row, scores, run, tokens, rows_ahead);
-    const F scale = S::set1(t.scale), softcap = S::set1(t.softcap);
+    F m = multiply(t, first_row, scores, run, tokens, rows_ahead);
+    if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.k_scales != nullptr) {
+      m = finish_scores(t, first_row, scores, run, tokens, views);
+    }
+    S::store(t.run_max + first_row, S::fold<kPeriod, S::max>(m));
+  }
+
+  // Makes scores of scaled dot products, where that takes more. Returns their maximum per row.
+  static F finish_scores(const TileState& t, int first_row, float* scores, const Run& run, int tokens,
+                         const RowView* views) {
+    const F softcap = S::set1(t.softcap);
     const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
     const float* const k_scales = run.k_scales;
     LaneViews lanes{};
     if (masked) lanes = lane_views(t, first_row, run, views);
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kBlockTokens) {
-      F s = S::mul(S::load(scores + token * kPeriod), scale);
+      F s = S::load(scores + token * kPeriod);
       if (k_scales != nullptr) s = S::mul(s, S::spread<kPeriod>(k_scales + token));
       if (capped) s = S::mul(tanh(s), softcap);
       if (masked) {
@@ -219,7 +206,7 @@ struct Strip {
       m = S::max(s, m);  // m where s is NaN
     }
     if (views != nullptr && hide(scores, views + first_row, tokens)) m = maximum(scores, tokens);
-    S::store(t.run_max + first_row, S::fold<kPeriod, S::max>(m));
+    return m;
   }
 
   // The rows' views, each in its lanes; `index` is the lanes' token.
@@ -269,24 +256,22 @@ struct Strip {
     const Format format(t);
     Ahead<kPaced, level> ahead(rows_ahead, column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
-    for (auto& chunk : sums) {
-      for (auto& row : chunk) row[0] = row[1] = S::zero();
-    }
+    unrolled<chunks>([&](auto c) LEAN_INLINE {
+      unrolled<rows>([&](auto r) LEAN_INLINE { sums[c][r][0] = sums[c][r][1] = S::zero(); });
+    });
     const auto step = [&](unsigned i, const void* const* v_rows, const typename Format::Weight* weight,
-                          const typename Format::Weight* again, auto load) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-      for (int c = 0; c < chunks; ++c) {
-        const auto at = [&](const void* row) {
+                          const typename Format::Weight* again, auto load) LEAN_INLINE {
+      unrolled<chunks>([&](auto c) LEAN_INLINE {
+        const auto at = [&](const void* row) LEAN_INLINE {
           return static_cast<const T*>(row) + column + c * Format::kColumns;
         };
-        const auto v = format.load_step(v_rows, [&](const T* row) { return load(at(row)); });
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
+        const auto v = format.load_step(v_rows, [&](const T* row) LEAN_INLINE { return load(at(row)); });
+        unrolled<rows>([&](auto r) LEAN_INLINE {
           ahead.template keep_up<Format::kTokensPerStep * Format::kColumns * sizeof(T)>(
               i, r, rows, at(v_rows[Format::kTokensPerStep - 1]));
           Format::accumulate(sums[c][r][0], sums[c][r][1], weight + r, (r % 2 ? again : weight) + r, v);
-        }
-      }
+        });
+      });
     };
     // The compiler would broadcast a weight to a register for the products that share it. Beside conversions
     // a core multiplies faster if every other weight is broadcast by its two multiplications themselves.
@@ -294,29 +279,30 @@ struct Strip {
     if constexpr (Format::kBroadcastsAgain && chunks == 1) asm("" : "+r"(again));
     const int columns = t.head_dim_v - column;  // that are left
     const void* const* v_rows = run.v_rows;
-    for (int i = 0; i < tokens / Format::kTokensPerStep; i += Format::kStepsAtOnce) {
-#pragma GCC unroll 16
-      for (int j = 0; j < Format::kStepsAtOnce; ++j) {
+    for (const void* const* const end = v_rows + tokens; v_rows < end;) {
+      unrolled<Format::kStepsAtOnce>([&](auto) LEAN_INLINE {
+        const unsigned i = (v_rows - run.v_rows) / Format::kTokensPerStep;
         if constexpr (tail) {
-          step(i + j, v_rows, weights, again, [&](const T* row) { return Format::load_tail(row, columns); });
+          step(i, v_rows, weights, again,
+               [&](const T* row) LEAN_INLINE { return Format::load_tail(row, columns); });
         } else {
-          step(i + j, v_rows, weights, again, [](const T* row) { return Format::load(row); });
+          step(i, v_rows, weights, again, [](const T* row) LEAN_INLINE { return Format::load(row); });
         }
         v_rows += Format::kTokensPerStep;
         weights += kPeriod;
         again += kPeriod;
-      }
+      });
     }
-#pragma GCC unroll 16
-    for (int c = 0; c < chunks; ++c) {
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        float* out = t.output + (first_row + r) * t.output_stride + column + c * Format::kColumns;
+    const int64_t stride = t.output_stride;
+    float* const output = t.output + first_row * stride + column;
+    unrolled<chunks>([&](auto c) LEAN_INLINE {
+      unrolled<rows>([&](auto r) LEAN_INLINE {
+        float* out = output + r * stride + c * Format::kColumns;
         const F factor = S::set1(correction[r]);
         S::store(out, S::fma(S::load(out), factor, sums[c][r][0]));
         S::store(out + S::kLanes, S::fma(S::load(out + S::kLanes), factor, sums[c][r][1]));
-      }
-    }
+      });
+    });
   }
 
   // All columns.
@@ -342,38 +328,41 @@ struct Strip {
   __attribute__((noinline)) static void accumulate(const TileState& t, int first_row, float* scores,
                                                    const Run& run, const RowsAhead& ahead) {
     const int tokens = padded_tokens(run);
-    const F m_old = S::replicate<kPeriod>(t.m + first_row);
-    const F m_new = S::max(m_old, S::replicate<kPeriod>(t.run_max + first_row));
+    // What scores are taken relative to need not be their maximum, only near enough for 2^(score - m) to stay
+    // in range. It is left alone while it is that: a branch that is nearly always guessed right, instead of a
+    // wait for the run's maximum and for 2 to the power of what it differs by.
+    F m = S::replicate<kPeriod>(t.m + first_row), correction = S::set1(1.0f);
+    const F run_max = S::replicate<kPeriod>(t.run_max + first_row);
+    if (S::any_above(run_max, S::add(m, S::set1(kSlack)))) {
+      const F m_old = m;
+      m = S::max(m, run_max);
+      correction = exp2(S::sub(m_old, S::zero_where_minus_infinity(m)));
+      S::store_rows<rows>(t.m + first_row, m);
+    }
     // Rows that have seen nothing but -inf subtract 0, so that their weights are 0 and not NaN.
-    const F m_safe = S::zero_where_minus_infinity(m_new);
-    const F correction = exp2(S::sub(m_old, m_safe));
+    const F m_safe = S::zero_where_minus_infinity(m);
 
     // Weights and their sum, fresh for each run: sums of sums keep fp32 accuracy over long
     // contexts.
     F l_run = S::zero();
-    for (int i = 0; i < tokens * kPeriod; i += S::kLanes) {
-      const F p = exp2(S::sub(S::load(scores + i), m_safe));
-      l_run = S::add(l_run, p);
-      if (run.v_scales == nullptr) {
-        S::store(scores + i, p);
-      } else {
-        S::store(scores + i, S::mul(p, S::spread<kPeriod>(run.v_scales + i / kPeriod)));
+    for (int i = 0; i < tokens * kPeriod; i += 2 * S::kLanes) {
+      F p[2];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        p[j] = exp2(S::sub(S::load(scores + i + j * S::kLanes), m_safe));
+        l_run = S::add(l_run, p[j]);
+        if (run.v_scales != nullptr) {
+          p[j] = S::mul(p[j], S::spread<kPeriod>(run.v_scales + i / kPeriod + j * kBlockTokens));
+        }
       }
+      Format::template store_weights<kPeriod>(scores, i, p[0], p[1]);
     }
     l_run = S::fold<kPeriod, S::add>(l_run);
-    const F l_new = S::fma(S::replicate<kPeriod>(t.l + first_row), correction, l_run);
+    S::store_rows<rows>(t.l + first_row, S::fma(S::replicate<kPeriod>(t.l + first_row), correction, l_run));
 
-    float correction_of[S::kLanes], m_of[S::kLanes], l_of[S::kLanes];
+    float correction_of[S::kLanes];
     S::store(correction_of, correction);
-    S::store(m_of, m_new);
-    S::store(l_of, l_new);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      t.m[first_row + r] = m_of[r];
-      t.l[first_row + r] = l_of[r];
-    }
-
-    const auto* weights = Format::template pack_weights<kPeriod>(scores, tokens);
+    const auto* weights = reinterpret_cast<const typename Format::Weight*>(scores);
     const auto add = ahead.cache_level == 1 ? add_all_values<1> : add_all_values<2>;
     add(t, first_row, run, ahead, tokens, weights, correction_of);
   }
@@ -416,7 +405,7 @@ struct Tile {
 
   // Calls `take` with the Strip of `count` rows.
   template <int rows = S::kStripRows, class Take>
-  __attribute__((always_inline)) static void with_strip(int count, const Take& take) {
+  LEAN_INLINE static void with_strip(int count, const Take& take) {
     if (count == rows) return take(Strip<T, Format, rows>{});
     if constexpr (rows > 1) with_strip<rows - 1>(count, take);
   }
@@ -424,9 +413,8 @@ struct Tile {
   // Calls `take` with each strip, its first row, its scores and what to prefetch meanwhile: one strip's
   // prefetches serve them all. `rows` are those of the run.
   template <class Take>
-  __attribute__((always_inline)) static void for_each_strip(const TileState& t, const void* const* rows,
-                                                            int row_bytes, const RowsAhead& ahead,
-                                                            const Take& take) {
+  LEAN_INLINE static void for_each_strip(const TileState& t, const void* const* rows, int row_bytes,
+                                         const RowsAhead& ahead, const Take& take) {
     float* scores = t.scores;
     for (int row = 0; row < t.rows; scores += S::kStripRows * kRunTokens) {
       const int count = strip_of(t.rows, row).count;

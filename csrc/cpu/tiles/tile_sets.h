@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/tiles/tile.h"
 
@@ -24,6 +25,8 @@
 #define LEAN_TARGET_BEGIN(features) LEAN_PRAGMA(GCC target(features))
 #define LEAN_TARGET_END
 #endif
+
+#define LEAN_INLINE __attribute__((always_inline))
 
 namespace lean::cpu {
 
