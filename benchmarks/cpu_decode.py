@@ -55,6 +55,7 @@ def full_grid() -> list[Case]:
             for group in (1, 4, 8)
         ]
         cases += [Case(dtype, (tokens,), 8 * group, 8, 128, "tokens_first") for group in (1, 4, 8)]
+        cases += [Case(dtype, (tokens // 4,), 32, 32, 128, "tokens_first")]
         cases += [Case(dtype, (2048,) * 16, 32, 8, 128), Case(dtype, (131072,), 8, 1, 128)]
         cases += [Case(dtype, lens, 32, 8, 128, name=name) for name, lens in RAGGED.items()]
     return list({case.id: case for case in cases}.values())
