@@ -2,13 +2,14 @@
 // merge.
 //
 // For scores s_j in units of log2 (that is, already multiplied by scale * log2(e)):
-//   m = max_j s_j    l = sum_j 2^(s_j - m)    O = sum_j 2^(s_j - m) v_j
-// so that out = O / l and the log-sum-exp is (m + log2 l) * ln 2. Merging is associative
-// (LeanAttention, arXiv 2405.10480, section 4.1) and the empty state (-inf, 0, 0) is its identity,
-// which is what lets a row be cut anywhere.
+//   m ~ max_j s_j    l = sum_j 2^(s_j - m)    O = sum_j 2^(s_j - m) v_j
+// where any m serves that keeps the powers in range: here the maximum, or that of the first scores while
+// later ones are not much above it. So out = O / l and the log-sum-exp is (m + log2 l) * ln 2. Merging is
+// associative (LeanAttention, arXiv 2405.10480, section 4.1) and the empty state (-inf, 0, 0) is its
+// identity, which is what lets a row be cut anywhere.
 //
-// m is the maximum over the scores that are not NaN; a NaN score makes l and O NaN instead, so that
-// it reaches the result from whichever piece it was in.
+// m is one of the scores that are not NaN, and -inf only if they all are; a NaN score makes l and O NaN
+// instead, so that it reaches the result from whichever piece it was in.
 #pragma once
 
 #include <cmath>
@@ -27,7 +28,7 @@ struct SoftmaxState {
   float l = 0.0f;
 };
 
-// Factor that brings sums relative to `from` to the maximum `to` >= `from`. An empty state weighs
+// Factor that brings sums relative to `from` to the m `to` >= `from`. An empty state weighs
 // nothing, also where both are empty: -inf - -inf would be NaN.
 LEAN_HOST_DEVICE inline float rescale(float from, float to) {
   return from == kMinusInfinity ? 0.0f : exp2f(from - to);

@@ -145,7 +145,7 @@ def test_large_scores(offset: float) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("rise", [0.02, 0.1, 0.5])
 def test_scores_that_rise_along_the_context(rise: float, dtype: torch.dtype, instruction_set: str) -> None:
-    """To 0 from down to -200, by a different step in each row; e^89 would overflow."""
+    """To 0 from -60 to -200, by a different step in each row; e^89 would overflow."""
     case = Case(dtype, lens=(min(3000, int(200 / rise)),), heads=7, kv_heads=1, head_dim=64)
     inputs = make_inputs(case)
     inputs["q"][..., -1] = torch.linspace(0, 1, 7, dtype=dtype)

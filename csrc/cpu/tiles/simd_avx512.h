@@ -24,6 +24,7 @@ struct Simd {
   static F copy_sign(F x, F sign) { return _mm512_or_ps(abs(x), _mm512_and_ps(set1(-0.0f), sign)); }
   // The second operand where either is NaN.
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  // Whether a lane of a is above that of b.
   static bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   // x, or `other` in the lanes where i is outside [begin, end).
   static F where_between(F i, F begin, F end, F x, F other) {

@@ -329,7 +329,7 @@ struct Strip {
                                                    const Run& run, const RowsAhead& ahead) {
     const int tokens = padded_tokens(run);
     // What scores are taken relative to need not be their maximum, only near enough for 2^(score - m) to stay
-    // in range. It is left alone while it is that: a branch that is nearly always guessed right, instead of a
+    // in range. It is left alone while it is that: a branch that is rarely taken, instead of a
     // wait for the run's maximum and for 2 to the power of what it differs by.
     F m = S::replicate<kPeriod>(t.m + first_row), correction = S::set1(1.0f);
     const F run_max = S::replicate<kPeriod>(t.run_max + first_row);
