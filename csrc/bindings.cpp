@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/lean_ranges.h"
 #include "cpu/limits.h"
 #include "cpu/tiles/tile.h"
 #include "cuda/decode.h"
@@ -106,6 +107,19 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cta_of", [](int64_t tile, int64_t num_ctas, int64_t total_tiles) {
     return lean::Grid{num_ctas, total_tiles}.cta_of(tile);
+  });
+  // What threads of a CPU take one after another, from the last to the first.
+  m.def("guided_ranges", [](int64_t total_tiles, int64_t threads, int64_t least) {
+    const auto ranges = lean::cpu::LeanRanges::guided(total_tiles, threads, least);
+    std::vector<std::pair<int64_t, int64_t>> list;
+    for (int64_t cta = 0; cta < ranges.count(); ++cta) {
+      const lean::LeanRange range = ranges.range(cta);
+      for (const int64_t tile : {range.begin, range.end - 1}) {
+        if (ranges.cta_of(tile) != cta) throw std::logic_error("guided_ranges: a LeanTile missed its range");
+      }
+      list.emplace_back(range.begin, range.end);
+    }
+    return list;
   });
   // Partial states as (m, l) pairs; the merge also returns the weights of the two outputs.
   m.def("merge", [](std::pair<float, float> a, std::pair<float, float> b) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
 from itertools import groupby, pairwise
 
 import pytest
@@ -127,6 +128,38 @@ def test_a_tile_finds_its_cta_past_two_to_the_31(total: int, num_ctas: int, data
     if begin < end:
         assert core.cta_of(begin, num_ctas, total) == cta
         assert core.cta_of(end - 1, num_ctas, total) == cta
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.one_of(st.integers(1, 50), st.integers(1, 10**6), st.integers(1, 2**50)),
+    st.integers(1, 64),
+    st.integers(1, 1000),
+    st.data(),
+)
+def test_threads_of_unequal_speed_end_together(
+    total: int, threads: int, least: int, data: st.DataObject
+) -> None:
+    """Where a thread is up to twice as fast as another, none works longer than all would with every LeanTile
+    shared out, and one short range."""
+    threads = min(threads, total)
+    ranges = core.guided_ranges(total, threads, least)
+    assert ranges[0][0] == 0 and ranges[-1][1] == total
+    assert all(a[1] == b[0] for a, b in pairwise(ranges))
+    sizes = [end - begin for begin, end in reversed(ranges)]  # as they are handed out
+    assert min(sizes) > 0 and len(sizes) >= threads
+    if threads == 1 or total < 2 * threads * least:
+        assert len(sizes) == threads and max(sizes) - min(sizes) <= 1
+        return
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert min(sizes[:-1]) >= least and least <= 2 * sizes[-1] < 3 * least
+    speeds = [data.draw(st.integers(100, 200)) for _ in range(threads)]
+    free = [(0.0, speed) for speed in speeds]
+    for size in sizes:
+        end, speed = heappop(free)
+        heappush(free, (end + size / speed, speed))
+    longest = max(end for end, _ in free)
+    assert longest <= total / sum(speeds) + 1.5 * least / min(speeds) + 1
 
 
 def test_huge_batch_by_arithmetic() -> None:

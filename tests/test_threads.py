@@ -59,6 +59,21 @@ def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@pytest.mark.usefixtures("count_is_restored")
+@pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_threads_that_take_many_ranges(threads: int, layout: str) -> None:
+    """12 MB, so that ranges grow shorter; more threads than cores, which wait for each other."""
+    case = Case(torch.float32, lens=(9000, 1, 0, 2000), heads=8, kv_heads=2)
+    inputs = make_inputs(case, layout)
+    torch.set_num_threads(threads)
+    out, lse = lean_attention.decode(**inputs)
+    assert_close(case, inputs, out, lse)
+    for _ in range(20):
+        again = lean_attention.decode(**inputs)
+        assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
 def test_one_openmp_thread() -> None:
     """More lean ranges than threads: a host block may wait only for what has been taken before."""
     code = """

@@ -156,15 +156,16 @@ class CacheRows {
   const bool scaled_[2];
 };
 
-// The runs of a stretch in order, those of all its heads at each place, and then the first of `upcoming`, if
-// that has any tokens. It looks a place ahead, so that memory pages are touched before their rows are asked
-// for.
+// The runs of a stretch in order, those of all its heads at each place, and then the first of what
+// `upcoming()` says at the last of them, if that has any tokens. It looks a place ahead, so that memory pages
+// are touched before their rows are asked for.
+template <class Upcoming>
 class RunQueue {
  public:
   // In runs of `run_tokens`, but the last of a stretch. With `joins_rows` those that adjoin, of heads abreast
   // too, are asked for together.
   RunQueue(const CacheRows& rows, int run_tokens, bool joins_rows, const Stretch& stretch,
-           const Stretch& upcoming)
+           const Upcoming& upcoming)
       : rows_(rows),
         run_tokens_(run_tokens),
         joins_rows_(joins_rows),
@@ -257,7 +258,7 @@ class RunQueue {
     Place& place = places_[next_];
     place.at.heads = 0;
     if (begin_ >= from_.tokens.end) {
-      from_ = upcoming_;
+      from_ = upcoming_();
       touched_ = begin_ = from_.tokens.begin;
       if (begin_ >= from_.tokens.end) return;
     }
@@ -282,7 +283,7 @@ class RunQueue {
   const bool first_level_ = reads_through_first_level();
   const int64_t touch_tokens_ = touch_tokens();
   Stretch from_;
-  const Stretch upcoming_;
+  const Upcoming& upcoming_;
   int64_t begin_;
   int64_t touched_;  // tokens before this one
   Place places_[2];

@@ -1,6 +1,6 @@
-// LeanAttention on a CPU: logical threads take lean ranges of the stream-K schedule, publish at
-// most one partial state each (of each head, where they take several abreast), and host blocks
-// merge them and write the outputs, all in one parallel region (arXiv 2405.10480, section 4).
+// LeanAttention on a CPU: threads take lean ranges, publish at most one partial state of each (for
+// each head, where they take several abreast), and host blocks merge them and write the outputs, all
+// in one parallel region (arXiv 2405.10480, section 4).
 #include "cpu/decode.h"
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include "cpu/cache_rows.h"
 #include "cpu/check_values.h"
 #include "cpu/core_caches.h"
+#include "cpu/lean_ranges.h"
 #include "cpu/parallel.h"
 #include "cpu/partial.h"
 #include "cpu/scratch_memory.h"
@@ -25,10 +26,8 @@ namespace {
 // which a core reads and multiplies about this much.
 constexpr int64_t kMinBytesPerCta = 128 * 1024;
 
-// With enough to do a thread gets this many ranges, one after another, so that one that starts late or shares
-// its core with another program leaves work to the rest.
-constexpr int64_t kRangesPerThread = 4;
-constexpr int64_t kMinBytesPerRange = 512 * 1024;
+// And those below which a range costs more to begin than it levels out between threads.
+constexpr int64_t kMinBytesPerRange = 256 * 1024;
 
 // Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
 // additions stays short: one per run, 256 at most, then one per such chunk.
@@ -100,9 +99,9 @@ class Decode {
   }
 
   void run() {
-    const int64_t threads = std::min(num_threads(), grid_.num_ctas);
-    reserve(grid_.num_ctas * heads_abreast_, threads);
-    published_ = std::make_unique<std::atomic<uint32_t>[]>(grid_.num_ctas);
+    const int64_t threads = std::min(num_threads(), ranges_.count());
+    reserve(ranges_.count() * heads_abreast_, threads);
+    published_ = std::make_unique<std::atomic<uint32_t>[]>(ranges_.count());
     parallel_for(threads, [&](int64_t thread) { take_ranges(thread); });
   }
 
@@ -111,7 +110,7 @@ class Decode {
   void run_fixed_split(int64_t splits) {
     const auto length = [&](int64_t sequence) { return p_.length_of(sequence); };
     std::vector<Segment> outputs;
-    SegmentWalk walk(geometry_, {0, grid_.total_tiles}, 0, 0, length);
+    SegmentWalk walk(geometry_, {0, ranges_.total_tiles()}, 0, 0, length);
     for (Segment segment; walk.next(segment, length);) outputs.push_back(p_.in_batch(segment));
     const int64_t count = outputs.size(), threads = num_threads();
     reserve(splits > 1 ? count * splits : 0, threads);
@@ -119,17 +118,23 @@ class Decode {
     parallel_for(std::min(threads, count * splits), [&](int64_t thread) {
       Work work = works_of(thread)[0];
       WideRows wide(p_, routine_, table_, wide_memory(thread));
-      for (int64_t piece; (piece = next_piece++) < count * splits;) {
-        Segment segment = outputs[piece / splits];
-        const int64_t tiles = segment.output_end - segment.output_begin, split = piece % splits;
+      SegmentQueue pieces([&](TakenSegment& piece) {
+        piece.number = next_piece++;
+        if (piece.number >= count * splits) return false;
+        Segment& segment = piece.segment = outputs[piece.number / splits];
+        const int64_t tiles = segment.output_end - segment.output_begin, split = piece.number % splits;
         segment.tiles = {segment.output_begin + tiles * split / splits,
                          segment.output_begin + tiles * (split + 1) / splits};
+        return true;
+      });
+      while (pieces.advance()) {
+        const Segment& segment = pieces.now().segment;
         begin_output_tile(work, segment, segment.kv_head);
-        attend(&work, segment, nullptr, wide);
+        attend(&work, pieces, wide);
         if (splits == 1) {
           write(work, segment);
         } else {
-          set_aside(work.tile, slot(piece));
+          set_aside(work.tile, slot(pieces.now().number));
         }
       }
     });
@@ -164,8 +169,8 @@ class Decode {
       tiles += geometry_.sequence_tiles(p_.length_of(i));
     }
     sequence_begin_[sequences] = tiles;
-    grid_.total_tiles = tiles;
-    grid_.num_ctas = p_.num_ctas > 0 ? std::min(p_.num_ctas, tiles) : choose_ctas();
+    ranges_ =
+        p_.num_ctas > 0 ? LeanRanges::equal({std::min(p_.num_ctas, tiles), tiles}) : choose_ranges(tiles);
   }
 
   // Whether there are LeanTiles for all threads, and the partial states of heads abreast, which one host
@@ -173,22 +178,21 @@ class Decode {
   bool worth_it_abreast() const {
     // Where the caller fixes the grid, results may not depend on how many threads there are.
     const int64_t threads = p_.num_ctas > 0 ? p_.num_ctas : num_threads();
-    if (grid_.total_tiles < kMinTilesPerThread * threads) return false;
+    if (ranges_.total_tiles() < kMinTilesPerThread * threads) return false;
     int64_t longest = 0;
     for (int64_t i = 0; i < p_.sequences(); ++i) {
       longest = std::max(longest, (sequence_begin_[i + 1] - sequence_begin_[i]) / head_groups_);
     }
-    const int64_t peers = ceil_div(longest * grid_.num_ctas, grid_.total_tiles) - 1;
+    const int64_t peers = ceil_div(longest * ranges_.count(), ranges_.total_tiles()) - 1;
     const int64_t merged_bytes = peers * heads_abreast_ * partial_floats() * sizeof(float);
-    return kMergingCost * merged_bytes <= grid_.total_tiles * tile_bytes() / threads;
+    return kMergingCost * merged_bytes <= ranges_.total_tiles() * tile_bytes() / threads;
   }
 
-  int64_t choose_ctas() const {
-    const int64_t threads =
-        useful_ctas(grid_.total_tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes()));
-    if (threads == 1) return threads;
-    return std::max(threads, useful_ctas(grid_.total_tiles, threads * kRangesPerThread,
-                                         ceil_div(kMinBytesPerRange, tile_bytes())));
+  LeanRanges choose_ranges(int64_t tiles) const {
+    const int64_t merged_bytes = heads_abreast_ * partial_floats() * sizeof(float);
+    return LeanRanges::guided(
+        tiles, useful_ctas(tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes())),
+        ceil_div(std::max(kMinBytesPerRange, kMergingCost * merged_bytes), tile_bytes()));
   }
 
   int64_t tile_bytes() const { return geometry_.tile_tokens * token_bytes() * heads_abreast_; }
@@ -269,34 +273,30 @@ class Decode {
     return works;
   }
 
-  // What one thread does: lean ranges, until none is left. Ranges are handed out from the last to
-  // the first. So a host block only ever waits for ranges that threads had taken before its own,
-  // and since those publish before they wait for anything, every wait ends, on however few threads.
+  // What one thread does: the segments of lean ranges, until no range is left. Ranges are handed out from the
+  // last to the first, so a host block only waits for ranges that were taken before its own. Before a thread
+  // starts a range it is busy with ones that it took earlier, and it publishes before it waits for anything:
+  // from the last range down, every wait ends, on however few threads.
   void take_ranges(int64_t thread) {
     std::array<Work, kMaxAbreast> works = works_of(thread);
     WideRows wide(p_, routine_, table_, wide_memory(thread));
-    for (int64_t ticket; (ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed)) < grid_.num_ctas;) {
-      process_range(works.data(), grid_.num_ctas - 1 - ticket, wide);
-    }
-  }
-
-  void process_range(Work* works, int64_t cta, WideRows& wide) {
-    const LeanRange range = grid_.range(cta);
-    if (range.begin == range.end) return;
-    const int64_t sequence = std::upper_bound(sequence_begin_.begin(), sequence_begin_.end(), range.begin) -
-                             sequence_begin_.begin() - 1;
     const auto length = [&](int64_t i) { return p_.length_of(i); };
-    SegmentWalk walk(geometry_, range, sequence, sequence_begin_[sequence], length);
-    const auto next = [&](Segment& segment) {
-      const bool more = walk.next(segment, length);
-      if (more) segment = p_.in_batch(segment);
-      return more;
-    };
-    Segment segment, then;
-    for (bool more = next(segment); more; segment = then) {
-      more = next(then);
-      process(works, segment, more ? &then : nullptr, cta, wide);
-    }
+    SegmentWalk walk(geometry_, {0, 0}, 0, 0, length);
+    SegmentQueue segments([&](TakenSegment& taken) {
+      while (!walk.next(taken.segment, length)) {
+        const int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
+        if (ticket >= ranges_.count()) return false;
+        taken.number = ranges_.count() - 1 - ticket;
+        const LeanRange range = ranges_.range(taken.number);
+        const int64_t sequence =
+            std::upper_bound(sequence_begin_.begin(), sequence_begin_.end(), range.begin) -
+            sequence_begin_.begin() - 1;
+        walk = SegmentWalk(geometry_, range, sequence, sequence_begin_[sequence], length);
+      }
+      taken.segment = p_.in_batch(taken.segment);
+      return true;
+    });
+    while (segments.advance()) process(works.data(), segments, wide);
   }
 
   // Heads of a segment.
@@ -310,13 +310,14 @@ class Decode {
     return {first, (segment.kv_head + 1) * p_.num_kv_heads / head_groups_ - first};
   }
 
-  // `then` is the segment that follows, if there is one.
-  void process(Work* works, const Segment& segment, const Segment* then, int64_t cta, WideRows& wide) {
+  template <class Segments>
+  void process(Work* works, Segments& segments, WideRows& wide) {
+    const auto [segment, cta] = segments.now();
     const Heads heads = heads_of(segment);
     for (int64_t i = 0; i < heads.count; ++i) begin_output_tile(works[i], segment, heads.first + i);
-    attend(works, segment, then, wide);
+    attend(works, segments, wide);
     if (!segment.is_host()) return publish(works, heads.count, cta);
-    if (segment.has_peers()) merge_peers(works, heads.count, cta, grid_.cta_of(segment.output_end - 1));
+    if (segment.has_peers()) merge_peers(works, heads.count, cta, ranges_.cta_of(segment.output_end - 1));
     for (int64_t i = 0; i < heads.count; ++i) write(works[i], segment);
   }
 
@@ -360,7 +361,10 @@ class Decode {
     }
   }
 
-  void attend(const Work* works, const Segment& segment, const Segment* then, WideRows& wide) const {
+  // The current one of `segments`.
+  template <class Segments>
+  void attend(const Work* works, Segments& segments, WideRows& wide) const {
+    const Segment& segment = segments.now().segment;
     const auto [first_head, count] = heads_of(segment);
     const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
     for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
@@ -371,19 +375,23 @@ class Decode {
         clear(works[i].tile);
       }
       const int64_t end = std::min(begin + kChunkTokens, tokens.end);
-      Stretch upcoming{segment.sequence, first_head, count, {end, tokens.end}};
-      if (end == tokens.end && then != nullptr) {
-        const Heads heads = heads_of(*then);
-        upcoming = {then->sequence, heads.first, heads.count, then->tokens(geometry_.tile_tokens)};
-      }
+      const auto upcoming = [&]() -> Stretch {
+        if (end < tokens.end) return {segment.sequence, first_head, count, {end, tokens.end}};
+        const TakenSegment* const next = segments.next();
+        if (next == nullptr) return {};
+        const Heads heads = heads_of(next->segment);
+        return {next->segment.sequence, heads.first, heads.count,
+                next->segment.tokens(geometry_.tile_tokens)};
+      };
       attend_chunk(works, segment, {segment.sequence, first_head, count, {begin, end}}, upcoming, wide);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(works[i].tile, works[i].aside);
     }
   }
 
-  // `upcoming` is what the thread reads after the chunk, so that its beginning is prefetched too; maybe
+  // `upcoming()` is what the thread reads after the chunk, so that its beginning is prefetched too; maybe
   // nothing.
-  void attend_chunk(const Work* works, const Segment& segment, const Stretch& chunk, const Stretch& upcoming,
+  template <class Upcoming>
+  void attend_chunk(const Work* works, const Segment& segment, const Stretch& chunk, const Upcoming& upcoming,
                     WideRows& wide) const {
     const int rows = works[0].tile.rows;
     const SequenceLength length = length_of(segment);
@@ -490,7 +498,7 @@ class Decode {
   int run_tokens_;
   int64_t head_groups_;  // of a sequence: heads that go abreast, to the schedule one KV head
   Geometry geometry_;
-  Grid grid_{};
+  LeanRanges ranges_;
   std::vector<int64_t> sequence_begin_;
   float* workspace_ = nullptr;      // the slots
   float* thread_memory_ = nullptr;  // then the threads' Works
