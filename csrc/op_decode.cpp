@@ -1,6 +1,8 @@
 // decode: checks, parameters, dispatch.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "arguments.h"
@@ -90,17 +92,39 @@ class DecodeCall {
   const DecodeParams& with_outputs() {
     const bool packed = p_.cu_seqlens_q != nullptr;
     const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.head_dim_v;
+    int32_t q_dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &q_dtype));
+    const int32_t lse_dtype = aoti_torch_dtype_float32();
     if (packed) {
-      return with_outputs(torch::stable::new_empty(q_.tensor, {tokens, heads, dim}),
-                          torch::stable::new_empty(q_.tensor, {heads, tokens}, ScalarType::Float));
+      return with_outputs(fresh_tensor<3>({tokens, heads, dim}, q_dtype),
+                          fresh_tensor<2>({heads, tokens}, lse_dtype));
     }
-    return with_outputs(torch::stable::new_empty(q_.tensor, {p_.batch, tokens, heads, dim}),
-                        torch::stable::new_empty(q_.tensor, {p_.batch, heads, tokens}, ScalarType::Float));
+    return with_outputs(fresh_tensor<4>({p_.batch, tokens, heads, dim}, q_dtype),
+                        fresh_tensor<3>({p_.batch, heads, tokens}, lse_dtype));
   }
 
   OptionalTensor out, lse;
 
  private:
+  // Contiguous, on q's device. Not by an op of torch's: a call that reads a cache finds their dispatch, which
+  // is much code, in no cache of the processor, and waits for it.
+  template <int rank>
+  Tensor fresh_tensor(const std::array<int64_t, rank>& sizes, int32_t dtype) const {
+    std::array<int64_t, rank> strides;
+    int64_t stride = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      strides[i] = stride;
+      stride *= std::max<int64_t>(sizes[i], 1);
+    }
+    int32_t device_type, device_index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q_.tensor.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(q_.tensor.get(), &device_index));
+    AtenTensorHandle tensor;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype,
+                                                           device_type, device_index, &tensor));
+    return Tensor(tensor);
+  }
+
   void take_queries() {
     const Tensor& q = q_.tensor;
     const bool packed = o_.cu_seqlens_q.has_value();

@@ -9,6 +9,15 @@ from torch import Tensor
 
 from lean_attention._core import core
 
+_decode = torch.ops.lean_attn.decode.default
+_decode_out = torch.ops.lean_attn.decode_out.default
+_OPTIONS = ("scale", "causal", "window_left", "window_right", "softcap", "num_ctas")
+_DEFAULTS = (None, True, -1, -1, 0.0, 0)
+# Names of this module are found sooner than those in torch.
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
+
 
 def decode(
     q: Tensor,
@@ -100,10 +109,10 @@ def decode(
             at them, they are brought into range and :func:`check_errors` tells of them.
         RuntimeError: the result was asked for its gradient; or the GPU cannot run the kernels.
     """
-    if (out is None) != (lse is None):
-        missing = "out" if out is None else "lse"
-        raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
     tensors = (
+        q,
+        k_cache,
+        v_cache,
         seq_lens,
         block_table,
         cache_batch_idx,
@@ -115,30 +124,36 @@ def decode(
         cu_seqlens_q,
         tree_mask,
     )
-    # A call that reads a cache finds this code cold: naming the options takes longer than all else here.
-    options = {}
-    if (scale, causal, window_left, window_right, softcap, num_ctas) != (None, True, -1, -1, 0.0, 0):
-        options = {
-            "scale": scale,
-            "causal": causal,
-            "window_left": window_left,
-            "window_right": window_right,
-            "softcap": softcap,
-            "num_ctas": num_ctas,
-        }
-    if out is not None:
-        _call(torch.ops.lean_attn.decode_out.default, q, k_cache, v_cache, out, lse, *tensors, **options)
-        return out, lse
-    return _call(torch.ops.lean_attn.decode.default, q, k_cache, v_cache, *tensors, **options)
+    named = (scale, causal, window_left, window_right, softcap, num_ctas)
+    # The usual call, with as little code as can be: after a cache was read none of it is in the processor's
+    # caches, and takes ten times as long.
+    if out is None and lse is None and named == _DEFAULTS:
+        if _goes_through_all_layers():
+            return _decode(*tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _decode(*tensors)
+    options = dict(zip(_OPTIONS, named, strict=True))
+    if out is None and lse is None:
+        return _call(_decode, *tensors, **options)
+    if out is None or lse is None:
+        missing = "out" if out is None else "lse"
+        raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
+    _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
+    return out, lse
+
+
+def _goes_through_all_layers() -> bool:
+    """False where no gradient can be asked for and an op may be called below PyTorch's layer for gradients.
+
+    That layer is Python, makes a gradient raise, and takes longer than a short decode. Inference mode has
+    none.
+    """
+    # Inference mode is asked for last: a graph that torch.compile traces would break there.
+    return _is_grad_enabled() or _is_compiling() or _is_inference_mode_enabled()
 
 
 def _call(op, *tensors, **options):
-    """Calls an op, and where no gradient can be asked for, without PyTorch's Python layer for gradients.
-
-    That layer, which makes a gradient raise, takes longer than a short decode. Inference mode has none.
-    """
-    # Inference mode is asked for last: a graph that torch.compile traces would break there.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if _goes_through_all_layers():
         return op(*tensors, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*tensors, **options)
