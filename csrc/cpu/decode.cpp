@@ -41,9 +41,10 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
 // memory: in caches stored tokens first those are the rows of a token, in short pages the heads' parts of a
-// page. As many as leave the next place room in the second cache level.
+// page. As many as leave the next place room in a second cache level of few ways. In one of many, what does
+// not find room there costs less than to read only parts of tokens.
 int64_t max_bytes_abreast() {
-  return second_level().bytes / 4;
+  return second_level().ways >= 16 ? second_level().bytes : second_level().bytes / 4;
 }
 
 // The most bytes that heads abreast read in runs of kRunTokens: of a thread's q, O and scores, less is pushed
@@ -55,6 +56,9 @@ int64_t max_bytes_place() {
 
 // LeanTiles per thread below which fewer heads go abreast.
 constexpr int64_t kMinTilesPerThread = 2;
+
+// Bytes that a range reads, at least, for each byte of the partial states that it may publish.
+constexpr int64_t kBytesPerPublished = 16;
 
 // In the time in which a host block merges a byte of its peers' partial states, a thread reads this many
 // bytes of the caches, with allowance: where memory is as fast as the second cache level, merging shows
@@ -189,10 +193,10 @@ class Decode {
   }
 
   LeanRanges choose_ranges(int64_t tiles) const {
-    const int64_t merged_bytes = heads_abreast_ * partial_floats() * sizeof(float);
+    const int64_t published_bytes = heads_abreast_ * partial_floats() * sizeof(float);
     return LeanRanges::guided(
         tiles, useful_ctas(tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes())),
-        ceil_div(std::max(kMinBytesPerRange, kMergingCost * merged_bytes), tile_bytes()));
+        ceil_div(std::max(kMinBytesPerRange, kBytesPerPublished * published_bytes), tile_bytes()));
   }
 
   int64_t tile_bytes() const { return geometry_.tile_tokens * token_bytes() * heads_abreast_; }
