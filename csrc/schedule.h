@@ -1,8 +1,9 @@
 // The stream-K schedule of LeanAttention (arXiv 2405.10480, section 4): who computes what.
 //
 // All KV caches of a batch are cut into LeanTiles and laid end to end, ordered by sequence, then KV
-// head, then row block. Each CTA (on a CPU: each logical thread) takes one contiguous run of them,
-// its lean range; the lengths of any two lean ranges differ by at most one LeanTile.
+// head, then row block. Each CTA takes one contiguous run of them, its lean range; the lengths of any
+// two lean ranges differ by at most one LeanTile. (A CPU's threads take several, of lengths of their
+// own: cpu/lean_ranges.h.)
 //
 //   output tile      |--------- A ---------|--- B ---|-------------- C --------------|
 //   LeanTiles        | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 |10 |11 |12 |13 |14 |
