@@ -46,7 +46,8 @@ def decode(
     """Exact attention of a few query tokens over long KV caches, scheduled stream-K.
 
     Every CTA reads an equal share of all caches, whatever the lengths (on a CPU threads share what is left
-    until the end, so that they end together), and the pieces of an output are merged in the same kernel (LeanAttention, arXiv 2405.10480, section 4).
+    until the end, so that they end together), and the pieces of an output are merged in the same kernel
+    (LeanAttention, arXiv 2405.10480, section 4).
     The definition of the result is :func:`lean_attention.reference.decode`.
 
     Args:
