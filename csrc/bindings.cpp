@@ -110,6 +110,8 @@ PYBIND11_MODULE(_C, m) {
   });
   // What threads of a CPU take one after another, from the last to the first.
   m.def("guided_ranges", [](int64_t total_tiles, int64_t threads, int64_t least) {
+    if (threads < 1 || least < 1)
+      throw std::invalid_argument("guided_ranges: threads and least are positive");
     const auto ranges = lean::cpu::LeanRanges::guided(total_tiles, threads, least);
     std::vector<std::pair<int64_t, int64_t>> list;
     for (int64_t cta = 0; cta < ranges.count(); ++cta) {

@@ -1,5 +1,6 @@
 // decode: checks, parameters, dispatch.
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -93,7 +94,7 @@ class DecodeCall {
     const bool packed = p_.cu_seqlens_q != nullptr;
     const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.head_dim_v;
     int32_t q_dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &q_dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &q_dtype));
     const int32_t lse_dtype = aoti_torch_dtype_float32();
     if (packed) {
       return with_outputs(fresh_tensor<3>({tokens, heads, dim}, q_dtype),
@@ -117,11 +118,11 @@ class DecodeCall {
       stride *= std::max<int64_t>(sizes[i], 1);
     }
     int32_t device_type, device_index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q_.tensor.get(), &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(q_.tensor.get(), &device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q_.tensor.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(q_.tensor.get(), &device_index));
     AtenTensorHandle tensor;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype,
-                                                           device_type, device_index, &tensor));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype, device_type,
+                                                    device_index, &tensor));
     return Tensor(tensor);
   }
 

@@ -133,7 +133,7 @@ def decode(
             return _decode(*tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return _decode(*tensors)
-    options = dict(zip(_OPTIONS, named, strict=True))
+    options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
     if out is None and lse is None:
         return _call(_decode, *tensors, **options)
     if out is None or lse is None:

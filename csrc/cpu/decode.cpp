@@ -26,7 +26,7 @@ namespace {
 // which a core reads and multiplies about this much.
 constexpr int64_t kMinBytesPerCta = 128 * 1024;
 
-// And those below which a range costs more to begin than it levels out between threads.
+// And those below which, as a rule, a range costs more to begin than it levels out between threads.
 constexpr int64_t kMinBytesPerRange = 256 * 1024;
 
 // Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
@@ -57,7 +57,7 @@ int64_t max_bytes_place() {
 // LeanTiles per thread below which fewer heads go abreast.
 constexpr int64_t kMinTilesPerThread = 2;
 
-// Bytes that a range reads, at least, for each byte of the partial states that it may publish.
+// Bytes that a range reads, as a rule, for each byte of the partial states that it may publish.
 constexpr int64_t kBytesPerPublished = 16;
 
 // In the time in which a host block merges a byte of its peers' partial states, a thread reads this many
@@ -183,11 +183,16 @@ class Decode {
     // Where the caller fixes the grid, results may not depend on how many threads there are.
     const int64_t threads = p_.num_ctas > 0 ? p_.num_ctas : num_threads();
     if (ranges_.total_tiles() < kMinTilesPerThread * threads) return false;
-    int64_t longest = 0;
-    for (int64_t i = 0; i < p_.sequences(); ++i) {
-      longest = std::max(longest, (sequence_begin_[i + 1] - sequence_begin_[i]) / head_groups_);
+    int64_t peers = 0;
+    for (int64_t i = 0, cta = 0; i < p_.sequences(); ++i) {
+      const int64_t tiles = (sequence_begin_[i + 1] - sequence_begin_[i]) / head_groups_;  // of each group
+      for (int64_t begin = sequence_begin_[i]; begin < sequence_begin_[i + 1]; begin += tiles) {
+        while (ranges_.range(cta).end <= begin) ++cta;
+        const int64_t host = cta;
+        while (ranges_.range(cta).end < begin + tiles) ++cta;
+        peers = std::max(peers, cta - host);
+      }
     }
-    const int64_t peers = ceil_div(longest * ranges_.count(), ranges_.total_tiles()) - 1;
     const int64_t merged_bytes = peers * heads_abreast_ * partial_floats() * sizeof(float);
     return kMergingCost * merged_bytes <= ranges_.total_tiles() * tile_bytes() / threads;
   }
@@ -369,7 +374,8 @@ class Decode {
   template <class Segments>
   void attend(const Work* works, Segments& segments, WideRows& wide) const {
     const Segment& segment = segments.now().segment;
-    const auto [first_head, count] = heads_of(segment);
+    const Heads heads = heads_of(segment);
+    const int64_t first_head = heads.first, count = heads.count;
     const TokenSpan tokens = segment.tokens(geometry_.tile_tokens);
     for (int64_t i = 0; i < count; ++i) clear(works[i].tile);
     for (int64_t begin = tokens.begin; begin < tokens.end; begin += kChunkTokens) {
@@ -383,8 +389,8 @@ class Decode {
         if (end < tokens.end) return {segment.sequence, first_head, count, {end, tokens.end}};
         const TakenSegment* const next = segments.next();
         if (next == nullptr) return {};
-        const Heads heads = heads_of(next->segment);
-        return {next->segment.sequence, heads.first, heads.count,
+        const Heads of_next = heads_of(next->segment);
+        return {next->segment.sequence, of_next.first, of_next.count,
                 next->segment.tokens(geometry_.tile_tokens)};
       };
       attend_chunk(works, segment, {segment.sequence, first_head, count, {begin, end}}, upcoming, wide);
