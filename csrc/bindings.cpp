@@ -109,20 +109,22 @@ PYBIND11_MODULE(_C, m) {
     return lean::Grid{num_ctas, total_tiles}.cta_of(tile);
   });
   // What threads of a CPU take one after another, from the last to the first.
-  m.def("guided_ranges", [](int64_t total_tiles, int64_t threads, int64_t least) {
-    if (threads < 1 || least < 1)
-      throw std::invalid_argument("guided_ranges: threads and least are positive");
-    const auto ranges = lean::cpu::LeanRanges::guided(total_tiles, threads, least);
-    std::vector<std::pair<int64_t, int64_t>> list;
-    for (int64_t cta = 0; cta < ranges.count(); ++cta) {
-      const lean::LeanRange range = ranges.range(cta);
-      for (const int64_t tile : {range.begin, range.end - 1}) {
-        if (ranges.cta_of(tile) != cta) throw std::logic_error("guided_ranges: a LeanTile missed its range");
-      }
-      list.emplace_back(range.begin, range.end);
-    }
-    return list;
-  });
+  using lean::cpu::LeanRanges;
+  py::class_<LeanRanges>(m, "LeanRanges")
+      .def_static("guided",
+                  [](int64_t total_tiles, int64_t threads, int64_t least) {
+                    if (threads < 1 || least < 1) {
+                      throw std::invalid_argument("LeanRanges: threads and least must be positive");
+                    }
+                    return LeanRanges::guided(total_tiles, threads, least);
+                  })
+      .def("__len__", &LeanRanges::count)
+      .def("range",
+           [](const LeanRanges& ranges, int64_t cta) {
+             const lean::LeanRange range = ranges.range(cta);
+             return std::pair{range.begin, range.end};
+           })
+      .def("cta_of", &LeanRanges::cta_of);
   // Partial states as (m, l) pairs; the merge also returns the weights of the two outputs.
   m.def("merge", [](std::pair<float, float> a, std::pair<float, float> b) {
     const lean::Merged merged = lean::merge({a.first, a.second}, {b.first, b.second});

@@ -126,16 +126,16 @@ def decode(
         tree_mask,
     )
     named = (scale, causal, window_left, window_right, softcap, num_ctas)
-    # The usual call, with as little code as can be: after a cache was read none of it is in the processor's
-    # caches, and takes ten times as long.
-    if out is None and lse is None and named == _DEFAULTS:
+    options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
+    if out is None and lse is None:
+        if options:
+            return _call(_decode, *tensors, **options)
+        # The usual call, with as little code as can be: after a cache was read none of it is in the
+        # processor's caches, and takes ten times as long.
         if _goes_through_all_layers():
             return _decode(*tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return _decode(*tensors)
-    options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
-    if out is None and lse is None:
-        return _call(_decode, *tensors, **options)
     if out is None or lse is None:
         missing = "out" if out is None else "lse"
         raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")

@@ -143,7 +143,11 @@ def test_threads_of_unequal_speed_end_together(
     """Where a thread is up to twice as fast as another, none works longer than all would with every LeanTile
     shared out, and one short range."""
     threads = min(threads, total)
-    ranges = core.guided_ranges(total, threads, least)
+    guided = core.LeanRanges.guided(total, threads, least)
+    ranges = [guided.range(cta) for cta in range(len(guided))]
+    assert all(
+        guided.cta_of(tile) == cta for cta, (begin, end) in enumerate(ranges) for tile in (begin, end - 1)
+    )
     assert ranges[0][0] == 0 and ranges[-1][1] == total
     assert all(a[1] == b[0] for a, b in pairwise(ranges))
     sizes = [end - begin for begin, end in reversed(ranges)]  # as they are handed out

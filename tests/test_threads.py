@@ -63,7 +63,7 @@ def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int
 @pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_threads_that_take_many_ranges(threads: int, layout: str) -> None:
-    """12 MB, so that ranges grow shorter; more threads than cores, which wait for each other."""
+    """22 MB, so that ranges grow shorter; more threads than cores, which wait for each other."""
     case = Case(torch.float32, lens=(9000, 1, 0, 2000), heads=8, kv_heads=2)
     inputs = make_inputs(case, layout)
     torch.set_num_threads(threads)

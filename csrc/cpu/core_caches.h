@@ -14,6 +14,9 @@ namespace lean::cpu {
 struct SecondLevel {
   int64_t bytes;
   int64_t ways;
+
+  // Whether rows that were asked for seldom push each other out before it is full.
+  bool has_many_ways() const { return ways >= 16; }
 };
 
 // As the system tells; where it does not, a common one.

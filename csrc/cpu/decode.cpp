@@ -44,14 +44,14 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 // page. As many as leave the next place room in a second cache level of few ways. In one of many, what does
 // not find room there costs less than to read only parts of tokens.
 int64_t max_bytes_abreast() {
-  return second_level().ways >= 16 ? second_level().bytes : second_level().bytes / 4;
+  return second_level().has_many_ways() ? second_level().bytes : second_level().bytes / 4;
 }
 
 // The most bytes that heads abreast read in runs of kRunTokens: of a thread's q, O and scores, less is pushed
 // out of the first cache levels between a head's short run and its next, but long ones cost less. In a cache
 // of few ways, rows that were asked for push each other out before half of it is full.
 int64_t max_bytes_place() {
-  return second_level().ways >= 16 ? second_level().bytes / 4 : second_level().bytes / 16 * 3;
+  return second_level().has_many_ways() ? second_level().bytes / 4 : second_level().bytes / 16 * 3;
 }
 
 // LeanTiles per thread below which fewer heads go abreast.
@@ -193,17 +193,17 @@ class Decode {
         peers = std::max(peers, cta - host);
       }
     }
-    const int64_t merged_bytes = peers * heads_abreast_ * partial_floats() * sizeof(float);
-    return kMergingCost * merged_bytes <= ranges_.total_tiles() * tile_bytes() / threads;
+    return kMergingCost * peers * published_bytes() <= ranges_.total_tiles() * tile_bytes() / threads;
   }
 
   LeanRanges choose_ranges(int64_t tiles) const {
-    const int64_t published_bytes = heads_abreast_ * partial_floats() * sizeof(float);
     return LeanRanges::guided(
         tiles, useful_ctas(tiles, num_threads(), ceil_div(kMinBytesPerCta, tile_bytes())),
-        ceil_div(std::max(kMinBytesPerRange, kBytesPerPublished * published_bytes), tile_bytes()));
+        ceil_div(std::max(kMinBytesPerRange, kBytesPerPublished * published_bytes()), tile_bytes()));
   }
 
+  // Of the partial states that a range may publish.
+  int64_t published_bytes() const { return heads_abreast_ * partial_floats() * sizeof(float); }
   int64_t tile_bytes() const { return geometry_.tile_tokens * token_bytes() * heads_abreast_; }
 
   // Of one token of one head.
@@ -321,7 +321,7 @@ class Decode {
 
   template <class Segments>
   void process(Work* works, Segments& segments, WideRows& wide) {
-    const auto [segment, cta] = segments.now();
+    const auto& [segment, cta] = segments.now();
     const Heads heads = heads_of(segment);
     for (int64_t i = 0; i < heads.count; ++i) begin_output_tile(works[i], segment, heads.first + i);
     attend(works, segments, wide);
