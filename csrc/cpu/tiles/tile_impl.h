@@ -95,36 +95,41 @@ struct Strip {
   // Whether prefetches wait for what is being multiplied.
   static constexpr bool kPaced = kFewRows || !Format::kConverts;
 
+  // Pairs of tokens whose dot products are summed at a time, so that they share loads of q. Few, where memory
+  // is the bound: the fewer rows are read abreast, the closer they come to the order of addresses. But long
+  // rows are read faster eight abreast than four.
+  static constexpr int kPairs = kBlockTokens / 2;  // of one score vector
+  static constexpr int kPairsAtOnce =
+      (kFewRows && !Format::kConverts) || kPairs < 2 ? 2 : Format::kPairsAtOnce;
+  static constexpr int kPairsOfLongRows = rows > 2 && kPairs >= 2 ? Format::kPairsAtOnce : kPairsAtOnce;
+  static constexpr size_t kLongRowBytes = 512;
+
   // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
   // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
   // holds the strip's packed rows.
-  template <int level>
+  template <int pairs, int level>
   LEAN_INLINE static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
                                     const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
     constexpr int kColumns = Format::kDotColumns;
-    constexpr int kPairs = kBlockTokens / 2;  // of one score vector
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
-    // Pairs at a time, so that they share loads of q. Few, where memory is the bound: the fewer rows are read
-    // abreast, the closer they come to the order of addresses.
-    constexpr int kGroup = (kFewRows && !Format::kConverts) || kPairs < 2 ? 2 : Format::kPairsAtOnce;
 #pragma GCC unroll 16
-    for (int first = 0; first < 2 * kPairs; first += kGroup) {
+    for (int first = 0; first < 2 * kPairs; first += pairs) {
       const void* const* group = k_rows + 2 * first;
       const typename Format::Query* q_chunk = q;
       auto add_chunk = [&](size_t column, auto load) LEAN_INLINE {
         const auto at = [&](int token) { return static_cast<const T*>(group[token]) + column; };
-        typename Format::Chunk k[kGroup];
+        typename Format::Chunk k[pairs];
 #pragma GCC unroll 16
-        for (int i = 0; i < kGroup; ++i) k[i] = load(at(2 * i), at(2 * i + 1));
+        for (int i = 0; i < pairs; ++i) k[i] = load(at(2 * i), at(2 * i + 1));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
-          ahead.template keep_up<2 * kGroup * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns,
-                                                                    r, rows, at(2 * kGroup - 1));
+          ahead.template keep_up<2 * pairs * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns,
+                                                                   r, rows, at(2 * pairs - 1));
           const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
-          for (int i = 0; i < kGroup; ++i) {
+          for (int i = 0; i < pairs; ++i) {
             F& sum = sums[(first + i) / kPairs][(first + i) % kPairs * kPeriod + r];
             sum = Format::dot(sum, k[i], chunk);
           }
@@ -149,7 +154,7 @@ struct Strip {
   // Writes the scaled dot products of the run's tokens, and of some after them, and returns their maximum per
   // row. Not inlined, nor are the loops over V: what the callers keep in registers would push the sums out of
   // them.
-  template <int level>
+  template <int pairs, int level>
   __attribute__((noinline)) static F multiply_keys(const TileState& t, int first_row, float* dots,
                                                    const Run& run, int tokens, const RowsAhead& rows_ahead) {
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
@@ -161,7 +166,7 @@ struct Strip {
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F x[2];
-      dot_block(format, head_dim, q, run.k_rows + token, ahead, x);
+      dot_block<pairs>(format, head_dim, q, run.k_rows + token, ahead, x);
       unrolled<2>([&](auto i) LEAN_INLINE {
         const F s = S::mul(x[i], scale);
         S::store(dots + (token + i * kBlockTokens) * kPeriod, s);
@@ -175,7 +180,12 @@ struct Strip {
   static void score(const TileState& t, int first_row, float* scores, const Run& run, const RowView* views,
                     const RowsAhead& rows_ahead) {
     const int tokens = padded_tokens(run);
-    const auto multiply = rows_ahead.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
+    const bool long_rows = t.head_dim * sizeof(T) >= kLongRowBytes;
+    const auto of_level = [&](auto level) LEAN_INLINE {
+      return long_rows ? multiply_keys<kPairsOfLongRows, level> : multiply_keys<kPairsAtOnce, level>;
+    };
+    const auto multiply = rows_ahead.cache_level == 1 ? of_level(std::integral_constant<int, 1>{})
+                                                      : of_level(std::integral_constant<int, 2>{});
     F m = multiply(t, first_row, scores, run, tokens, rows_ahead);
     if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.k_scales != nullptr) {
       m = finish_scores(t, first_row, scores, run, tokens, views);
@@ -315,6 +325,12 @@ struct Strip {
     int column = 0;
     for (; column + kChunks * Format::kColumns <= whole; column += kChunks * Format::kColumns) {
       add_values<kChunks, false, level>(t, first_row, run, ahead, tokens, weights, correction, column);
+    }
+    if constexpr (kChunks == 4) {
+      if (column + 2 * Format::kColumns <= whole) {
+        add_values<2, false, level>(t, first_row, run, ahead, tokens, weights, correction, column);
+        column += 2 * Format::kColumns;
+      }
     }
     for (; column < whole; column += Format::kColumns) {
       add_values<1, false, level>(t, first_row, run, ahead, tokens, weights, correction, column);
