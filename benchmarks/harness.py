@@ -1,8 +1,8 @@
 """The benchmark harness: a study is a list of cases and a list of contenders, and this does the rest.
 
-All contenders of a case and the machine's limits (read bandwidth, products, our loops in cache) are measured
-interleaved, round after round, so that a noisy machine disturbs them alike. What is compared is how fast K
-and V are read: bytes in use over seconds.
+All contenders of a case and its limits (read bandwidth, products, our loops in cache, our reads without
+them) are measured interleaved, round after round, so that a noisy machine disturbs them alike. What is
+compared is how fast K and V are read: bytes in use over seconds.
 """
 
 from __future__ import annotations
@@ -235,13 +235,19 @@ def measure_case(
         results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
     tick(f"{case.id}: measuring")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    bandwidths, product_rates, cached_rates = [], [], []
+    bandwidths, product_rates, cached_rates, rates_of_reads_alone = [], [], [], []
     read_cached = prepare_in_cache(case)
     for name, prepared in calls.items():  # one call to estimate, not counted
         begin = time.perf_counter()
         prepared[-1]()
         results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
     turns, order = itertools.count(), random.Random(case.id)
+
+    def read_alone() -> float:
+        each = inputs[next(turns) % sets]
+        begin = time.perf_counter()
+        torch.ops.lean_attn.read_caches(each.q, each.k_cache, each.v_cache, each.seq_lens)
+        return case.kv_bytes / (time.perf_counter() - begin)
 
     def seconds_of(name: str) -> float:
         # The set that was used longest ago, so that everyone finds as little of it in the cache.
@@ -255,6 +261,7 @@ def measure_case(
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
             product_rates.append(product_rate(case.dtype))
             cached_rates.append(read_cached())
+            rates_of_reads_alone.append(read_alone())
         # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the
         # threads asleep or awake, and the sets differ by their places in memory.
         for name in order.sample(list(calls), len(calls)):
@@ -278,6 +285,7 @@ def measure_case(
         "lens": list(case.lens),
         "read_gb_per_second": statistics.median(bandwidths) / 1e9,
         "in_cache_gb_per_second": statistics.median(cached_rates) / 1e9,
+        "reads_alone_gb_per_second": statistics.median(rates_of_reads_alone) / 1e9,
         "products": case.products,
         "giga_products_per_second": statistics.median(product_rates) / 1e9,
         "contenders": results,

@@ -40,7 +40,8 @@ def print_table(study: dict, console: Console) -> None:
     """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other.
 
     What bounds a case is the longer of two floors: reading K and V once, and multiplying with them. The
-    column "in cache" is how fast our loops read K and V that never leave the second cache level.
+    column "in cache" is how fast our loops read K and V that never leave the second cache level, "alone" how
+    fast the op reads K and V if it computes nothing.
     """
     names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
     others = [name for name in names if name != OURS]
@@ -49,7 +50,7 @@ def print_table(study: dict, console: Console) -> None:
         title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one",
     )
     table.add_column("case", no_wrap=True)
-    for column in ("MB", "read GB/s", "in cache", "ours GB/s", "share", "of the bound", *others):
+    for column in ("MB", "read GB/s", "alone", "in cache", "ours GB/s", "share", "of the bound", *others):
         table.add_column(column, justify="right")
     for case_id, case in study["cases"].items():
         ours = case["contenders"].get(OURS, {})
@@ -63,6 +64,7 @@ def print_table(study: dict, console: Console) -> None:
             case_id,
             f"{case['kv_bytes'] / 1e6:.0f}",
             f"{case['read_gb_per_second']:.1f}",
+            f"{case['reads_alone_gb_per_second']:.1f}" if "reads_alone_gb_per_second" in case else "-",
             f"{case['in_cache_gb_per_second']:.1f}",
             f"{rate:.1f}",
             f"{rate / case['read_gb_per_second']:.0%}",
@@ -143,7 +145,8 @@ def print_summary(study: dict, console: Console) -> None:
         if case["kv_bytes"] < LEAST_BYTES:
             continue
         read, in_cache = case["read_gb_per_second"], case["in_cache_gb_per_second"]
-        by_kind.setdefault(kind_of(case_id), []).append((rate / read, rate / min(read, in_cache)))
+        reachable = min(case.get("reads_alone_gb_per_second", read), in_cache)
+        by_kind.setdefault(kind_of(case_id), []).append((rate / read, rate / reachable))
         by_lead.setdefault(max(lead for lead in LEADS if in_cache >= lead * read), []).append(rate / read)
 
     def share(values: list[float]) -> tuple[str, str]:
@@ -151,7 +154,7 @@ def print_summary(study: dict, console: Console) -> None:
 
     if by_kind:
         table = Table(
-            title="64 MB and more: shares of the read bandwidth, and of the lower of it and the rate in cache"
+            title="64 MB and more: shares of the read bandwidth, and of the lower of reads alone and loops in cache"
         )
         for column in ("dtype", "layout", "group"):
             table.add_column(column)

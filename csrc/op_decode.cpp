@@ -383,6 +383,18 @@ void run(const Tensor& q, const DecodeParams& params) {
   dispatch({"decode", "q", q}, [&] { cpu::decode(params); }, on_cuda);
 }
 
+// What benchmarks compare `decode` with.
+template <class Backend>
+std::tuple<Tensor, Tensor> on_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const OptionalTensor& seq_lens, const Backend& backend) {
+  DecodeOptions options;
+  options.seq_lens = seq_lens;
+  DecodeCall call(q, k_cache, v_cache, options);
+  const DecodeParams& params = call.with_outputs();
+  if (call.out->numel() > 0) backend(params);
+  return {*call.out, *call.lse};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -419,12 +431,13 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
 std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const OptionalTensor& seq_lens, int64_t splits) {
   if (splits < 1) fail("decode_fixed_split: splits is ", splits, "; it must be at least 1");
-  DecodeOptions options;
-  options.seq_lens = seq_lens;
-  DecodeCall call(q, k_cache, v_cache, options);
-  const DecodeParams& params = call.with_outputs();
-  if (call.out->numel() > 0) cpu::decode_fixed_split(params, splits);
-  return {*call.out, *call.lse};
+  return on_cpu(q, k_cache, v_cache, seq_lens,
+                [&](const DecodeParams& params) { cpu::decode_fixed_split(params, splits); });
+}
+
+std::tuple<Tensor, Tensor> read_caches(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                       const OptionalTensor& seq_lens) {
+  return on_cpu(q, k_cache, v_cache, seq_lens, cpu::read_caches);
 }
 
 }  // namespace lean

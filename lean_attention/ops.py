@@ -209,8 +209,10 @@ def _(q, k_cache, v_cache, out, lse, *_tensors, **_options):
     return None
 
 
-# decode_fixed_split is decode by FlashAttention-2's and FlashDecoding's schedules, for benchmarks only.
+# For benchmarks only: decode by FlashAttention-2's and FlashDecoding's schedules, and what decode reads
+# without what it computes (outputs are 0, log-sum-exps -inf).
 @torch.library.register_fake("lean_attn::decode_fixed_split")
+@torch.library.register_fake("lean_attn::read_caches")
 def _(q, k_cache, v_cache, seq_lens=None, **_options):
     return _fake_attention(q, k_cache, v_cache, False)
 
@@ -340,4 +342,5 @@ def _no_gradient(op_name: str):
 
 _no_gradient("decode")
 _no_gradient("decode_fixed_split")
+_no_gradient("read_caches")
 _no_gradient("merge_states")

@@ -39,6 +39,7 @@ def test_contenders_agree_and_results_are_kept(case: Case, tmp_path: Path) -> No
             assert result["gb_per_second"] == pytest.approx(case.kv_bytes / result["seconds"] / 1e9)
     assert study["machine"]["threads"] == torch.get_num_threads()
     assert study["cases"][case.id]["in_cache_gb_per_second"] > 0
+    assert study["cases"][case.id]["reads_alone_gb_per_second"] > 0
 
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_table(study, console)
@@ -118,9 +119,9 @@ def test_makespans() -> None:
 
 
 def test_a_summary_says_what_the_cases_say_together() -> None:
-    def case(ours: float, in_cache: float, theirs: float | None, megabytes: int = 64) -> dict:
+    def case(ours: float, in_cache: float, theirs: float | None, megabytes: int = 64, **more: float) -> dict:
         peer = {"unavailable": "no kernel"} if theirs is None else {"gb_per_second": theirs}
-        return {
+        return more | {
             "kv_bytes": megabytes * 10**6,
             "read_gb_per_second": 40.0,
             "in_cache_gb_per_second": in_cache,
@@ -129,7 +130,7 @@ def test_a_summary_says_what_the_cases_say_together() -> None:
 
     study = {"cases": {
         "bf16-h32-kv8-d128-b1-n50000": case(36.0, 80.0, 2.0),
-        "bf16-h8-kv8-d128-b1-n50000": case(32.0, 60.0, None),
+        "bf16-h8-kv8-d128-b1-n50000": case(32.0, 60.0, None, reads_alone_gb_per_second=35.5),
         "bf16-h24-kv8-d128-b1-n50000": case(28.0, 70.0, 4.0),
         "f16-h64-kv8-d128-b1-n50000-tokens_first": case(15.0, 20.0, 1.0),
         "f32-h8-kv8-d128-b1-n1024": case(20.0, 60.0, 16.0, megabytes=8),  # counts against peers only
@@ -138,7 +139,7 @@ def test_a_summary_says_what_the_cases_say_together() -> None:
     print_summary(study, console)
     text = console.export_text()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-    assert ["bf16", "heads first", "1 to 4", "3", "0.80", "0.70", "0.80", "0.70"] in rows
+    assert ["bf16", "heads first", "1 to 4", "3", "0.80", "0.70", "0.90", "0.70"] in rows
     assert ["f16", "tokens first", "5 to 8", "1", "0.38", "0.38", "0.75", "0.75"] in rows
     assert ["2 and more", "1", "0.90", "0.90"] in rows
     assert ["1.5 to 2", "2", "0.75", "0.70"] in rows

@@ -218,6 +218,19 @@ def test_the_schedules_that_stream_k_replaces(splits: int) -> None:
     assert_close(case, inputs, *torch.ops.lean_attn.decode_fixed_split(**inputs, splits=splits))
 
 
+@pytest.mark.parametrize("layout", ["heads_first", "tokens_first"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_reading_without_computing(dtype: torch.dtype, layout: str) -> None:
+    """In place of the whole op, whatever rows' length, so that a benchmark may take one from the other."""
+    case = Case(dtype, lens=(1500, 0, 129, 1), heads=8, kv_heads=2, head_dim=40, head_dim_v=8)
+    inputs = make_inputs(case, layout)
+    out, lse = torch.ops.lean_attn.read_caches(**inputs)
+    want_out, want_lse = lean_attention.decode(**inputs)
+    assert out.shape == want_out.shape and out.dtype == dtype
+    assert lse.shape == want_lse.shape
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
 @pytest.mark.parametrize("kv_heads", [13, 37])
 @pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
 def test_many_heads_abreast(layout: str, kv_heads: int) -> None:

@@ -27,11 +27,12 @@ def test_opcheck_decode(dtype: torch.dtype, layout: str, q_len: int) -> None:
     torch.library.opcheck(torch.ops.lean_attn.decode.default, arguments[:3], {"num_ctas": 3, "scale": 0.2})
 
 
-def test_opcheck_decode_fixed_split() -> None:
+def test_opcheck_what_benchmarks_compare_with() -> None:
     arguments = tuple(
         tensor.nan_to_num() for tensor in make_inputs(Case(torch.float32, lens=(70, 9))).values()
     )
     torch.library.opcheck(torch.ops.lean_attn.decode_fixed_split.default, arguments, {"splits": 3})
+    torch.library.opcheck(torch.ops.lean_attn.read_caches.default, arguments)
 
 
 def test_opcheck_merge_states() -> None:

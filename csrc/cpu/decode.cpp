@@ -75,9 +75,9 @@ struct Work {
 class Decode {
  public:
   // With at most `max_abreast` heads abreast.
-  Decode(const DecodeParams& params, int64_t max_abreast)
+  Decode(const DecodeParams& params, const TileRoutine& routine, int64_t max_abreast)
       : p_(params),
-        routine_(tile_routine(params.dtype, params.cache_dtype)),
+        routine_(routine),
         table_(params.cache_dtype == params.dtype ? nullptr
                                                   : &widening_table(params.cache_dtype, routine_.row_dtype)),
         widens_(table_ != nullptr && routine_.widen != nullptr),
@@ -519,11 +519,16 @@ class Decode {
 }  // namespace
 
 void decode(const DecodeParams& params) {
-  Decode(params, kMaxAbreast).run();
+  Decode(params, tile_routine(params.dtype, params.cache_dtype), kMaxAbreast).run();
 }
 
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
-  Decode(params, 1).run_fixed_split(splits);
+  Decode(params, tile_routine(params.dtype, params.cache_dtype), 1).run_fixed_split(splits);
+}
+
+void read_caches(const DecodeParams& params) {
+  const TileRoutine reader = reads_alone(tile_routine(params.dtype, params.cache_dtype));
+  Decode(params, reader, kMaxAbreast).run();
 }
 
 }  // namespace lean::cpu

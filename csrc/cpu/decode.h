@@ -13,6 +13,9 @@ void decode(const DecodeParams& params);
 // pieces.
 void decode_fixed_split(const DecodeParams& params, int64_t splits);
 
+// Reads K and V as `decode` does and computes nothing, for benchmarks: out is 0 and lse -inf.
+void read_caches(const DecodeParams& params);
+
 void merge_states(const MergeParams& params);
 
 // Throws if a token would go outside the cache; nothing is written then.

@@ -1,0 +1,74 @@
+// A tile routine that reads and computes nothing: what memory and the schedule allow, for benchmarks.
+#include <cstring>
+
+#include "cpu/tiles/tile.h"
+
+namespace lean::cpu {
+namespace {
+
+constexpr int kLine = 64;
+
+typedef uint64_t Vector __attribute__((vector_size(16)));
+
+Vector load(const char* from) {
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// Loads `count` rows of `bytes` each, line by line, and asks for a line ahead with each.
+template <int level>
+void read(const void* const* rows, int count, int bytes, const RowsAhead& ahead) {
+  constexpr int kVectorBytes = sizeof(Vector);
+  int asked = ahead.count > 0 ? ahead.begin / ahead.bytes : 0;
+  int offset = ahead.count > 0 ? ahead.begin % ahead.bytes : 0;
+  const auto ask = [&] {
+    if (asked >= ahead.count) return;
+    __builtin_prefetch(static_cast<const char*>(ahead.rows[asked]) + offset, 0, 4 - level);
+    if ((offset += kLine) >= ahead.bytes) {
+      offset = 0;
+      ++asked;
+    }
+  };
+  Vector a{}, b{}, c{}, d{};
+  for (int i = 0; i < count; ++i) {
+    const char* at = static_cast<const char*>(rows[i]);
+    const char* const end = at + bytes;
+    for (; at + kLine <= end; at += kLine) {
+      ask();
+      a ^= load(at);
+      b ^= load(at + kVectorBytes);
+      c ^= load(at + 2 * kVectorBytes);
+      d ^= load(at + 3 * kVectorBytes);
+    }
+    if (at < end) ask();
+    for (; at + kVectorBytes <= end; at += kVectorBytes) a ^= load(at);
+  }
+  const Vector sum = a ^ b ^ c ^ d;
+  asm volatile("" : : "m"(sum));  // or the compiler would leave out the loads
+}
+
+void read(const void* const* rows, int count, int bytes, const RowsAhead& ahead) {
+  (ahead.cache_level == 1 ? read<1> : read<2>)(rows, count, bytes, ahead);
+}
+
+template <int element_bytes>
+void read_keys(const TileState& t, const Run& run, const RowView*, const RowsAhead& ahead, const void*) {
+  read(run.k_rows, run.tokens, t.head_dim * element_bytes, ahead);
+}
+
+template <int element_bytes>
+void read_values(const TileState& t, const Run& run, const RowsAhead& ahead) {
+  read(run.v_rows, run.tokens, t.head_dim_v * element_bytes, ahead);
+}
+
+}  // namespace
+
+TileRoutine reads_alone(TileRoutine like) {
+  const bool wide = element_size(like.row_dtype) == sizeof(float);
+  like.score = wide ? read_keys<4> : read_keys<2>;
+  like.accumulate = wide ? read_values<4> : read_values<2>;
+  return like;
+}
+
+}  // namespace lean::cpu
