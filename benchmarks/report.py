@@ -154,7 +154,7 @@ def print_summary(study: dict, console: Console) -> None:
 
     if by_kind:
         table = Table(
-            title="64 MB and more: shares of the read bandwidth, and of the lower of reads alone and loops in cache"
+            title="64 MB and more: shares of the read bandwidth, and of the lower of reads alone and in cache"
         )
         for column in ("dtype", "layout", "group"):
             table.add_column(column)
