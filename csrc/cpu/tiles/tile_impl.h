@@ -93,14 +93,13 @@ struct Strip {
   // counts is to read in the order of addresses.
   static constexpr bool kFewRows = rows * (Format::kConverts ? 4 : 2) <= S::kStripRows;
   // Whether prefetches wait for what is being multiplied.
-  static constexpr bool kPaced = kFewRows || !Format::kConverts;
+  static constexpr bool kPaced = !Format::kConverts;
 
   // Pairs of tokens whose dot products are summed at a time, so that they share loads of q. Few, where memory
   // is the bound: the fewer rows are read abreast, the closer they come to the order of addresses. But long
   // rows are read faster eight abreast than four.
   static constexpr int kPairs = kBlockTokens / 2;  // of one score vector
-  static constexpr int kPairsAtOnce =
-      (kFewRows && !Format::kConverts) || kPairs < 2 ? 2 : Format::kPairsAtOnce;
+  static constexpr int kPairsAtOnce = kFewRows || kPairs < 2 ? 2 : Format::kPairsAtOnce;
   static constexpr int kPairsOfLongRows = rows > 2 && kPairs >= 2 ? Format::kPairsAtOnce : kPairsAtOnce;
   static constexpr size_t kLongRowBytes = 512;
 
