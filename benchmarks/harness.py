@@ -256,8 +256,9 @@ def measure_case(
         call()
         return time.perf_counter() - begin
 
+    limits_rounds = results[OURS]["rounds"] if OURS in calls else 8
     for round_ in range(max(results[name]["rounds"] for name in calls)):
-        if round_ < 8:
+        if round_ < limits_rounds:
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
             product_rates.append(product_rate(case.dtype))
             cached_rates.append(read_cached())
@@ -278,6 +279,10 @@ def measure_case(
             "fastest": min(each),
             "slowest": max(each),
             "gb_per_second": case.kv_bytes / statistics.median(each) / 1e9,
+            # Round by round, because other users of a machine's memory come and go.
+            "share_of_read": statistics.median(
+                case.kv_bytes / took / bandwidth for took, bandwidth in zip(each, bandwidths, strict=False)
+            ),
         }
     return {
         "commit": commit(),

@@ -36,6 +36,12 @@ def bound_of(case: dict) -> tuple[float, str]:
     return (products, "products") if products < read else (read, "read")
 
 
+def share_of_read(case: dict, name: str) -> float:
+    """A contender's share of the read bandwidth; NaN if it took no part."""
+    result = case["contenders"].get(name, {})
+    return result.get("share_of_read", result.get("gb_per_second", math.nan) / case["read_gb_per_second"])
+
+
 def print_table(study: dict, console: Console) -> None:
     """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other.
 
@@ -67,7 +73,7 @@ def print_table(study: dict, console: Console) -> None:
             f"{case['reads_alone_gb_per_second']:.1f}" if "reads_alone_gb_per_second" in case else "-",
             f"{case['in_cache_gb_per_second']:.1f}",
             f"{rate:.1f}",
-            f"{rate / case['read_gb_per_second']:.0%}",
+            f"{share_of_read(case, OURS):.0%}",
             f"{rate / bound:.0%} {what}",
             *ratios,
         )
@@ -92,7 +98,7 @@ def draw(study: dict, path: Path) -> None:
     axis = figure.subplots()
     for i, name in enumerate(names):
         points = [
-            (case["contenders"][name]["gb_per_second"] / case["read_gb_per_second"], row)
+            (share_of_read(case, name), row)
             for row, case in enumerate(cases.values())
             if "gb_per_second" in case["contenders"].get(name, {})
         ]
@@ -146,10 +152,11 @@ def print_summary(study: dict, console: Console) -> None:
             continue
         read, in_cache = case["read_gb_per_second"], case["in_cache_gb_per_second"]
         reachable = min(case.get("reads_alone_gb_per_second", read), in_cache)
-        by_kind.setdefault(kind_of(case_id), []).append((rate / read, rate / reachable))
-        by_lead.setdefault(max(lead for lead in LEADS if in_cache >= lead * read), []).append(rate / read)
+        share = share_of_read(case, OURS)
+        by_kind.setdefault(kind_of(case_id), []).append((share, rate / reachable))
+        by_lead.setdefault(max(lead for lead in LEADS if in_cache >= lead * read), []).append(share)
 
-    def share(values: list[float]) -> tuple[str, str]:
+    def middle_and_least(values: list[float]) -> tuple[str, str]:
         return f"{statistics.median(values):.2f}", f"{min(values):.2f}"
 
     if by_kind:
@@ -162,7 +169,7 @@ def print_summary(study: dict, console: Console) -> None:
             table.add_column(column, justify="right")
         for kind, shares in sorted(by_kind.items()):
             of_read, of_lower = zip(*shares, strict=True)
-            table.add_row(*kind, str(len(shares)), *share(of_read), *share(of_lower))
+            table.add_row(*kind, str(len(shares)), *middle_and_least(of_read), *middle_and_least(of_lower))
         console.print(table)
         table = Table(title="64 MB and more: shares of the read bandwidth by how fast the loops are in cache")
         table.add_column("times the bandwidth")
@@ -170,7 +177,7 @@ def print_summary(study: dict, console: Console) -> None:
             table.add_column(column, justify="right")
         for lead, shares in sorted(by_lead.items()):
             above = [f"to {other:g}" for other in LEADS if other > lead][:1] or ["and more"]
-            table.add_row(f"{lead:g} {above[0]}", str(len(shares)), *share(shares))
+            table.add_row(f"{lead:g} {above[0]}", str(len(shares)), *middle_and_least(shares))
         console.print(table)
     for name, ratios in closest.items():
         (least, where), (most, _) = min(ratios), max(ratios)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from benchmarks import cpu_decode, report, small_calls
 from benchmarks.harness import FORMAT, Case, run_study
 from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
-from benchmarks.report import bound_of, draw, print_summary, print_table
+from benchmarks.report import bound_of, draw, print_summary, print_table, share_of_read
 from lean_attention import Schedule
 from lean_attention._core import core
 from lean_attention.limits import product_rate
@@ -37,6 +38,7 @@ def test_contenders_agree_and_results_are_kept(case: Case, tmp_path: Path) -> No
         if "unavailable" not in result:
             assert result["max_abs_error_to_fp32"] < 0.02, name
             assert result["gb_per_second"] == pytest.approx(case.kv_bytes / result["seconds"] / 1e9)
+            assert result["share_of_read"] > 0
     assert study["machine"]["threads"] == torch.get_num_threads()
     assert study["cases"][case.id]["in_cache_gb_per_second"] > 0
     assert study["cases"][case.id]["reads_alone_gb_per_second"] > 0
@@ -175,6 +177,13 @@ def test_what_bounds_a_case() -> None:
     case = {"kv_bytes": 100, "products": 400, "giga_products_per_second": 80.0, "read_gb_per_second": 30.0}
     assert bound_of(case) == (20.0, "products")
     assert bound_of(case | {"read_gb_per_second": 10.0}) == (10.0, "read")
+
+
+def test_shares_are_those_of_the_rounds_where_they_were_kept() -> None:
+    contenders = {"a": {"gb_per_second": 24.0}, "b": {"gb_per_second": 24.0, "share_of_read": 0.7}, "c": {}}
+    case = {"read_gb_per_second": 30.0, "contenders": contenders}
+    assert [share_of_read(case, name) for name in "ab"] == [pytest.approx(0.8), 0.7]
+    assert math.isnan(share_of_read(case, "c"))
 
 
 @pytest.mark.parametrize("instruction_set", core.instruction_sets().split())
