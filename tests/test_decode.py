@@ -231,6 +231,13 @@ def test_reading_without_computing(dtype: torch.dtype, layout: str) -> None:
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_reading_quantised_caches_without_computing(dtype: torch.dtype) -> None:
+    cache = torch.zeros(1, 64, 1, 64).to(torch.float8_e4m3fn)
+    out, lse = torch.ops.lean_attn.read_caches(torch.zeros(1, 1, 1, 64, dtype=dtype), cache, cache)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
 @pytest.mark.parametrize("kv_heads", [13, 37])
 @pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
 def test_many_heads_abreast(layout: str, kv_heads: int) -> None:

@@ -527,7 +527,7 @@ void decode_fixed_split(const DecodeParams& params, int64_t splits) {
 }
 
 void read_caches(const DecodeParams& params) {
-  const TileRoutine reader = reads_alone(tile_routine(params.dtype, params.cache_dtype));
+  const TileRoutine reader = reads_alone(tile_routine(params.dtype, params.cache_dtype), params.cache_dtype);
   Decode(params, reader, kMaxAbreast).run();
 }
 

@@ -1,5 +1,6 @@
 // A tile routine that reads and computes nothing: what memory and the schedule allow, for benchmarks.
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/tiles/tile.h"
 
@@ -52,23 +53,32 @@ void read(const void* const* rows, int count, int bytes, const RowsAhead& ahead)
   (ahead.cache_level == 1 ? read<1> : read<2>)(rows, count, bytes, ahead);
 }
 
-template <int element_bytes>
+template <size_t element_bytes>
 void read_keys(const TileState& t, const Run& run, const RowView*, const RowsAhead& ahead, const void*) {
-  read(run.k_rows, run.tokens, t.head_dim * element_bytes, ahead);
+  read(run.k_rows, run.tokens, t.head_dim * static_cast<int>(element_bytes), ahead);
 }
 
-template <int element_bytes>
+template <size_t element_bytes>
 void read_values(const TileState& t, const Run& run, const RowsAhead& ahead) {
-  read(run.v_rows, run.tokens, t.head_dim_v * element_bytes, ahead);
+  read(run.v_rows, run.tokens, t.head_dim_v * static_cast<int>(element_bytes), ahead);
 }
 
 }  // namespace
 
-TileRoutine reads_alone(TileRoutine like) {
-  const bool wide = element_size(like.row_dtype) == sizeof(float);
-  like.score = wide ? read_keys<4> : read_keys<2>;
-  like.accumulate = wide ? read_values<4> : read_values<2>;
-  return like;
+TileRoutine reads_alone(TileRoutine like, DType cache_dtype) {
+  const auto of_bytes = [&](auto bytes) {
+    like.score = read_keys<bytes>;
+    like.accumulate = read_values<bytes>;
+    return like;
+  };
+  switch (element_size(like.widen != nullptr ? like.row_dtype : cache_dtype)) {
+    case 1:
+      return of_bytes(std::integral_constant<size_t, 1>{});
+    case 2:
+      return of_bytes(std::integral_constant<size_t, 2>{});
+    default:
+      return of_bytes(std::integral_constant<size_t, 4>{});
+  }
 }
 
 }  // namespace lean::cpu

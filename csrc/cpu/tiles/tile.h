@@ -119,9 +119,9 @@ struct TileRoutine {
 // is unknown or the machine lacks the instructions.
 const TileRoutine& tile_routine(DType dtype, DType cache_dtype);
 
-// The same, but its `score` and `accumulate` only read the run's rows (and what is ahead), so that tiles stay
-// as empty as they are: for benchmarks.
-TileRoutine reads_alone(TileRoutine like);
+// The routine for a cache of `cache_dtype`, but its `score` and `accumulate` only read the run's rows (and
+// what is ahead), so that tiles stay as empty as they are: for benchmarks.
+TileRoutine reads_alone(TileRoutine like, DType cache_dtype);
 
 // In fp16 for `to` float16, else in bf16.
 const WideningTable& widening_table(DType from, DType to);
