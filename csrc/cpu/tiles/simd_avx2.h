@@ -70,6 +70,10 @@ struct Simd {
     return x;
   }
 
+  static F join_sums(F a, F b) {
+    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+
   static F sum_halves(const F (&x)[4]) {
     return _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   }
@@ -87,6 +91,7 @@ struct Simd {
 
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
+  static F load_shared(const float* p) { return load(p); }
   static F load_twice(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 
   static Pair load_halves(const float* lower, const float* upper) {

@@ -76,6 +76,12 @@ struct Simd {
     return x;
   }
 
+  // The halves of a, added up, in the lower half and those of b in the upper one.
+  static F join_sums(F a, F b) {
+    return add(_mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 1, 0)),
+               _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 2, 3, 2)));
+  }
+
   // Lane i of the result is the sum over the lower half of x[i], lane i + 8 that over its upper half.
   static F sum_halves(const F (&x)[8]) {
     F pairs[4], fours[2];  // 128-bit block k of fours[j]: sums of block k of x[4j], ..., x[4j + 3]
@@ -107,6 +113,8 @@ struct Simd {
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { store(p, x); }
   static F load_twice(const float* p) { return in_register(load(p)); }
+  // What several multiplications share.
+  static F load_shared(const float* p) { return in_register(load(p)); }
   // The compiler would read it from memory anew for each multiplication that it has part in, and a core has
   // fewer loads than multiplications to spare.
   template <class V>

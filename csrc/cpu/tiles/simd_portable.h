@@ -69,6 +69,8 @@ struct Simd {
     return x;
   }
 
+  static F join_sums(F a, F b) { return shuffle<0, 1, 4, 5>(a, b) + shuffle<2, 3, 6, 7>(a, b); }
+
   static F sum_halves(const F (&x)[2]) {
     return shuffle<0, 4, 2, 6>(x[0], x[1]) + shuffle<1, 5, 3, 7>(x[0], x[1]);
   }
@@ -82,6 +84,7 @@ struct Simd {
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { memcpy(p, &x, sizeof x / 2); }
   static F load_twice(const float* p) { return replicate<2>(p); }
+  static F load_shared(const float* p) { return load(p); }
 
   static Pair load_halves(const float* lower, const float* upper) {
     const F x = load(lower), y = load(upper);

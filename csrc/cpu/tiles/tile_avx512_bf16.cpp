@@ -28,6 +28,8 @@ struct Bf16Format {
   static constexpr int kStepsAtOnce = 2;
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = false;
+  static constexpr bool kReadsWholeRows = true;
+  static constexpr int kChunkVectors = 1;
   static constexpr bool kBroadcastsAgain = false;
 
   struct Chunk {
@@ -52,6 +54,10 @@ struct Bf16Format {
   static Chunk load_query(const Query* q) { return {Simd::in_register(load(q).x)}; }
   static void pack_query(Query* to, const BFloat16* q, int columns) {
     _mm512_storeu_si512(to, (columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q)).x);
+  }
+  static Chunk load_whole_query(const Query* q) { return load_query(q); }
+  static void pack_whole_query(Query* to, const BFloat16* q, int columns) {
+    _mm512_storeu_si512(to, load_tail(q, std::min(columns, kColumns)).x);
   }
   static F dot(F sum, Chunk k, Chunk q) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(k.x), reinterpret_cast<__m512bh>(q.x));
@@ -115,6 +121,7 @@ class QuantisedFormat : public Bf16Format {
   static constexpr int kDotColumns = 32;
   static constexpr int kPairsAtOnce = 2;  // of twice the columns
   static constexpr bool kConverts = true;
+  static constexpr bool kReadsWholeRows = false;
 
   // Columns 0-7 and 16-23 in a, the others in b; the first row's in the lower halves.
   struct Chunk {

@@ -30,6 +30,8 @@ struct Fp32Format {
   static constexpr int kStepsAtOnce = 2;
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = kRowDtype != DType::float32;
+  static constexpr bool kReadsWholeRows = true;
+  static constexpr int kChunkVectors = 2;
   // Whether weights are broadcast twice; see add_values.
   static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kConverts;
 
@@ -53,6 +55,14 @@ struct Fp32Format {
 
   static Chunk load(const T* row) { return Simd::load_pair(row); }
   static Chunk load_tail(const T* row, int columns) { return Simd::load_pair_tail(row, columns); }
+  static Chunk load_whole_query(const Query* q) {
+    return {Simd::load_shared(q), Simd::load_shared(q + Simd::kLanes)};
+  }
+  static void pack_whole_query(Query* to, const T* q, int columns) {
+    const Chunk x = columns < kColumns ? load_tail(q, columns) : load(q);
+    Simd::store(to, x.a);
+    Simd::store(to + Simd::kLanes, x.b);
+  }
   // The chunk of V that one step of the weighted sum takes.
   template <class Load>
   static Chunk load_step(const void* const* rows, const Load& load) {
@@ -95,21 +105,22 @@ struct Strip {
   // Whether prefetches wait for what is being multiplied.
   static constexpr bool kPaced = !Format::kConverts;
 
+  // Whether K is multiplied row by row. Rows are read so in the order of addresses, but have more sums to
+  // reduce.
+  static constexpr bool kWholeRows = kFewRows && Format::kReadsWholeRows;
+
   // Pairs of tokens whose dot products are summed at a time, so that they share loads of q. Few, where memory
-  // is the bound: the fewer rows are read abreast, the closer they come to the order of addresses. But long
-  // rows are read faster eight abreast than four.
+  // is the bound: the fewer rows are read abreast, the closer they come to the order of addresses.
   static constexpr int kPairs = kBlockTokens / 2;  // of one score vector
   static constexpr int kPairsAtOnce = kFewRows || kPairs < 2 ? 2 : Format::kPairsAtOnce;
-  static constexpr int kPairsOfLongRows = rows > 2 && kPairs >= 2 ? Format::kPairsAtOnce : kPairsAtOnce;
-  static constexpr size_t kLongRowBytes = 512;
 
-  // The dot products of kRoundTokens tokens, which are two vectors. One is summed in half a vector: an
-  // accumulator holds one row's sums for two neighbouring tokens, so that half as many need reducing. `q`
-  // holds the strip's packed rows.
-  template <int pairs, int level>
-  LEAN_INLINE static void dot_block(const Format& format, int head_dim, const typename Format::Query* q,
-                                    const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
-    constexpr int kColumns = Format::kDotColumns;
+  // The dot products of kRoundTokens tokens, which are two vectors. `q` holds the strip's packed rows. Each
+  // is summed in half a vector: an accumulator holds one row's sums for two neighbouring tokens, so that half
+  // as many need reducing.
+  template <int level>
+  LEAN_INLINE static void dot_abreast(const Format& format, int head_dim, const typename Format::Query* q,
+                                      const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
+    constexpr int kColumns = Format::kDotColumns, pairs = kPairsAtOnce;
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
@@ -146,6 +157,62 @@ struct Strip {
     dots[1] = S::interleave_halves<kPeriod>(S::sum_halves(sums[1]));
   }
 
+  // The same, row by row.
+  template <int level>
+  LEAN_INLINE static void dot_whole(const Format& format, int head_dim, const typename Format::Query* q,
+                                    const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
+    // What of q fits into registers beside the sums.
+    constexpr int kQueryVectors = S::kLanes / 2;
+    constexpr int kChunks = std::max(std::min(4, kQueryVectors / kPeriod) / Format::kChunkVectors, 1);
+    unrolled<2>([&](auto block) LEAN_INLINE {
+      const void* const* const group = k_rows + block * kBlockTokens;
+      F sums[kBlockTokens][rows];
+      unrolled<kBlockTokens>([&](auto token) LEAN_INLINE {
+        unrolled<rows>([&](auto r) LEAN_INLINE { sums[token][r] = S::zero(); });
+      });
+      int column = 0;
+      const auto add_columns = [&](auto chunks, auto load) LEAN_INLINE {
+        typename Format::Chunk q_chunks[rows][chunks];
+        unrolled<rows>([&](auto r) LEAN_INLINE {
+          unrolled<chunks>([&](auto c) LEAN_INLINE {
+            q_chunks[r][c] =
+                Format::load_whole_query(q + r * padded(head_dim) + column + c * Format::kColumns);
+          });
+        });
+        unrolled<kBlockTokens>([&](auto token) LEAN_INLINE {
+          const T* const row = static_cast<const T*>(group[token]) + column;
+          ahead.template keep_up<chunks * Format::kColumns * sizeof(T)>(token, 0, 1, row);
+          unrolled<chunks>([&](auto c) LEAN_INLINE {
+            const typename Format::Chunk k = load(row + c * Format::kColumns);
+            unrolled<rows>(
+                [&](auto r) LEAN_INLINE { sums[token][r] = Format::dot(sums[token][r], k, q_chunks[r][c]); });
+          });
+        });
+        column += chunks * Format::kColumns;
+      };
+      const auto add_whole = [&](auto chunks) LEAN_INLINE {
+        while (column + chunks * Format::kColumns <= head_dim) {
+          add_columns(chunks, [](const T* row) LEAN_INLINE { return Format::load(row); });
+        }
+      };
+      if constexpr (kChunks >= 4) add_whole(std::integral_constant<int, 4>{});
+      if constexpr (kChunks >= 2) add_whole(std::integral_constant<int, 2>{});
+      add_whole(std::integral_constant<int, 1>{});
+      if (const int tail = head_dim - column; tail > 0) {
+        add_columns(std::integral_constant<int, 1>{},
+                    [&](const T* row) LEAN_INLINE { return Format::load_tail(row, tail); });
+      }
+      F halves[S::kLanes / 2];
+      unrolled<kPairs>([&](auto pair) LEAN_INLINE {
+        unrolled<kPeriod>([&](auto r) LEAN_INLINE {
+          halves[pair * kPeriod + r] =
+              r < rows ? S::join_sums(sums[2 * pair][r % rows], sums[2 * pair + 1][r % rows]) : S::zero();
+        });
+      });
+      dots[block] = S::interleave_halves<kPeriod>(S::sum_halves(halves));
+    });
+  }
+
   static int padded_tokens(const Run& run) {
     return (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
   }
@@ -153,7 +220,7 @@ struct Strip {
   // Writes the scaled dot products of the run's tokens, and of some after them, and returns their maximum per
   // row. Not inlined, nor are the loops over V: what the callers keep in registers would push the sums out of
   // them.
-  template <int pairs, int level>
+  template <int level>
   __attribute__((noinline)) static F multiply_keys(const TileState& t, int first_row, float* dots,
                                                    const Run& run, int tokens, const RowsAhead& rows_ahead) {
     // Copies, because for all the compiler knows storing a score changes what lies behind t.
@@ -165,7 +232,11 @@ struct Strip {
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F x[2];
-      dot_block<pairs>(format, head_dim, q, run.k_rows + token, ahead, x);
+      if constexpr (kWholeRows) {
+        dot_whole(format, head_dim, q, run.k_rows + token, ahead, x);
+      } else {
+        dot_abreast(format, head_dim, q, run.k_rows + token, ahead, x);
+      }
       unrolled<2>([&](auto i) LEAN_INLINE {
         const F s = S::mul(x[i], scale);
         S::store(dots + (token + i * kBlockTokens) * kPeriod, s);
@@ -179,12 +250,7 @@ struct Strip {
   static void score(const TileState& t, int first_row, float* scores, const Run& run, const RowView* views,
                     const RowsAhead& rows_ahead) {
     const int tokens = padded_tokens(run);
-    const bool long_rows = t.head_dim * sizeof(T) >= kLongRowBytes;
-    const auto of_level = [&](auto level) LEAN_INLINE {
-      return long_rows ? multiply_keys<kPairsOfLongRows, level> : multiply_keys<kPairsAtOnce, level>;
-    };
-    const auto multiply = rows_ahead.cache_level == 1 ? of_level(std::integral_constant<int, 1>{})
-                                                      : of_level(std::integral_constant<int, 2>{});
+    const auto multiply = rows_ahead.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
     F m = multiply(t, first_row, scores, run, tokens, rows_ahead);
     if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.k_scales != nullptr) {
       m = finish_scores(t, first_row, scores, run, tokens, views);
@@ -388,6 +454,22 @@ struct Strip {
   // Elements of a packed query row.
   static_assert(S::kQueryCopies * sizeof(typename Format::Query) <= kMaxQueryCopies * sizeof(float));
   static int64_t query_stride(int64_t head_dim) { return S::kQueryCopies * padded(head_dim); }
+
+  // Row `row` of the strip's, whose packed ones are at `to`.
+  static void pack_query(typename Format::Query* to, int row, const typename Format::Tensor* q,
+                         int head_dim) {
+    if constexpr (kWholeRows) {
+      to += row * padded(head_dim);
+      for (int column = 0; column < head_dim; column += Format::kColumns) {
+        Format::pack_whole_query(to + column, q + column, head_dim - column);
+      }
+    } else {  // interleaved chunk by chunk, in the order in which they are read
+      to += row * S::kQueryCopies * Format::kDotColumns;
+      for (int column = 0; column < head_dim; column += Format::kDotColumns) {
+        Format::pack_query(to + column * S::kQueryCopies * rows, q + column, head_dim - column);
+      }
+    }
+  }
 };
 
 template <class T, class Format = Fp32Format<T>>
@@ -407,22 +489,19 @@ struct Tile {
     return {in_longer + (row - in_longer) / count * count, count};
   }
 
-  // The rows of a strip are interleaved chunk by chunk, in the order in which they are read.
-  static void pack_query(const TileState& t, int row, const void* q) {
-    const StripRows strip = strip_of(t.rows, row);
-    auto* packed = static_cast<typename Format::Query*>(t.q) + strip.first * query_stride(t.head_dim) +
-                   (row - strip.first) * S::kQueryCopies * Format::kDotColumns;
-    const auto* from = static_cast<const typename Format::Tensor*>(q);
-    for (int column = 0; column < t.head_dim; column += Format::kDotColumns) {
-      Format::pack_query(packed + column * S::kQueryCopies * strip.count, from + column, t.head_dim - column);
-    }
-  }
-
   // Calls `take` with the Strip of `count` rows.
   template <int rows = S::kStripRows, class Take>
   LEAN_INLINE static void with_strip(int count, const Take& take) {
     if (count == rows) return take(Strip<T, Format, rows>{});
     if constexpr (rows > 1) with_strip<rows - 1>(count, take);
+  }
+
+  static void pack_query(const TileState& t, int row, const void* q) {
+    const StripRows rows = strip_of(t.rows, row);
+    auto* const packed = static_cast<typename Format::Query*>(t.q) + rows.first * query_stride(t.head_dim);
+    with_strip(rows.count, [&](auto strip) {
+      strip.pack_query(packed, row - rows.first, static_cast<const typename Format::Tensor*>(q), t.head_dim);
+    });
   }
 
   // Calls `take` with each strip, its first row, its scores and what to prefetch meanwhile: one strip's
