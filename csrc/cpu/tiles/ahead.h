@@ -1,4 +1,4 @@
-// Prefetches: what is read next, asked for while other rows are multiplied. Included by tile_impl.h, once per
+// Prefetches: what is read next, asked for while other rows are multiplied. Included by strip.h, once per
 // instruction set.
 
 // Asks a cache for these bytes. (Always inline: a function that only prefetches is taken for one without

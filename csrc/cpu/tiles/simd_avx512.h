@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL) vectors of 16 floats for tile_impl.h. Included by one source file per
+// AVX-512 (F, BW, DQ, VL) vectors of 16 floats for strip.h. Included by one source file per
 // instruction set, inside its namespace and its target pragma.
 
 struct Simd {

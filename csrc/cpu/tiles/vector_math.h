@@ -1,4 +1,4 @@
-// Functions of vectors, and loops over them. Included by tile_impl.h, once per instruction set.
+// Functions of vectors, and loops over them. Included by strip.h, once per instruction set.
 
 // (2^x - 1) / x on [-1/2, 1/2]; 2^x comes out to 9.2e-8 relative, minimax.
 inline Simd::F exp2_slope(Simd::F x) {
