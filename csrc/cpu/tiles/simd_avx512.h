@@ -112,7 +112,7 @@ struct Simd {
 
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { store(p, x); }
-  static F load_twice(const float* p) { return in_register(load(p)); }
+  static F load_twice(const float* p) { return load_shared(p); }
   // What several multiplications share.
   static F load_shared(const float* p) { return in_register(load(p)); }
   // The compiler would read it from memory anew for each multiplication that it has part in, and a core has

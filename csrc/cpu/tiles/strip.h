@@ -29,7 +29,6 @@ struct Fp32Format {
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = kRowDtype != DType::float32;
   static constexpr bool kReadsWholeRows = true;
-  static constexpr int kChunkVectors = 2;
   // Whether weights are broadcast twice; see add_values.
   static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kConverts;
 
@@ -118,26 +117,26 @@ struct Strip {
   template <int level>
   LEAN_INLINE static void dot_abreast(const Format& format, int head_dim, const typename Format::Query* q,
                                       const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
-    constexpr int kColumns = Format::kDotColumns, pairs = kPairsAtOnce;
+    constexpr int kColumns = Format::kDotColumns;
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) sums[i % 2][i / 2] = S::zero();
 #pragma GCC unroll 16
-    for (int first = 0; first < 2 * kPairs; first += pairs) {
+    for (int first = 0; first < 2 * kPairs; first += kPairsAtOnce) {
       const void* const* group = k_rows + 2 * first;
       const typename Format::Query* q_chunk = q;
       auto add_chunk = [&](size_t column, auto load) LEAN_INLINE {
         const auto at = [&](int token) { return static_cast<const T*>(group[token]) + column; };
-        typename Format::Chunk k[pairs];
+        typename Format::Chunk k[kPairsAtOnce];
 #pragma GCC unroll 16
-        for (int i = 0; i < pairs; ++i) k[i] = load(at(2 * i), at(2 * i + 1));
+        for (int i = 0; i < kPairsAtOnce; ++i) k[i] = load(at(2 * i), at(2 * i + 1));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r, q_chunk += S::kQueryCopies * kColumns) {
-          ahead.template keep_up<2 * pairs * kColumns * sizeof(T)>(static_cast<unsigned>(column) / kColumns,
-                                                                   r, rows, at(2 * pairs - 1));
+          ahead.template keep_up<2 * kPairsAtOnce * kColumns * sizeof(T)>(
+              static_cast<unsigned>(column) / kColumns, r, rows, at(2 * kPairsAtOnce - 1));
           const auto chunk = Format::load_query(q_chunk);
 #pragma GCC unroll 16
-          for (int i = 0; i < pairs; ++i) {
+          for (int i = 0; i < kPairsAtOnce; ++i) {
             F& sum = sums[(first + i) / kPairs][(first + i) % kPairs * kPeriod + r];
             sum = Format::dot(sum, k[i], chunk);
           }
@@ -159,9 +158,11 @@ struct Strip {
   template <int level>
   LEAN_INLINE static void dot_whole(const Format& format, int head_dim, const typename Format::Query* q,
                                     const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
-    // What of q fits into registers beside the sums.
+    // So many chunks of each query row that all fit into registers beside the sums.
     constexpr int kQueryVectors = S::kLanes / 2;
-    constexpr int kChunks = std::max(std::min(4, kQueryVectors / kPeriod) / Format::kChunkVectors, 1);
+    constexpr int kChunkVectors = sizeof(typename Format::Chunk) / sizeof(F);
+    constexpr int kChunks = std::min(4, kQueryVectors / kPeriod) / kChunkVectors;
+    static_assert(kChunks >= 1);
     unrolled<2>([&](auto block) LEAN_INLINE {
       const void* const* const group = k_rows + block * kBlockTokens;
       F sums[kBlockTokens][rows];
@@ -201,10 +202,10 @@ struct Strip {
                     [&](const T* row) LEAN_INLINE { return Format::load_tail(row, tail); });
       }
       F halves[S::kLanes / 2];
+      unrolled<S::kLanes / 2>([&](auto i) LEAN_INLINE { halves[i] = S::zero(); });
       unrolled<kPairs>([&](auto pair) LEAN_INLINE {
-        unrolled<kPeriod>([&](auto r) LEAN_INLINE {
-          halves[pair * kPeriod + r] =
-              r < rows ? S::join_sums(sums[2 * pair][r % rows], sums[2 * pair + 1][r % rows]) : S::zero();
+        unrolled<rows>([&](auto r) LEAN_INLINE {
+          halves[pair * kPeriod + r] = S::join_sums(sums[2 * pair][r], sums[2 * pair + 1][r]);
         });
       });
       dots[block] = S::interleave_halves<kPeriod>(S::sum_halves(halves));

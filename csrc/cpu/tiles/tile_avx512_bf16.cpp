@@ -29,7 +29,6 @@ struct Bf16Format {
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = false;
   static constexpr bool kReadsWholeRows = true;
-  static constexpr int kChunkVectors = 1;
   static constexpr bool kBroadcastsAgain = false;
 
   struct Chunk {
