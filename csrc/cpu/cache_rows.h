@@ -186,6 +186,9 @@ class RunQueue {
     fill_next();
   }
 
+  // Whether the heads of a token are neighbours, in both caches.
+  bool has_whole_tokens() const { return from_.heads > 1 && whole_tokens_; }
+
   // The run with this side of a head; the other side is another head's, maybe. It stays until the next call
   // for the side.
   const Run& run(Side side, int64_t head) {
@@ -235,7 +238,8 @@ class RunQueue {
     if (head == place.head[side]) return;
     const int64_t bytes = (head - place.head[side]) * rows_.head_bytes(side);
     const void** rows = rows_of(place.run, side);
-    for (int i = 0; i < place.run.tokens; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
+    const int tokens = place.run.tokens;  // which the compiler could not tell from a row
+    for (int i = 0; i < tokens; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
     place.head[side] = head;
   }
 

@@ -412,17 +412,25 @@ class Decode {
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
     RunQueue runs(cache_rows_, run_tokens_, !widens_, chunk, upcoming);
+    const bool scores_abreast = runs.has_whole_tokens() && !widens_ && rows <= routine_.max_rows_abreast;
+    const TileState* tiles[kMaxAbreast];
+    for (int64_t i = 0; i < chunk.heads; ++i) tiles[i] = &works[i].tile;
     RowView views[kMaxRows];
     for (int64_t begin = chunk.tokens.begin; begin < chunk.tokens.end; begin += run_tokens_) {
       const int64_t end = std::min(begin + run_tokens_, chunk.tokens.end);
       const bool viewed = begin < common.begin || end > common.end || p_.alibi_slopes != nullptr;
       if (viewed) fill_views(views, rows, segment, length, begin);
       runs.advance(viewed);
-      for (int64_t i = 0; i < chunk.heads; ++i) {
+      const RowView* const seen = viewed ? views : nullptr;
+      const bool abreast = scores_abreast && end - begin == run_tokens_;
+      if (abreast) {
+        routine_.score_abreast(tiles, chunk.heads, runs.run(kKeys, 0), cache_rows_.head_bytes(kKeys), seen,
+                               runs.ahead(kKeys, 0));
+      }
+      for (int64_t i = 0; i < chunk.heads && !abreast; ++i) {
         const Run& run = runs.run(kKeys, i);
         const RowsAhead ahead = runs.ahead(kKeys, i);
         const void* const next_q = chunk.heads == 1 ? nullptr : works[(i + 1) % chunk.heads].tile.q;
-        const RowView* const seen = viewed ? views : nullptr;
         if (widens_) {
           routine_.score(works[i].tile, wide.widen(kKeys, run, ahead), seen, {}, next_q);
         } else {

@@ -69,6 +69,7 @@ TileRoutine reads_alone(TileRoutine like, DType cache_dtype) {
   const auto of_bytes = [&](auto bytes) {
     like.score = read_keys<bytes>;
     like.accumulate = read_values<bytes>;
+    like.max_rows_abreast = 0;
     return like;
   };
   switch (element_size(like.widen != nullptr ? like.row_dtype : cache_dtype)) {

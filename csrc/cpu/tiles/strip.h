@@ -7,77 +7,8 @@
 // weighted sum.
 
 #include "cpu/tiles/ahead.h"
+#include "cpu/tiles/fp32_format.h"
 #include "cpu/tiles/vector_math.h"
-
-// How rows of dtype T are multiplied: converted to fp32.
-template <class T>
-struct Fp32Format {
-  explicit Fp32Format(const TileState&) {}
-
-  using F = Simd::F;
-  using Tensor = T;  // q and out
-  static constexpr DType kRowDtype = dtype_of(T{});
-  using Query = float;
-  using Weight = float;
-  // Columns of a step of the dot products (half a vector for each of two tokens, twice) and of the weighted
-  // sum (two vectors).
-  static constexpr int kDotColumns = Simd::kLanes;
-  static constexpr int kColumns = 2 * Simd::kLanes;
-  static constexpr int kTokensPerStep = 1;
-  // Steps of the weighted sum to one round of its loop.
-  static constexpr int kStepsAtOnce = 2;
-  static constexpr int kPairsAtOnce = 4;
-  static constexpr bool kConverts = kRowDtype != DType::float32;
-  static constexpr bool kReadsWholeRows = true;
-  // Whether weights are broadcast twice; see add_values.
-  static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kConverts;
-
-  using Chunk = Simd::Pair;
-
-  // Some columns of two rows: the first row's in the lower halves, the second's in the upper ones.
-  static Chunk load_two(const T* lower, const T* upper) { return Simd::load_halves(lower, upper); }
-  static Chunk load_two_tail(const T* lower, const T* upper, int columns) {
-    return Simd::load_halves_tail(lower, upper, columns);
-  }
-  // The same columns of a query row, in both halves.
-  static Chunk load_query(const Query* q) {
-    return {Simd::load_twice(q), Simd::load_twice(q + Simd::kQueryCopies * Simd::kLanes / 2)};
-  }
-  static void pack_query(Query* to, const T* q, int columns) {
-    const Chunk x = columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q);
-    Simd::store_query(to, x.a);
-    Simd::store_query(to + Simd::kQueryCopies * Simd::kLanes / 2, x.b);
-  }
-  static F dot(F sum, Chunk k, Chunk q) { return Simd::fma(k.b, q.b, Simd::fma(k.a, q.a, sum)); }
-
-  static Chunk load(const T* row) { return Simd::load_pair(row); }
-  static Chunk load_tail(const T* row, int columns) { return Simd::load_pair_tail(row, columns); }
-  static Chunk load_whole_query(const Query* q) {
-    return {Simd::load_shared(q), Simd::load_shared(q + Simd::kLanes)};
-  }
-  static void pack_whole_query(Query* to, const T* q, int columns) {
-    const Chunk x = columns < kColumns ? load_tail(q, columns) : load(q);
-    Simd::store(to, x.a);
-    Simd::store(to + Simd::kLanes, x.b);
-  }
-  // The chunk of V that one step of the weighted sum takes.
-  template <class Load>
-  static Chunk load_step(const void* const* rows, const Load& load) {
-    return load(static_cast<const T*>(rows[0]));
-  }
-  // `again` is `weight`, or the same address in a way that the compiler does not see.
-  static void accumulate(F& a, F& b, const Weight* weight, const Weight* again, Chunk v) {
-    a = Simd::fma(Simd::set1(*weight), v.a, a);
-    b = Simd::fma(Simd::set1(*again), v.b, b);
-  }
-  // Stores two vectors of token-major weights, from place i on, as accumulate takes them: over their scores.
-  template <int period>
-  static void store_weights(float* scores, int i, F a, F b) {
-    Simd::store(scores + i, a);
-    Simd::store(scores + i + Simd::kLanes, b);
-  }
-  static void store_output(T* out, int columns, F a, F b) { Simd::store_pair_tail(out, columns, a, b); }
-};
 
 // By how much scores, in units of log2, may exceed what they are taken relative to.
 constexpr float kSlack = 8;
@@ -154,6 +85,18 @@ struct Strip {
     dots[1] = S::interleave_halves<kPeriod>(S::sum_halves(sums[1]));
   }
 
+  // Adds up the elements of each sum: a vector of them, token-major.
+  LEAN_INLINE static F reduce(const F (&sums)[kBlockTokens][rows]) {
+    F halves[S::kLanes / 2];
+    unrolled<S::kLanes / 2>([&](auto i) LEAN_INLINE { halves[i] = S::zero(); });
+    unrolled<kPairs>([&](auto pair) LEAN_INLINE {
+      unrolled<rows>([&](auto r) LEAN_INLINE {
+        halves[pair * kPeriod + r] = S::join_sums(sums[2 * pair][r], sums[2 * pair + 1][r]);
+      });
+    });
+    return S::interleave_halves<kPeriod>(S::sum_halves(halves));
+  }
+
   // The same, row by row.
   template <int level>
   LEAN_INLINE static void dot_whole(const Format& format, int head_dim, const typename Format::Query* q,
@@ -175,7 +118,7 @@ struct Strip {
         unrolled<rows>([&](auto r) LEAN_INLINE {
           unrolled<chunks>([&](auto c) LEAN_INLINE {
             q_chunks[r][c] =
-                Format::load_whole_query(q + r * padded(head_dim) + column + c * Format::kColumns);
+                Format::load_shared_query(q + (column + c * Format::kColumns) * rows + r * Format::kColumns);
           });
         });
         unrolled<kBlockTokens>([&](auto token) LEAN_INLINE {
@@ -201,15 +144,62 @@ struct Strip {
         add_columns(std::integral_constant<int, 1>{},
                     [&](const T* row) LEAN_INLINE { return Format::load_tail(row, tail); });
       }
-      F halves[S::kLanes / 2];
-      unrolled<S::kLanes / 2>([&](auto i) LEAN_INLINE { halves[i] = S::zero(); });
-      unrolled<kPairs>([&](auto pair) LEAN_INLINE {
-        unrolled<rows>([&](auto r) LEAN_INLINE {
-          halves[pair * kPeriod + r] = S::join_sums(sums[2 * pair][r], sums[2 * pair + 1][r]);
-        });
-      });
-      dots[block] = S::interleave_halves<kPeriod>(S::sum_halves(halves));
+      dots[block] = reduce(sums);
     });
+  }
+
+  // Writes the dot products of several heads' rows with a run of whole vectors of tokens: token by token with
+  // all heads of each, which is the order of addresses where a token's rows are neighbours.
+  template <int level>
+  __attribute__((noinline)) static void multiply_keys_abreast(const TileState* const* tiles, int heads,
+                                                              const Run& run, int64_t head_bytes,
+                                                              const RowsAhead& rows_ahead) {
+    const int head_dim = tiles[0]->head_dim;
+    Ahead<kPaced, level> ahead(rows_ahead, 0);
+    const char* head_row = static_cast<const char*>(run.k_rows[0]);
+    for (int token = 0, head = 0; token < run.tokens;) {
+      // As many pairs of a token and a head as there are tokens in a vector of one head's scores.
+      F sums[kBlockTokens][rows];
+      float* scores[kBlockTokens];
+      unrolled<kBlockTokens>([&](auto i) LEAN_INLINE {
+        const T* const row = reinterpret_cast<const T*>(head_row);
+        const auto* const q = static_cast<const typename Format::Query*>(tiles[head]->q);
+        scores[i] = tiles[head]->scores + token * kPeriod;
+        unrolled<rows>([&](auto r) LEAN_INLINE { sums[i][r] = S::zero(); });
+        int column = 0;
+        const auto add_columns = [&](auto chunks, auto load) LEAN_INLINE {
+          ahead.template keep_up<chunks * Format::kColumns * sizeof(T)>(column / Format::kColumns, 0, 1,
+                                                                        row + column);
+          unrolled<chunks>([&](auto) LEAN_INLINE {
+            const typename Format::Chunk k = load(row + column);
+            unrolled<rows>([&](auto r) LEAN_INLINE {
+              const auto* const q_chunk = q + column * rows + r * Format::kColumns;
+              sums[i][r] = Format::dot(sums[i][r], k, Format::load_whole_query(q_chunk));
+            });
+            column += Format::kColumns;
+          });
+        };
+        const auto load = [](const T* from) LEAN_INLINE { return Format::load(from); };
+        while (column + 4 * Format::kColumns <= head_dim) {
+          add_columns(std::integral_constant<int, 4>{}, load);
+        }
+        if (column + 2 * Format::kColumns <= head_dim) add_columns(std::integral_constant<int, 2>{}, load);
+        if (column + Format::kColumns <= head_dim) add_columns(std::integral_constant<int, 1>{}, load);
+        if (const int tail = head_dim - column; tail > 0) {
+          add_columns(std::integral_constant<int, 1>{},
+                      [&](const T* from) LEAN_INLINE { return Format::load_tail(from, tail); });
+        }
+        head_row += head_bytes;
+        if (++head == heads) {
+          head = 0;
+          if (++token < run.tokens) head_row = static_cast<const char*>(run.k_rows[token]);
+        }
+      });
+      alignas(64) float dots[S::kLanes];
+      S::store(dots, reduce(sums));
+      unrolled<kBlockTokens>(
+          [&](auto i) LEAN_INLINE { memcpy(scores[i], dots + i * kPeriod, kPeriod * sizeof(float)); });
+    }
   }
 
   static int padded_tokens(const Run& run) {
@@ -250,7 +240,31 @@ struct Strip {
                     const RowsAhead& rows_ahead) {
     const int tokens = padded_tokens(run);
     const auto multiply = rows_ahead.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
-    F m = multiply(t, first_row, scores, run, tokens, rows_ahead);
+    finish_run(t, first_row, scores, run, tokens, views,
+               multiply(t, first_row, scores, run, tokens, rows_ahead));
+  }
+
+  // The same for several heads' rows and a run of whole vectors of tokens.
+  static void score_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
+                            const RowView* views, const RowsAhead& rows_ahead) {
+    (rows_ahead.cache_level == 1 ? multiply_keys_abreast<1>
+                                 : multiply_keys_abreast<2>)(tiles, heads, run, head_bytes, rows_ahead);
+    for (int head = 0; head < heads; ++head) {
+      const TileState& t = *tiles[head];
+      const F scale = S::set1(t.scale);
+      F m = S::set1(kMinusInfinity);
+      for (int i = 0; i < run.tokens * kPeriod; i += S::kLanes) {
+        const F s = S::mul(S::load(t.scores + i), scale);
+        S::store(t.scores + i, s);
+        m = S::max(s, m);  // m where s is NaN
+      }
+      finish_run(t, 0, t.scores, run, run.tokens, views, m);
+    }
+  }
+
+  // Makes scores of scaled dot products, whose maximum is `m`, and notes the maximum per row.
+  static void finish_run(const TileState& t, int first_row, float* scores, const Run& run, int tokens,
+                         const RowView* views, F m) {
     if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.k_scales != nullptr) {
       m = finish_scores(t, first_row, scores, run, tokens, views);
     }
@@ -454,15 +468,16 @@ struct Strip {
   static_assert(S::kQueryCopies * sizeof(typename Format::Query) <= kMaxQueryCopies * sizeof(float));
   static int64_t query_stride(int64_t head_dim) { return S::kQueryCopies * padded(head_dim); }
 
-  // Row `row` of the strip's, whose packed ones are at `to`.
+  // Row `row` of the strip's, whose packed ones are at `to`: interleaved chunk by chunk, in the order in
+  // which they are read.
   static void pack_query(typename Format::Query* to, int row, const typename Format::Tensor* q,
                          int head_dim) {
     if constexpr (kWholeRows) {
-      to += row * padded(head_dim);
+      to += row * Format::kColumns;
       for (int column = 0; column < head_dim; column += Format::kColumns) {
-        Format::pack_whole_query(to + column, q + column, head_dim - column);
+        Format::pack_whole_query(to + column * rows, q + column, head_dim - column);
       }
-    } else {  // interleaved chunk by chunk, in the order in which they are read
+    } else {
       to += row * S::kQueryCopies * Format::kDotColumns;
       for (int column = 0; column < head_dim; column += Format::kDotColumns) {
         Format::pack_query(to + column * S::kQueryCopies * rows, q + column, head_dim - column);

@@ -94,6 +94,8 @@ struct TileRoutine {
   DType row_dtype;
   // Columns that are processed at once; rows of q and O are padded to a multiple of it.
   int chunk_columns;
+  // Rows of a tile that score_abreast takes at most.
+  int max_rows_abreast;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
   // Attends all rows to a run in two steps: `score` multiplies them with K, `accumulate` adds what the
@@ -101,6 +103,10 @@ struct TileRoutine {
   // are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored next.
   void (*score)(const TileState& state, const Run& run, const RowView* views, const RowsAhead& ahead,
                 const void* next_q);
+  // `score` for `heads` tiles of as many rows, whose K rows of a token are `head_bytes` apart, in the order
+  // of addresses. `run` has the first one's rows and as many tokens as it can hold, or half as many.
+  void (*score_abreast)(const TileState* const* states, int heads, const Run& run, int64_t head_bytes,
+                        const RowView* views, const RowsAhead& ahead);
   void (*accumulate)(const TileState& state, const Run& run, const RowsAhead& ahead);
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);

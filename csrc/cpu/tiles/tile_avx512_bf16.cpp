@@ -54,7 +54,8 @@ struct Bf16Format {
   static void pack_query(Query* to, const BFloat16* q, int columns) {
     _mm512_storeu_si512(to, (columns < kDotColumns ? load_two_tail(q, q, columns) : load_two(q, q)).x);
   }
-  static Chunk load_whole_query(const Query* q) { return load_query(q); }
+  static Chunk load_whole_query(const Query* q) { return load(q); }
+  static Chunk load_shared_query(const Query* q) { return load_query(q); }
   static void pack_whole_query(Query* to, const BFloat16* q, int columns) {
     _mm512_storeu_si512(to, load_tail(q, std::min(columns, kColumns)).x);
   }

@@ -41,13 +41,12 @@ struct Tile {
   template <class Take>
   LEAN_INLINE static void for_each_strip(const TileState& t, const void* const* rows, int row_bytes,
                                          const RowsAhead& ahead, const Take& take) {
+    const RowsAhead own{rows, kRunTokens, row_bytes};
     float* scores = t.scores;
     for (int row = 0; row < t.rows; scores += S::kStripRows * kRunTokens) {
       const int count = strip_of(t.rows, row).count;
-      const bool asks = row == 0 && ahead.count > 0;
-      with_strip(count, [&](auto strip) {
-        take(strip, row, scores, asks ? ahead : RowsAhead{rows, kRunTokens, row_bytes});
-      });
+      const RowsAhead& next = row == 0 && ahead.count > 0 ? ahead : own;
+      with_strip(count, [&](auto strip) { take(strip, row, scores, next); });
       row += count;
     }
   }
@@ -61,6 +60,25 @@ struct Tile {
                    [&](auto strip, int row, float* scores, const RowsAhead& rows_ahead) {
                      strip.score(t, row, scores, run, views, rows_ahead);
                    });
+  }
+  // Up to how many rows a tile may have for score_abreast.
+  template <int rows = S::kStripRows>
+  static constexpr int max_rows_abreast() {
+    if constexpr (rows == 0) {
+      return 0;
+    } else if constexpr (Strip<T, Format, rows>::kWholeRows) {
+      return rows;
+    } else {
+      return max_rows_abreast<rows - 1>();
+    }
+  }
+  static void score_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
+                            const RowView* views, const RowsAhead& ahead) {
+    if constexpr (max_rows_abreast() > 0) {
+      with_strip<max_rows_abreast()>(tiles[0]->rows, [&](auto strip) {
+        strip.score_abreast(tiles, heads, run, head_bytes, views, ahead);
+      });
+    }
   }
   static void accumulate(const TileState& t, const Run& run, const RowsAhead& ahead) {
     for_each_strip(t, run.v_rows, t.head_dim_v * sizeof(T), ahead,
@@ -122,7 +140,8 @@ struct Tile {
   }
   // For rows that need no conversion.
   static constexpr TileRoutine routine_as_is(const char* instruction_set) {
-    return {instruction_set, Format::kRowDtype, Format::kColumns, pack_query, score,
-            accumulate,      write_output,      nullptr,          multiply};
+    return {instruction_set, Format::kRowDtype, Format::kColumns, max_rows_abreast(), pack_query,
+            score,           score_abreast,     accumulate,       write_output,       nullptr,
+            multiply};
   }
 };
