@@ -1,7 +1,7 @@
 """The stream-K schedule as a person can read it: who computes which LeanTiles, who hosts, who helps.
 
 The arithmetic is that of `csrc/schedule.h`, which the kernels use; this module only shows it.
-(Where a CPU takes several KV heads through a cache together, see `docs/design.md`, it counts them as one.)
+(Where a CPU takes several KV heads through a cache together, see `docs/cpu.md`, it counts them as one.)
 """
 
 from __future__ import annotations

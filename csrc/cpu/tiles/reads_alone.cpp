@@ -59,6 +59,12 @@ void read_keys(const TileState& t, const Run& run, const RowView*, const RowsAhe
 }
 
 template <size_t element_bytes>
+void read_keys_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t, const RowView*,
+                       const RowsAhead& ahead) {
+  read(run.k_rows, run.tokens, heads * tiles[0]->head_dim * static_cast<int>(element_bytes), ahead);
+}
+
+template <size_t element_bytes>
 void read_values(const TileState& t, const Run& run, const RowsAhead& ahead) {
   read(run.v_rows, run.tokens, t.head_dim_v * static_cast<int>(element_bytes), ahead);
 }
@@ -69,7 +75,7 @@ TileRoutine reads_alone(TileRoutine like, DType cache_dtype) {
   const auto of_bytes = [&](auto bytes) {
     like.score = read_keys<bytes>;
     like.accumulate = read_values<bytes>;
-    like.max_rows_abreast = 0;
+    like.score_abreast = read_keys_abreast<bytes>;
     return like;
   };
   switch (element_size(like.widen != nullptr ? like.row_dtype : cache_dtype)) {

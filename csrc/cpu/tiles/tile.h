@@ -103,8 +103,8 @@ struct TileRoutine {
   // are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored next.
   void (*score)(const TileState& state, const Run& run, const RowView* views, const RowsAhead& ahead,
                 const void* next_q);
-  // `score` for `heads` tiles of as many rows, whose K rows of a token are `head_bytes` apart, in the order
-  // of addresses. `run` has the first one's rows and as many tokens as it can hold, or half as many.
+  // `score` for `heads` tiles of as many rows, in the order of addresses: their K rows of a token adjoin,
+  // each of `head_bytes`. `run` has the first one's and as many tokens as it can hold, or half as many.
   void (*score_abreast)(const TileState* const* states, int heads, const Run& run, int64_t head_bytes,
                         const RowView* views, const RowsAhead& ahead);
   void (*accumulate)(const TileState& state, const Run& run, const RowsAhead& ahead);
