@@ -122,9 +122,10 @@ def test_more_than_two_to_the_31_elements_by_strides() -> None:
     assert_close(case, inputs, *lean_attention.decode(**inputs))
 
 
-def test_long_contexts_keep_fp32_accuracy() -> None:
-    """512k tokens, one head: plain left-to-right fp32 sums would lose three digits."""
-    case = Case(F32, lens=(2**19,), heads=1, kv_heads=1, head_dim=8)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_long_contexts_keep_fp32_accuracy(kv_heads: int) -> None:
+    """512k tokens: plain left-to-right fp32 sums would lose three digits. A CPU takes two heads abreast."""
+    case = Case(F32, lens=(2**19,), heads=kv_heads, kv_heads=kv_heads, head_dim=8)
     inputs = make_inputs(case)
     inputs["v_cache"] += 1  # sums that do not cancel
     out, lse = lean_attention.decode(**inputs, num_ctas=1)

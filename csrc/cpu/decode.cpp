@@ -227,13 +227,21 @@ class Decode {
     thread_memory_ = workspace_ + partials * partial_floats();
   }
 
-  // A thread has the memory of its Works, then that of its WideRows.
+  // A thread has the memory of its Works, then their run_outputs, then that of its WideRows. Run_outputs are
+  // neighbours, so that those of heads abreast, which are written in turn, are in different places of the
+  // first cache level.
   int64_t thread_floats() const {
     const int64_t wide = widens_ ? round_up(WideRows::memory_floats(p_, routine_), kCacheLineFloats) : 0;
-    return heads_abreast_ * work_floats() + wide;
+    return heads_abreast_ * (work_floats() + run_output_floats()) + wide;
+  }
+  float* run_outputs(int64_t thread) const {
+    return thread_memory_ + thread * thread_floats() + heads_abreast_ * work_floats();
   }
   float* wide_memory(int64_t thread) const {
-    return thread_memory_ + thread * thread_floats() + heads_abreast_ * work_floats();
+    return run_outputs(thread) + heads_abreast_ * run_output_floats();
+  }
+  int64_t run_output_floats() const {
+    return std::min<int64_t>(geometry_.rows_per_block, kMaxRowsAdded) * padded_head_dim_v_;
   }
 
   int64_t partial_floats() const {
@@ -254,7 +262,7 @@ class Decode {
            4 * stats_floats() + kRunTokens * (geometry_.rows_per_block + kMaxStripRows);
   }
   int64_t stats_floats() const { return round_up(geometry_.rows_per_block + kMaxLanes, kCacheLineFloats); }
-  TileState tile_state(float* memory) const {
+  TileState tile_state(float* memory, float* run_output) const {
     TileState t{};
     t.head_dim = static_cast<int>(p_.head_dim);
     t.head_dim_v = static_cast<int>(p_.head_dim_v);
@@ -263,6 +271,7 @@ class Decode {
     t.table = table_;
     t.q = memory;
     t.output = memory + geometry_.rows_per_block * kMaxQueryCopies * padded_head_dim_;
+    t.run_output = run_output;
     t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
     t.m = t.scores + kRunTokens * (geometry_.rows_per_block + kMaxStripRows);
     t.l = t.m + stats_floats();
@@ -277,7 +286,8 @@ class Decode {
     std::array<Work, kMaxAbreast> works{};
     for (int64_t i = 0; i < heads_abreast_; ++i) {
       float* memory = thread_memory_ + thread * thread_floats() + i * work_floats();
-      works[i] = {0, tile_state(memory + partial_floats()), partial_at(memory)};
+      float* const run_output = run_outputs(thread) + i * run_output_floats();
+      works[i] = {0, tile_state(memory + partial_floats(), run_output), partial_at(memory)};
     }
     return works;
   }
@@ -412,7 +422,8 @@ class Decode {
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
     RunQueue runs(cache_rows_, run_tokens_, !widens_, chunk, upcoming);
-    const bool scores_abreast = runs.has_whole_tokens() && !widens_ && rows <= routine_.max_rows_abreast;
+    const bool scores_abreast =
+        runs.has_whole_tokens() && !widens_ && rows <= routine_.max_rows_scored_abreast;
     const TileState* tiles[kMaxAbreast];
     for (int64_t i = 0; i < chunk.heads; ++i) tiles[i] = &works[i].tile;
     RowView views[kMaxRows];
@@ -436,6 +447,11 @@ class Decode {
         } else {
           routine_.score(works[i].tile, run, seen, ahead, next_q);
         }
+      }
+      if (abreast && rows <= routine_.max_rows_added_abreast) {
+        routine_.accumulate_abreast(tiles, chunk.heads, runs.run(kValues, 0), cache_rows_.head_bytes(kValues),
+                                    runs.ahead(kValues, 0));
+        continue;
       }
       for (int64_t i = 0; i < chunk.heads; ++i) {
         const Run& run = runs.run(kValues, i);

@@ -66,6 +66,11 @@ struct Fp32Format {
     a = Simd::fma(Simd::set1(*weight), v.a, a);
     b = Simd::fma(Simd::set1(*again), v.b, b);
   }
+  // The same for one token, whatever kTokensPerStep is, with its weight in each lane.
+  static void accumulate_token(F& a, F& b, F weight, Chunk v) {
+    a = Simd::fma(weight, v.a, a);
+    b = Simd::fma(weight, v.b, b);
+  }
   // Stores two vectors of token-major weights, from place i on, as accumulate takes them: over their scores.
   template <int period>
   static void store_weights(float* scores, int i, F a, F b) {

@@ -65,6 +65,12 @@ void read_keys_abreast(const TileState* const* tiles, int heads, const Run& run,
 }
 
 template <size_t element_bytes>
+void read_values_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t,
+                         const RowsAhead& ahead) {
+  read(run.v_rows, run.tokens, heads * tiles[0]->head_dim_v * static_cast<int>(element_bytes), ahead);
+}
+
+template <size_t element_bytes>
 void read_values(const TileState& t, const Run& run, const RowsAhead& ahead) {
   read(run.v_rows, run.tokens, t.head_dim_v * static_cast<int>(element_bytes), ahead);
 }
@@ -76,6 +82,7 @@ TileRoutine reads_alone(TileRoutine like, DType cache_dtype) {
     like.score = read_keys<bytes>;
     like.accumulate = read_values<bytes>;
     like.score_abreast = read_keys_abreast<bytes>;
+    like.accumulate_abreast = read_values_abreast<bytes>;
     return like;
   };
   switch (element_size(like.widen != nullptr ? like.row_dtype : cache_dtype)) {

@@ -37,6 +37,9 @@ struct Strip {
   // reduce.
   static constexpr bool kWholeRows = kFewRows && Format::kReadsWholeRows;
 
+  // Whether a strip is so small that it can add V token by token, with sums that do not stay in registers.
+  static constexpr bool kAddsAbreast = kWholeRows && rows <= kMaxRowsAdded;
+
   // Pairs of tokens whose dot products are summed at a time, so that they share loads of q. Few, where memory
   // is the bound: the fewer rows are read abreast, the closer they come to the order of addresses.
   static constexpr int kPairs = kBlockTokens / 2;  // of one score vector
@@ -148,6 +151,29 @@ struct Strip {
     });
   }
 
+  // Calls `take` with each chunk of a row and its first column.
+  template <int level, class Take>
+  LEAN_INLINE static void for_each_chunk(const T* row, int head_dim, Ahead<kPaced, level>& ahead,
+                                         const Take& take) {
+    int column = 0;
+    const auto take_chunks = [&](auto chunks, auto load) LEAN_INLINE {
+      ahead.template keep_up<chunks * Format::kColumns * sizeof(T)>(column / Format::kColumns, 0, 1,
+                                                                    row + column);
+      unrolled<chunks>([&](auto) LEAN_INLINE {
+        take(column, load(row + column));
+        column += Format::kColumns;
+      });
+    };
+    const auto load = [](const T* from) LEAN_INLINE { return Format::load(from); };
+    while (column + 4 * Format::kColumns <= head_dim) take_chunks(std::integral_constant<int, 4>{}, load);
+    if (column + 2 * Format::kColumns <= head_dim) take_chunks(std::integral_constant<int, 2>{}, load);
+    if (column + Format::kColumns <= head_dim) take_chunks(std::integral_constant<int, 1>{}, load);
+    if (const int tail = head_dim - column; tail > 0) {
+      take_chunks(std::integral_constant<int, 1>{},
+                  [&](const T* from) LEAN_INLINE { return Format::load_tail(from, tail); });
+    }
+  }
+
   // Writes the dot products of several heads' rows with a run of whole vectors of tokens: token by token with
   // all heads of each, which is the order of addresses where a token's rows are neighbours.
   template <int level>
@@ -166,29 +192,12 @@ struct Strip {
         const auto* const q = static_cast<const typename Format::Query*>(tiles[head]->q);
         scores[i] = tiles[head]->scores + token * kPeriod;
         unrolled<rows>([&](auto r) LEAN_INLINE { sums[i][r] = S::zero(); });
-        int column = 0;
-        const auto add_columns = [&](auto chunks, auto load) LEAN_INLINE {
-          ahead.template keep_up<chunks * Format::kColumns * sizeof(T)>(column / Format::kColumns, 0, 1,
-                                                                        row + column);
-          unrolled<chunks>([&](auto) LEAN_INLINE {
-            const typename Format::Chunk k = load(row + column);
-            unrolled<rows>([&](auto r) LEAN_INLINE {
-              const auto* const q_chunk = q + column * rows + r * Format::kColumns;
-              sums[i][r] = Format::dot(sums[i][r], k, Format::load_whole_query(q_chunk));
-            });
-            column += Format::kColumns;
+        for_each_chunk<level>(row, head_dim, ahead, [&](int column, typename Format::Chunk k) LEAN_INLINE {
+          unrolled<rows>([&](auto r) LEAN_INLINE {
+            const auto* const q_chunk = q + column * rows + r * Format::kColumns;
+            sums[i][r] = Format::dot(sums[i][r], k, Format::load_whole_query(q_chunk));
           });
-        };
-        const auto load = [](const T* from) LEAN_INLINE { return Format::load(from); };
-        while (column + 4 * Format::kColumns <= head_dim) {
-          add_columns(std::integral_constant<int, 4>{}, load);
-        }
-        if (column + 2 * Format::kColumns <= head_dim) add_columns(std::integral_constant<int, 2>{}, load);
-        if (column + Format::kColumns <= head_dim) add_columns(std::integral_constant<int, 1>{}, load);
-        if (const int tail = head_dim - column; tail > 0) {
-          add_columns(std::integral_constant<int, 1>{},
-                      [&](const T* from) LEAN_INLINE { return Format::load_tail(from, tail); });
-        }
+        });
         head_row += head_bytes;
         if (++head == heads) {
           head = 0;
@@ -422,6 +431,76 @@ struct Strip {
   __attribute__((noinline)) static void accumulate(const TileState& t, int first_row, float* scores,
                                                    const Run& run, const RowsAhead& ahead) {
     const int tokens = padded_tokens(run);
+    float correction[S::kLanes];
+    S::store(correction, weigh(t, first_row, scores, run, tokens, [&](int i, F a, F b) LEAN_INLINE {
+               Format::template store_weights<kPeriod>(scores, i, a, b);
+             }));
+    const auto* weights = reinterpret_cast<const typename Format::Weight*>(scores);
+    const auto add = ahead.cache_level == 1 ? add_all_values<1> : add_all_values<2>;
+    add(t, first_row, run, ahead, tokens, weights, correction);
+  }
+
+  // The same for several heads' rows and a run of whole vectors of tokens.
+  static void accumulate_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
+                                 const RowsAhead& ahead) {
+    for (int head = 0; head < heads; ++head) {
+      const TileState& t = *tiles[head];
+      const F correction = weigh(t, 0, t.scores, run, run.tokens, [&](int i, F a, F b) LEAN_INLINE {
+        S::store(t.scores + i, a);
+        S::store(t.scores + i + S::kLanes, b);
+      });
+      S::store(t.run_max, correction);  // whose place is free now
+    }
+    const RowsAhead own{run.v_rows, run.tokens, static_cast<int>(head_bytes)};
+    (ahead.cache_level == 1 ? add_values_abreast<1> : add_values_abreast<2>)(tiles, heads, run, head_bytes,
+                                                                             ahead.count > 0 ? ahead : own);
+  }
+
+  // Token by token with all heads of each, which is the order of addresses where a token's rows are
+  // neighbours. The sums do not stay in registers.
+  template <int level>
+  __attribute__((noinline)) static void add_values_abreast(const TileState* const* tiles, int heads,
+                                                           const Run& run, int64_t head_bytes,
+                                                           const RowsAhead& rows_ahead) {
+    const int head_dim = tiles[0]->head_dim_v;
+    const int64_t stride = tiles[0]->output_stride;
+    Ahead<kPaced, level> ahead(rows_ahead, 0);
+    for (int head = 0; head < heads; ++head) std::fill_n(tiles[head]->run_output, rows * stride, 0.0f);
+    for (int token = 0; token < run.tokens; ++token) {
+      const char* head_row = static_cast<const char*>(run.v_rows[token]);
+      for (int head = 0; head < heads; ++head, head_row += head_bytes) {
+        const T* const row = reinterpret_cast<const T*>(head_row);
+        float* const sums = tiles[head]->run_output;
+        F weights[rows];
+        unrolled<rows>([&](auto r)
+                           LEAN_INLINE { weights[r] = S::set1(tiles[head]->scores[token * kPeriod + r]); });
+        for_each_chunk<level>(row, head_dim, ahead, [&](int column, typename Format::Chunk v) LEAN_INLINE {
+          unrolled<rows>([&](auto r) LEAN_INLINE {
+            float* const to = sums + r * stride + column;
+            F a = S::load(to), b = S::load(to + S::kLanes);
+            Format::accumulate_token(a, b, weights[r], v);
+            S::store(to, a);
+            S::store(to + S::kLanes, b);
+          });
+        });
+      }
+    }
+    for (int head = 0; head < heads; ++head) {
+      const TileState& t = *tiles[head];
+      for (int r = 0; r < rows; ++r) {
+        const F correction = S::set1(t.run_max[r]);
+        for (int64_t i = r * stride; i < (r + 1) * stride; i += S::kLanes) {
+          S::store(t.output + i, S::fma(S::load(t.output + i), correction, S::load(t.run_output + i)));
+        }
+      }
+    }
+  }
+
+  // Makes weights of the scores, which `store_weights` stores two vectors of at a time. Returns what O is to
+  // be multiplied by.
+  template <class Store>
+  LEAN_INLINE static F weigh(const TileState& t, int first_row, const float* scores, const Run& run,
+                             int tokens, const Store& store_weights) {
     // What scores are taken relative to need not be their maximum, only near enough for 2^(score - m) to stay
     // in range. It is left alone while it is that: a branch that is rarely taken, instead of a
     // wait for the run's maximum and for 2 to the power of what it differs by.
@@ -449,16 +528,11 @@ struct Strip {
           p[j] = S::mul(p[j], S::spread<kPeriod>(run.v_scales + i / kPeriod + j * kBlockTokens));
         }
       }
-      Format::template store_weights<kPeriod>(scores, i, p[0], p[1]);
+      store_weights(i, p[0], p[1]);
     }
     l_run = S::fold<kPeriod, S::add>(l_run);
     S::store_rows<rows>(t.l + first_row, S::fma(S::replicate<kPeriod>(t.l + first_row), correction, l_run));
-
-    float correction_of[S::kLanes];
-    S::store(correction_of, correction);
-    const auto* weights = reinterpret_cast<const typename Format::Weight*>(scores);
-    const auto add = ahead.cache_level == 1 ? add_all_values<1> : add_all_values<2>;
-    add(t, first_row, run, ahead, tokens, weights, correction_of);
+    return correction;
   }
 
   static int64_t padded(int64_t columns) {

@@ -76,6 +76,13 @@ struct Bf16Format {
     b = _mm512_dpbf16_ps(b, w, v.b);
   }
 
+  // A bf16 number is the upper half of the fp32 one.
+  static void accumulate_token(F& a, F& b, F weight, Chunk v) {
+    const __m512i zero = _mm512_setzero_si512();
+    a = Simd::fma(weight, _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, v.x)), a);
+    b = Simd::fma(weight, _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, v.x)), b);
+  }
+
   // Two vectors of weights are two blocks of tokens, [token][row]; as pairs of bf16 weights they are
   // [token / 2][row][token % 2].
   template <int period>

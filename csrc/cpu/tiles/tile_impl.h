@@ -87,6 +87,15 @@ struct Tile {
                    });
   }
 
+  static void accumulate_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
+                                 const RowsAhead& ahead) {
+    if constexpr (max_rows_abreast() > 0) {
+      with_strip<max_rows_abreast()>(tiles[0]->rows, [&](auto strip) {
+        if constexpr (strip.kAddsAbreast) strip.accumulate_abreast(tiles, heads, run, head_bytes, ahead);
+      });
+    }
+  }
+
   static void write_output(const TileState& t, int row, float row_factor, void* out) {
     const S::F factor = S::set1(row_factor);
     const float* from = t.output + row * t.output_stride;
@@ -140,8 +149,18 @@ struct Tile {
   }
   // For rows that need no conversion.
   static constexpr TileRoutine routine_as_is(const char* instruction_set) {
-    return {instruction_set, Format::kRowDtype, Format::kColumns, max_rows_abreast(), pack_query,
-            score,           score_abreast,     accumulate,       write_output,       nullptr,
+    return {instruction_set,
+            Format::kRowDtype,
+            Format::kColumns,
+            max_rows_abreast(),
+            std::min(max_rows_abreast(), kMaxRowsAdded),
+            pack_query,
+            score,
+            score_abreast,
+            accumulate,
+            accumulate_abreast,
+            write_output,
+            nullptr,
             multiply};
   }
 };
