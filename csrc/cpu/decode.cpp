@@ -422,8 +422,7 @@ class Decode {
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
     RunQueue runs(cache_rows_, run_tokens_, !widens_, chunk, upcoming);
-    const bool scores_abreast =
-        runs.has_whole_tokens() && !widens_ && rows <= routine_.max_rows_scored_abreast;
+    const bool scores_abreast = runs.has_whole_tokens() && !widens_ && rows <= routine_.max_rows_abreast;
     const TileState* tiles[kMaxAbreast];
     for (int64_t i = 0; i < chunk.heads; ++i) tiles[i] = &works[i].tile;
     RowView views[kMaxRows];
@@ -435,31 +434,30 @@ class Decode {
       const RowView* const seen = viewed ? views : nullptr;
       const bool abreast = scores_abreast && end - begin == run_tokens_;
       if (abreast) {
-        routine_.score_abreast(tiles, chunk.heads, runs.run(kKeys, 0), cache_rows_.head_bytes(kKeys), seen,
-                               runs.ahead(kKeys, 0));
-      }
-      for (int64_t i = 0; i < chunk.heads && !abreast; ++i) {
-        const Run& run = runs.run(kKeys, i);
-        const RowsAhead ahead = runs.ahead(kKeys, i);
-        const void* const next_q = chunk.heads == 1 ? nullptr : works[(i + 1) % chunk.heads].tile.q;
-        if (widens_) {
-          routine_.score(works[i].tile, wide.widen(kKeys, run, ahead), seen, {}, next_q);
-        } else {
-          routine_.score(works[i].tile, run, seen, ahead, next_q);
+        routine_.score_abreast(tiles, chunk.heads, runs.run(kKeys, 0), seen, runs.ahead(kKeys, 0));
+      } else {
+        for (int64_t i = 0; i < chunk.heads; ++i) {
+          const Run& run = runs.run(kKeys, i);
+          const RowsAhead ahead = runs.ahead(kKeys, i);
+          const void* const next_q = chunk.heads == 1 ? nullptr : works[(i + 1) % chunk.heads].tile.q;
+          if (widens_) {
+            routine_.score(works[i].tile, wide.widen(kKeys, run, ahead), seen, {}, next_q);
+          } else {
+            routine_.score(works[i].tile, run, seen, ahead, next_q);
+          }
         }
       }
-      if (abreast && rows <= routine_.max_rows_added_abreast) {
-        routine_.accumulate_abreast(tiles, chunk.heads, runs.run(kValues, 0), cache_rows_.head_bytes(kValues),
-                                    runs.ahead(kValues, 0));
-        continue;
-      }
-      for (int64_t i = 0; i < chunk.heads; ++i) {
-        const Run& run = runs.run(kValues, i);
-        const RowsAhead ahead = runs.ahead(kValues, i);
-        if (widens_) {
-          routine_.accumulate(works[i].tile, wide.widen(kValues, run, ahead), {});
-        } else {
-          routine_.accumulate(works[i].tile, run, ahead);
+      if (abreast && rows <= kMaxRowsAdded) {
+        routine_.accumulate_abreast(tiles, chunk.heads, runs.run(kValues, 0), runs.ahead(kValues, 0));
+      } else {
+        for (int64_t i = 0; i < chunk.heads; ++i) {
+          const Run& run = runs.run(kValues, i);
+          const RowsAhead ahead = runs.ahead(kValues, i);
+          if (widens_) {
+            routine_.accumulate(works[i].tile, wide.widen(kValues, run, ahead), {});
+          } else {
+            routine_.accumulate(works[i].tile, run, ahead);
+          }
         }
       }
     }

@@ -59,14 +59,13 @@ void read_keys(const TileState& t, const Run& run, const RowView*, const RowsAhe
 }
 
 template <size_t element_bytes>
-void read_keys_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t, const RowView*,
+void read_keys_abreast(const TileState* const* tiles, int heads, const Run& run, const RowView*,
                        const RowsAhead& ahead) {
   read(run.k_rows, run.tokens, heads * tiles[0]->head_dim * static_cast<int>(element_bytes), ahead);
 }
 
 template <size_t element_bytes>
-void read_values_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t,
-                         const RowsAhead& ahead) {
+void read_values_abreast(const TileState* const* tiles, int heads, const Run& run, const RowsAhead& ahead) {
   read(run.v_rows, run.tokens, heads * tiles[0]->head_dim_v * static_cast<int>(element_bytes), ahead);
 }
 

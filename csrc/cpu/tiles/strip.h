@@ -37,9 +37,6 @@ struct Strip {
   // reduce.
   static constexpr bool kWholeRows = kFewRows && Format::kReadsWholeRows;
 
-  // Whether a strip is so small that it can add V token by token, with sums that do not stay in registers.
-  static constexpr bool kAddsAbreast = kWholeRows && rows <= kMaxRowsAdded;
-
   // Pairs of tokens whose dot products are summed at a time, so that they share loads of q. Few, where memory
   // is the bound: the fewer rows are read abreast, the closer they come to the order of addresses.
   static constexpr int kPairs = kBlockTokens / 2;  // of one score vector
@@ -100,7 +97,26 @@ struct Strip {
     return S::interleave_halves<kPeriod>(S::sum_halves(halves));
   }
 
-  // The same, row by row.
+  // Goes through a row's columns: calls `take(chunks, column, load)` for up to `most` chunks at a time, the
+  // first of them at `column`, each to be loaded with `load`.
+  template <int most, class Take>
+  LEAN_INLINE static void in_steps(int head_dim, const Take& take) {
+    int column = 0;
+    const auto take_whole = [&](auto chunks) LEAN_INLINE {
+      for (; column + chunks * Format::kColumns <= head_dim; column += chunks * Format::kColumns) {
+        take(chunks, column, [](const T* from) LEAN_INLINE { return Format::load(from); });
+      }
+    };
+    if constexpr (most >= 4) take_whole(std::integral_constant<int, 4>{});
+    if constexpr (most >= 2) take_whole(std::integral_constant<int, 2>{});
+    take_whole(std::integral_constant<int, 1>{});
+    if (const int tail = head_dim - column; tail > 0) {
+      take(std::integral_constant<int, 1>{}, column,
+           [&](const T* from) LEAN_INLINE { return Format::load_tail(from, tail); });
+    }
+  }
+
+  // The dot products of kRoundTokens tokens, row by row.
   template <int level>
   LEAN_INLINE static void dot_whole(const Format& format, int head_dim, const typename Format::Query* q,
                                     const void* const* k_rows, Ahead<kPaced, level>& ahead, F (&dots)[2]) {
@@ -115,8 +131,7 @@ struct Strip {
       unrolled<kBlockTokens>([&](auto token) LEAN_INLINE {
         unrolled<rows>([&](auto r) LEAN_INLINE { sums[token][r] = S::zero(); });
       });
-      int column = 0;
-      const auto add_columns = [&](auto chunks, auto load) LEAN_INLINE {
+      in_steps<kChunks>(head_dim, [&](auto chunks, int column, auto load) LEAN_INLINE {
         typename Format::Chunk q_chunks[rows][chunks];
         unrolled<rows>([&](auto r) LEAN_INLINE {
           unrolled<chunks>([&](auto c) LEAN_INLINE {
@@ -133,20 +148,7 @@ struct Strip {
                 [&](auto r) LEAN_INLINE { sums[token][r] = Format::dot(sums[token][r], k, q_chunks[r][c]); });
           });
         });
-        column += chunks * Format::kColumns;
-      };
-      const auto add_whole = [&](auto chunks) LEAN_INLINE {
-        while (column + chunks * Format::kColumns <= head_dim) {
-          add_columns(chunks, [](const T* row) LEAN_INLINE { return Format::load(row); });
-        }
-      };
-      if constexpr (kChunks >= 4) add_whole(std::integral_constant<int, 4>{});
-      if constexpr (kChunks >= 2) add_whole(std::integral_constant<int, 2>{});
-      add_whole(std::integral_constant<int, 1>{});
-      if (const int tail = head_dim - column; tail > 0) {
-        add_columns(std::integral_constant<int, 1>{},
-                    [&](const T* row) LEAN_INLINE { return Format::load_tail(row, tail); });
-      }
+      });
       dots[block] = reduce(sums);
     });
   }
@@ -155,40 +157,29 @@ struct Strip {
   template <int level, class Take>
   LEAN_INLINE static void for_each_chunk(const T* row, int head_dim, Ahead<kPaced, level>& ahead,
                                          const Take& take) {
-    int column = 0;
-    const auto take_chunks = [&](auto chunks, auto load) LEAN_INLINE {
-      ahead.template keep_up<chunks * Format::kColumns * sizeof(T)>(column / Format::kColumns, 0, 1,
-                                                                    row + column);
-      unrolled<chunks>([&](auto) LEAN_INLINE {
+    in_steps<4>(head_dim, [&](auto chunks, int first, auto load) LEAN_INLINE {
+      ahead.template keep_up<chunks * Format::kColumns * sizeof(T)>(first / Format::kColumns, 0, 1,
+                                                                    row + first);
+      unrolled<chunks>([&](auto c) LEAN_INLINE {
+        const int column = first + c * Format::kColumns;
         take(column, load(row + column));
-        column += Format::kColumns;
       });
-    };
-    const auto load = [](const T* from) LEAN_INLINE { return Format::load(from); };
-    while (column + 4 * Format::kColumns <= head_dim) take_chunks(std::integral_constant<int, 4>{}, load);
-    if (column + 2 * Format::kColumns <= head_dim) take_chunks(std::integral_constant<int, 2>{}, load);
-    if (column + Format::kColumns <= head_dim) take_chunks(std::integral_constant<int, 1>{}, load);
-    if (const int tail = head_dim - column; tail > 0) {
-      take_chunks(std::integral_constant<int, 1>{},
-                  [&](const T* from) LEAN_INLINE { return Format::load_tail(from, tail); });
-    }
+    });
   }
 
   // Writes the dot products of several heads' rows with a run of whole vectors of tokens: token by token with
   // all heads of each, which is the order of addresses where a token's rows are neighbours.
   template <int level>
   __attribute__((noinline)) static void multiply_keys_abreast(const TileState* const* tiles, int heads,
-                                                              const Run& run, int64_t head_bytes,
-                                                              const RowsAhead& rows_ahead) {
+                                                              const Run& run, const RowsAhead& rows_ahead) {
     const int head_dim = tiles[0]->head_dim;
     Ahead<kPaced, level> ahead(rows_ahead, 0);
-    const char* head_row = static_cast<const char*>(run.k_rows[0]);
+    const T* row = static_cast<const T*>(run.k_rows[0]);
     for (int token = 0, head = 0; token < run.tokens;) {
       // As many pairs of a token and a head as there are tokens in a vector of one head's scores.
       F sums[kBlockTokens][rows];
       float* scores[kBlockTokens];
       unrolled<kBlockTokens>([&](auto i) LEAN_INLINE {
-        const T* const row = reinterpret_cast<const T*>(head_row);
         const auto* const q = static_cast<const typename Format::Query*>(tiles[head]->q);
         scores[i] = tiles[head]->scores + token * kPeriod;
         unrolled<rows>([&](auto r) LEAN_INLINE { sums[i][r] = S::zero(); });
@@ -198,10 +189,10 @@ struct Strip {
             sums[i][r] = Format::dot(sums[i][r], k, Format::load_whole_query(q_chunk));
           });
         });
-        head_row += head_bytes;
+        row += head_dim;
         if (++head == heads) {
           head = 0;
-          if (++token < run.tokens) head_row = static_cast<const char*>(run.k_rows[token]);
+          if (++token < run.tokens) row = static_cast<const T*>(run.k_rows[token]);
         }
       });
       alignas(64) float dots[S::kLanes];
@@ -254,10 +245,10 @@ struct Strip {
   }
 
   // The same for several heads' rows and a run of whole vectors of tokens.
-  static void score_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
-                            const RowView* views, const RowsAhead& rows_ahead) {
-    (rows_ahead.cache_level == 1 ? multiply_keys_abreast<1>
-                                 : multiply_keys_abreast<2>)(tiles, heads, run, head_bytes, rows_ahead);
+  static void score_abreast(const TileState* const* tiles, int heads, const Run& run, const RowView* views,
+                            const RowsAhead& rows_ahead) {
+    const auto multiply = rows_ahead.cache_level == 1 ? multiply_keys_abreast<1> : multiply_keys_abreast<2>;
+    multiply(tiles, heads, run, rows_ahead);
     for (int head = 0; head < heads; ++head) {
       const TileState& t = *tiles[head];
       const F scale = S::set1(t.scale);
@@ -441,7 +432,7 @@ struct Strip {
   }
 
   // The same for several heads' rows and a run of whole vectors of tokens.
-  static void accumulate_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
+  static void accumulate_abreast(const TileState* const* tiles, int heads, const Run& run,
                                  const RowsAhead& ahead) {
     for (int head = 0; head < heads; ++head) {
       const TileState& t = *tiles[head];
@@ -451,25 +442,23 @@ struct Strip {
       });
       S::store(t.run_max, correction);  // whose place is free now
     }
-    const RowsAhead own{run.v_rows, run.tokens, static_cast<int>(head_bytes)};
-    (ahead.cache_level == 1 ? add_values_abreast<1> : add_values_abreast<2>)(tiles, heads, run, head_bytes,
-                                                                             ahead.count > 0 ? ahead : own);
+    const RowsAhead own{run.v_rows, run.tokens, tiles[0]->head_dim_v * static_cast<int>(sizeof(T))};
+    const auto add = ahead.cache_level == 1 ? add_values_abreast<1> : add_values_abreast<2>;
+    add(tiles, heads, run, ahead.count > 0 ? ahead : own);
   }
 
   // Token by token with all heads of each, which is the order of addresses where a token's rows are
   // neighbours. The sums do not stay in registers.
   template <int level>
   __attribute__((noinline)) static void add_values_abreast(const TileState* const* tiles, int heads,
-                                                           const Run& run, int64_t head_bytes,
-                                                           const RowsAhead& rows_ahead) {
+                                                           const Run& run, const RowsAhead& rows_ahead) {
     const int head_dim = tiles[0]->head_dim_v;
     const int64_t stride = tiles[0]->output_stride;
     Ahead<kPaced, level> ahead(rows_ahead, 0);
     for (int head = 0; head < heads; ++head) std::fill_n(tiles[head]->run_output, rows * stride, 0.0f);
     for (int token = 0; token < run.tokens; ++token) {
-      const char* head_row = static_cast<const char*>(run.v_rows[token]);
-      for (int head = 0; head < heads; ++head, head_row += head_bytes) {
-        const T* const row = reinterpret_cast<const T*>(head_row);
+      const T* row = static_cast<const T*>(run.v_rows[token]);
+      for (int head = 0; head < heads; ++head, row += head_dim) {
         float* const sums = tiles[head]->run_output;
         F weights[rows];
         unrolled<rows>([&](auto r)

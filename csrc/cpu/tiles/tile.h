@@ -87,7 +87,7 @@ struct TileState {
   float* l;
   float* run_max;
   float* output;      // [rows, output_stride]: unnormalised O, columns in the routine's own order
-  float* run_output;  // [kMaxRowsAdded, output_stride]: what a run adds to it
+  float* run_output;  // [min(rows, kMaxRowsAdded), output_stride]: what a run adds to it
   float* scores;      // [rows + kMaxStripRows, kRunTokens], in the routine's own order: of the current run
   int64_t output_stride;
 };
@@ -98,9 +98,8 @@ struct TileRoutine {
   DType row_dtype;
   // Columns that are processed at once; rows of q and O are padded to a multiple of it.
   int chunk_columns;
-  // Rows of a tile that score_abreast and accumulate_abreast take at most.
-  int max_rows_scored_abreast;
-  int max_rows_added_abreast;
+  // Rows of a tile that score_abreast takes at most.
+  int max_rows_abreast;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
   // Attends all rows to a run in two steps: `score` multiplies them with K, `accumulate` adds what the
@@ -108,12 +107,13 @@ struct TileRoutine {
   // are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored next.
   void (*score)(const TileState& state, const Run& run, const RowView* views, const RowsAhead& ahead,
                 const void* next_q);
-  // The same for `heads` tiles of as many rows, in the order of addresses: their rows of a token adjoin, each
-  // of `head_bytes`. `run` has the first one's and as many tokens as it can hold, or half as many.
-  void (*score_abreast)(const TileState* const* states, int heads, const Run& run, int64_t head_bytes,
-                        const RowView* views, const RowsAhead& ahead);
+  // The same for `heads` tiles of as many rows, in the order of addresses: their rows of a token adjoin.
+  // `run` has the first one's and as many tokens as it can hold, or half as many. accumulate_abreast is for
+  // kMaxRowsAdded rows at most.
+  void (*score_abreast)(const TileState* const* states, int heads, const Run& run, const RowView* views,
+                        const RowsAhead& ahead);
   void (*accumulate)(const TileState& state, const Run& run, const RowsAhead& ahead);
-  void (*accumulate_abreast)(const TileState* const* states, int heads, const Run& run, int64_t head_bytes,
+  void (*accumulate_abreast)(const TileState* const* states, int heads, const Run& run,
                              const RowsAhead& ahead);
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);

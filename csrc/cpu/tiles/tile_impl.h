@@ -72,12 +72,11 @@ struct Tile {
       return max_rows_abreast<rows - 1>();
     }
   }
-  static void score_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
-                            const RowView* views, const RowsAhead& ahead) {
+  static void score_abreast(const TileState* const* tiles, int heads, const Run& run, const RowView* views,
+                            const RowsAhead& ahead) {
     if constexpr (max_rows_abreast() > 0) {
-      with_strip<max_rows_abreast()>(tiles[0]->rows, [&](auto strip) {
-        strip.score_abreast(tiles, heads, run, head_bytes, views, ahead);
-      });
+      with_strip<max_rows_abreast()>(
+          tiles[0]->rows, [&](auto strip) { strip.score_abreast(tiles, heads, run, views, ahead); });
     }
   }
   static void accumulate(const TileState& t, const Run& run, const RowsAhead& ahead) {
@@ -87,12 +86,12 @@ struct Tile {
                    });
   }
 
-  static void accumulate_abreast(const TileState* const* tiles, int heads, const Run& run, int64_t head_bytes,
+  static void accumulate_abreast(const TileState* const* tiles, int heads, const Run& run,
                                  const RowsAhead& ahead) {
-    if constexpr (max_rows_abreast() > 0) {
-      with_strip<max_rows_abreast()>(tiles[0]->rows, [&](auto strip) {
-        if constexpr (strip.kAddsAbreast) strip.accumulate_abreast(tiles, heads, run, head_bytes, ahead);
-      });
+    constexpr int max_rows = std::min(max_rows_abreast(), kMaxRowsAdded);
+    if constexpr (max_rows > 0) {
+      with_strip<max_rows>(tiles[0]->rows,
+                           [&](auto strip) { strip.accumulate_abreast(tiles, heads, run, ahead); });
     }
   }
 
@@ -149,18 +148,7 @@ struct Tile {
   }
   // For rows that need no conversion.
   static constexpr TileRoutine routine_as_is(const char* instruction_set) {
-    return {instruction_set,
-            Format::kRowDtype,
-            Format::kColumns,
-            max_rows_abreast(),
-            std::min(max_rows_abreast(), kMaxRowsAdded),
-            pack_query,
-            score,
-            score_abreast,
-            accumulate,
-            accumulate_abreast,
-            write_output,
-            nullptr,
-            multiply};
+    return {instruction_set, Format::kRowDtype, Format::kColumns,   max_rows_abreast(), pack_query, score,
+            score_abreast,   accumulate,        accumulate_abreast, write_output,       nullptr,    multiply};
   }
 };
