@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks import peers
 from benchmarks.harness import Case, run_study
-from benchmarks.report import draw, print_summary, print_table
+from benchmarks.report import draw, print_summary, print_tables
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = {
@@ -113,8 +113,6 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(case.id for case in cases))
         return
     console = Console()
-    if not console.is_terminal:
-        console.width = 130
     fits = [case for case in cases if case.allocated_bytes <= options.memory * 1e9]
     for case in cases:
         if case not in fits:
@@ -126,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"interrupted; --resume continues from {options.output}")
     except ValueError as error:
         sys.exit(str(error))
-    print_table(study, console)
+    print_tables(study, console)
     print_summary(study, console)
     picture = options.output.with_suffix(".png")
     draw(study, picture)

@@ -20,7 +20,7 @@ from torch import Tensor
 import lean_attention
 from benchmarks.harness import Case, Inputs, run_study
 from benchmarks.peers import LeanAttention
-from benchmarks.report import draw, print_table
+from benchmarks.report import draw, print_tables
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
@@ -118,13 +118,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.seconds <= 0:
         parser.error(f"--seconds {options.seconds} is not positive")
     console = Console()
-    if not console.is_terminal:
-        console.width = 200
     # Several copies of each cache, or the luck of one copy's place in memory would count for the feature.
     study = run_study(
         CASES, [LeanAttention(), *FEATURES], options.output, seconds=options.seconds, least_sets=4
     )
-    print_table(study, console)
+    print_tables(study, console)
     picture = options.output.with_suffix(".png")
     draw(study, picture)
     console.print(f"written: {options.output}, {picture}", soft_wrap=True)

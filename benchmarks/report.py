@@ -13,9 +13,12 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from benchmarks.harness import FORMAT, OURS
@@ -42,8 +45,23 @@ def share_of_read(case: dict, name: str) -> float:
     return result.get("share_of_read", result.get("gb_per_second", math.nan) / case["read_gb_per_second"])
 
 
-def print_table(study: dict, console: Console) -> None:
-    """One row a case: our GB/s and share of the read bandwidth, and how many times faster than each other.
+def print_whole(table: Table, console: Console) -> None:
+    """Widens the console if need be: a terminal that is too narrow wraps lines then, but no cell is cut."""
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
+    console.print(table)
+
+
+def table_of(title: str, first: str, others: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def print_tables(study: dict, console: Console) -> None:
+    """A row a case: in one table our GB/s and shares, in the other how many times faster than each other.
 
     What bounds a case is the longer of two floors: reading K and V once, and multiplying with them. The
     column "in cache" is how fast our loops read K and V that never leave the second cache level, "alone" how
@@ -52,21 +70,16 @@ def print_table(study: dict, console: Console) -> None:
     names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
     others = [name for name in names if name != OURS]
     facts = study["machine"]
-    table = Table(
-        title=f"{facts['cpu']}, {facts['threads']} threads; last columns: times as fast as that one",
+    rates = table_of(
+        f"{facts['cpu']}, {facts['threads']} threads: GB/s of K and V",
+        "case",
+        ("MB", "read", "alone", "in cache", "ours", "share", "of the bound"),
     )
-    table.add_column("case", no_wrap=True)
-    for column in ("MB", "read GB/s", "alone", "in cache", "ours GB/s", "share", "of the bound", *others):
-        table.add_column(column, justify="right")
+    ratios = table_of("Times as fast as", "case", others)
     for case_id, case in study["cases"].items():
-        ours = case["contenders"].get(OURS, {})
-        rate = ours.get("gb_per_second", math.nan)
+        rate = case["contenders"].get(OURS, {}).get("gb_per_second", math.nan)
         bound, what = bound_of(case)
-        ratios = []
-        for name in others:
-            theirs = case["contenders"].get(name, {}).get("gb_per_second")
-            ratios.append(f"{rate / theirs:.2f}x" if theirs else "-")
-        table.add_row(
+        rates.add_row(
             case_id,
             f"{case['kv_bytes'] / 1e6:.0f}",
             f"{case['read_gb_per_second']:.1f}",
@@ -75,9 +88,12 @@ def print_table(study: dict, console: Console) -> None:
             f"{rate:.1f}",
             f"{share_of_read(case, OURS):.0%}",
             f"{rate / bound:.0%} {what}",
-            *ratios,
         )
-    console.print(table)
+        theirs = [case["contenders"].get(name, {}).get("gb_per_second") for name in others]
+        ratios.add_row(case_id, *(f"{rate / other:.2f}" if other else "-" for other in theirs))
+    print_whole(rates, console)
+    if others:
+        print_whole(ratios, console)
     reasons = {
         f"{name}: {result['unavailable']}"
         for case in study["cases"].values()
@@ -160,25 +176,26 @@ def print_summary(study: dict, console: Console) -> None:
         return f"{statistics.median(values):.2f}", f"{min(values):.2f}"
 
     if by_kind:
-        table = Table(
-            title="64 MB and more: shares of the read bandwidth, and of the lower of reads alone and in cache"
+        table = table_of(
+            "64 MB and more: shares of the read bandwidth, of the lower of alone and in cache",
+            "dtype, layout, group",
+            ("cases", "median", "least", "of the lower", "least"),
         )
-        for column in ("dtype", "layout", "group"):
-            table.add_column(column)
-        for column in ("cases", "median", "least", "of the lower", "least"):
-            table.add_column(column, justify="right")
         for kind, shares in sorted(by_kind.items()):
             of_read, of_lower = zip(*shares, strict=True)
-            table.add_row(*kind, str(len(shares)), *middle_and_least(of_read), *middle_and_least(of_lower))
-        console.print(table)
-        table = Table(title="64 MB and more: shares of the read bandwidth by how fast the loops are in cache")
-        table.add_column("times the bandwidth")
-        for column in ("cases", "median", "least"):
-            table.add_column(column, justify="right")
+            table.add_row(
+                ", ".join(kind), str(len(shares)), *middle_and_least(of_read), *middle_and_least(of_lower)
+            )
+        print_whole(table, console)
+        table = table_of(
+            "64 MB and more: shares by how fast the loops are in cache",
+            "times the bandwidth",
+            ("cases", "median", "least"),
+        )
         for lead, shares in sorted(by_lead.items()):
             above = [f"to {other:g}" for other in LEADS if other > lead][:1] or ["and more"]
             table.add_row(f"{lead:g} {above[0]}", str(len(shares)), *middle_and_least(shares))
-        console.print(table)
+        print_whole(table, console)
     for name, ratios in closest.items():
         (least, where), (most, _) = min(ratios), max(ratios)
         console.print(f"{least:.2f} to {most:.1f} times as fast as {name}, least at {where}", soft_wrap=True)
@@ -210,9 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     if made != FORMAT:
         sys.exit(f"{options.study} has format {made}; this version reads {FORMAT}")
     console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    print_table(study, console)
+    print_tables(study, console)
     print_summary(study, console)
 
 
