@@ -203,10 +203,10 @@ class RunQueue {
     return place.run;
   }
 
-  // What to prefetch while that is multiplied. Heads go through a place twice, and what follows their K is
-  // their V; but those of a head alone are asked for a run ahead, where the second level has room for them.
+  // What to prefetch while that is multiplied: the same side a run ahead, where the second level has room for
+  // it. Through the first level, what comes next: after K of all heads their V.
   RowsAhead ahead(Side side, int64_t head) {
-    if (now().at.heads == 1 && !first_level_) return ahead_in(next(), side, head);
+    if (!first_level_) return ahead_in(next(), side, head);
     return side == kKeys ? ahead_in(now(), kValues, head) : ahead_in(next(), kKeys, head);
   }
 

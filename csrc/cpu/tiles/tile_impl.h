@@ -4,6 +4,12 @@
 
 #include "cpu/tiles/strip.h"
 
+#include "cpu/tiles/keys.h"
+#include "cpu/tiles/values.h"
+
+template <class T, class Format, int rows>
+struct Strip : KeyStrip<T, Format, rows>, ValueStrip<T, Format, rows> {};
+
 template <class T, class Format = Fp32Format<T>>
 struct Tile {
   using S = Simd;
@@ -36,16 +42,20 @@ struct Tile {
     });
   }
 
+  // What to prefetch while a run is multiplied, whose rows these are: the same again if nothing is ahead.
+  static RowsAhead some_ahead(const RowsAhead& ahead, const void* const* rows, int columns) {
+    return ahead.count > 0 ? ahead : RowsAhead{rows, kRunTokens, columns * static_cast<int>(sizeof(T))};
+  }
+
   // Calls `take` with each strip, its first row, its scores and what to prefetch meanwhile: one strip's
   // prefetches serve them all. `rows` are those of the run.
   template <class Take>
-  LEAN_INLINE static void for_each_strip(const TileState& t, const void* const* rows, int row_bytes,
+  LEAN_INLINE static void for_each_strip(const TileState& t, const void* const* rows, int columns,
                                          const RowsAhead& ahead, const Take& take) {
-    const RowsAhead own{rows, kRunTokens, row_bytes};
     float* scores = t.scores;
     for (int row = 0; row < t.rows; scores += S::kStripRows * kRunTokens) {
       const int count = strip_of(t.rows, row).count;
-      const RowsAhead& next = row == 0 && ahead.count > 0 ? ahead : own;
+      const RowsAhead next = some_ahead(row == 0 ? ahead : RowsAhead{}, rows, columns);
       with_strip(count, [&](auto strip) { take(strip, row, scores, next); });
       row += count;
     }
@@ -56,7 +66,7 @@ struct Tile {
     if (next_q != nullptr) {
       prefetch<1>(next_q, t.rows * query_stride(t.head_dim) * sizeof(typename Format::Query));
     }
-    for_each_strip(t, run.k_rows, t.head_dim * sizeof(T), ahead,
+    for_each_strip(t, run.k_rows, t.head_dim, ahead,
                    [&](auto strip, int row, float* scores, const RowsAhead& rows_ahead) {
                      strip.score(t, row, scores, run, views, rows_ahead);
                    });
@@ -75,12 +85,13 @@ struct Tile {
   static void score_abreast(const TileState* const* tiles, int heads, const Run& run, const RowView* views,
                             const RowsAhead& ahead) {
     if constexpr (max_rows_abreast() > 0) {
-      with_strip<max_rows_abreast()>(
-          tiles[0]->rows, [&](auto strip) { strip.score_abreast(tiles, heads, run, views, ahead); });
+      with_strip<max_rows_abreast()>(tiles[0]->rows, [&](auto strip) {
+        strip.score_abreast(tiles, heads, run, views, some_ahead(ahead, run.k_rows, tiles[0]->head_dim));
+      });
     }
   }
   static void accumulate(const TileState& t, const Run& run, const RowsAhead& ahead) {
-    for_each_strip(t, run.v_rows, t.head_dim_v * sizeof(T), ahead,
+    for_each_strip(t, run.v_rows, t.head_dim_v, ahead,
                    [&](auto strip, int row, float* scores, const RowsAhead& rows_ahead) {
                      strip.accumulate(t, row, scores, run, rows_ahead);
                    });
@@ -90,8 +101,9 @@ struct Tile {
                                  const RowsAhead& ahead) {
     constexpr int max_rows = std::min(max_rows_abreast(), kMaxRowsAdded);
     if constexpr (max_rows > 0) {
-      with_strip<max_rows>(tiles[0]->rows,
-                           [&](auto strip) { strip.accumulate_abreast(tiles, heads, run, ahead); });
+      with_strip<max_rows>(tiles[0]->rows, [&](auto strip) {
+        strip.accumulate_abreast(tiles, heads, run, some_ahead(ahead, run.v_rows, tiles[0]->head_dim_v));
+      });
     }
   }
 
