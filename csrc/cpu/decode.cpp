@@ -41,10 +41,13 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
 // memory: in caches stored tokens first those are the rows of a token, in short pages the heads' parts of a
-// page. As many as leave the next place room in a second cache level of few ways. In one of many, what does
-// not find room there costs less than to read only parts of tokens.
+// page. As many as leave the next place room in the second cache level, which one of few ways has in half of
+// it. Where rows are asked for through the first, less is asked for at a time, and what does not find room
+// costs less than to read only parts of tokens.
 int64_t max_bytes_abreast() {
-  return second_level().has_many_ways() ? second_level().bytes : second_level().bytes / 4;
+  const int64_t bytes = second_level().bytes;
+  if (!second_level().has_many_ways()) return bytes / 4;
+  return reads_through_first_level() ? bytes : bytes / 2;
 }
 
 // The most bytes that heads abreast read in runs of kRunTokens: of a thread's q, O and scores, less is pushed
