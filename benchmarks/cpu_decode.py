@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks import peers
 from benchmarks.harness import Case, run_study
-from benchmarks.report import draw, print_summary, print_tables
+from benchmarks.report import draw, print_summary, print_tables, write_tables
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = {
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         default=Path("benchmarks/results/cpu_decode.json"),
-        help="JSON file; the plot goes beside it",
+        help="JSON file; the tables and the plot go beside it",
     )
     result.add_argument("--list", action="store_true", help="print the cases' ids and stop")
     return result
@@ -126,9 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     print_tables(study, console)
     print_summary(study, console)
-    picture = options.output.with_suffix(".png")
+    picture, tables = options.output.with_suffix(".png"), options.output.with_suffix(".txt")
     draw(study, picture)
-    console.print(f"written: {options.output}, {picture}", soft_wrap=True)
+    write_tables(study, tables)
+    console.print(f"written: {options.output}, {tables}, {picture}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Prints a written study again.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -70,8 +71,9 @@ def print_tables(study: dict, console: Console) -> None:
     names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
     others = [name for name in names if name != OURS]
     facts = study["machine"]
+    machine = f"{facts['cpu']} (family/model {facts['cpu_family_model']}), {facts['threads']} threads"
     rates = table_of(
-        f"{facts['cpu']}, {facts['threads']} threads: GB/s of K and V",
+        f"{machine}: GB/s of K and V",
         "case",
         ("MB", "read", "alone", "in cache", "ours", "share", "of the bound"),
     )
@@ -199,6 +201,15 @@ def print_summary(study: dict, console: Console) -> None:
     for name, ratios in closest.items():
         (least, where), (most, _) = min(ratios), max(ratios)
         console.print(f"{least:.2f} to {most:.1f} times as fast as {name}, least at {where}", soft_wrap=True)
+
+
+def write_tables(study: dict, path: Path) -> None:
+    """Everything that is printed of a study, as text."""
+    printed = io.StringIO()
+    console = Console(file=printed, width=100)
+    print_tables(study, console)
+    print_summary(study, console)
+    path.write_text("".join(line.rstrip() + "\n" for line in printed.getvalue().splitlines()))
 
 
 def kind_of(case_id: str) -> tuple[str, str, str]:
