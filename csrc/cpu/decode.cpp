@@ -15,9 +15,8 @@
 #include "cpu/core_caches.h"
 #include "cpu/lean_ranges.h"
 #include "cpu/parallel.h"
-#include "cpu/partial.h"
-#include "cpu/scratch_memory.h"
 #include "cpu/tiles/tile.h"
+#include "cpu/working_memory.h"
 
 namespace lean::cpu {
 namespace {
@@ -32,12 +31,6 @@ constexpr int64_t kMinBytesPerRange = 256 * 1024;
 // Tokens after which a partial state is set aside and a fresh one begun, so that the longest chain of fp32
 // additions stays short: one per run, 256 at most, then one per such chunk.
 constexpr int64_t kChunkTokens = 8192;
-
-constexpr int64_t kCacheLineFloats = 16;
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return ceil_div(n, multiple) * multiple;
-}
 
 // A thread takes several heads through the tokens abreast, run by run, where their rows are neighbours in
 // memory: in caches stored tokens first those are the rows of a token, in short pages the heads' parts of a
@@ -68,13 +61,6 @@ constexpr int64_t kBytesPerPublished = 16;
 // sooner.
 constexpr int64_t kMergingCost = 64;
 
-// One of the heads that a thread takes abreast through a segment.
-struct Work {
-  int64_t kv_head;
-  TileState tile;
-  Partial aside;
-};
-
 class Decode {
  public:
   // With at most `max_abreast` heads abreast.
@@ -85,12 +71,9 @@ class Decode {
                                                   : &widening_table(params.cache_dtype, routine_.row_dtype)),
         widens_(table_ != nullptr && routine_.widen != nullptr),
         cache_rows_(params),
-        padded_head_dim_(round_up(params.head_dim, routine_.chunk_columns)),
-        padded_head_dim_v_(round_up(params.head_dim_v, routine_.chunk_columns)) {
+        rows_per_block_(most_rows(params)),
+        memory_(params, routine_, table_, rows_per_block_) {
     check_values(p_);
-    int64_t max_q_len = 0;
-    for (int64_t b = 0; b < p_.batch; ++b) max_q_len = std::max(max_q_len, p_.length_at(b, 0).q_len);
-    rows_per_block_ = std::clamp<int64_t>(p_.group() * max_q_len, 1, kMaxRows);
     const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
     const bool short_pages = p_.block_table != nullptr && p_.block_size <= kRunTokens;
     if ((!tokens_first && !short_pages) || p_.table_head_stride != 0) max_abreast = 1;
@@ -107,7 +90,7 @@ class Decode {
 
   void run() {
     const int64_t threads = std::min(num_threads(), ranges_.count());
-    reserve(ranges_.count() * heads_abreast_, threads);
+    memory_.reserve(ranges_.count() * heads_abreast_, threads, heads_abreast_);
     published_ = std::make_unique<std::atomic<uint32_t>[]>(ranges_.count());
     parallel_for(threads, [&](int64_t thread) { take_ranges(thread); });
   }
@@ -120,11 +103,11 @@ class Decode {
     SegmentWalk walk(geometry_, {0, ranges_.total_tiles()}, 0, 0, length);
     for (Segment segment; walk.next(segment, length);) outputs.push_back(p_.in_batch(segment));
     const int64_t count = outputs.size(), threads = num_threads();
-    reserve(splits > 1 ? count * splits : 0, threads);
+    memory_.reserve(splits > 1 ? count * splits : 0, threads, heads_abreast_);
     std::atomic<int64_t> next_piece{0}, next_output{0};
     parallel_for(std::min(threads, count * splits), [&](int64_t thread) {
-      Work work = works_of(thread)[0];
-      WideRows wide(p_, routine_, table_, wide_memory(thread));
+      Work work = memory_.works_of(thread)[0];
+      WideRows wide(p_, routine_, table_, memory_.wide_rows(thread));
       SegmentQueue pieces([&](TakenSegment& piece) {
         piece.number = next_piece++;
         if (piece.number >= count * splits) return false;
@@ -141,24 +124,32 @@ class Decode {
         if (splits == 1) {
           write(work, segment);
         } else {
-          set_aside(work.tile, slot(pieces.now().number));
+          set_aside(work.tile, memory_.slot(pieces.now().number));
         }
       }
     });
     if (splits == 1) return;
     parallel_for(std::min(threads, count), [&](int64_t thread) {
-      Work work = works_of(thread)[0];
+      Work work = memory_.works_of(thread)[0];
       for (int64_t output; (output = next_output++) < count;) {
         work.kv_head = outputs[output].kv_head;
         work.tile.rows = rows_of(outputs[output]);
         clear(work.tile);
-        for (int64_t split = 0; split < splits; ++split) merge_into(work.tile, slot(output * splits + split));
+        for (int64_t split = 0; split < splits; ++split)
+          merge_into(work.tile, memory_.slot(output * splits + split));
         write(work, outputs[output]);
       }
     });
   }
 
  private:
+  // Of an output tile.
+  static int64_t most_rows(const DecodeParams& params) {
+    int64_t q_len = 0;
+    for (int64_t b = 0; b < params.batch; ++b) q_len = std::max(q_len, params.length_at(b, 0).q_len);
+    return std::clamp<int64_t>(params.group() * q_len, 1, kMaxRows);
+  }
+
   // Computes where each sequence's LeanTiles begin. To the schedule, heads that go abreast are one: a
   // LeanTile is some tokens of them all, and a thread reads their rows whole, which together are contiguous
   // memory.
@@ -206,7 +197,7 @@ class Decode {
   }
 
   // Of the partial states that a range may publish.
-  int64_t published_bytes() const { return heads_abreast_ * partial_floats() * sizeof(float); }
+  int64_t published_bytes() const { return heads_abreast_ * memory_.partial_floats() * sizeof(float); }
   int64_t tile_bytes() const { return geometry_.tile_tokens * token_bytes() * heads_abreast_; }
 
   // Of one token of one head.
@@ -224,84 +215,13 @@ class Decode {
     }
   }
 
-  void reserve(int64_t partials, int64_t threads) {
-    static thread_local ScratchMemory memory;
-    workspace_ = memory.reserve(partials * partial_floats() + threads * thread_floats());
-    thread_memory_ = workspace_ + partials * partial_floats();
-  }
-
-  // A thread has the memory of its Works, then their run_outputs, then that of its WideRows. Run_outputs are
-  // neighbours, so that those of heads abreast, which are written in turn, are in different places of the
-  // first cache level.
-  int64_t thread_floats() const {
-    const int64_t wide = widens_ ? round_up(WideRows::memory_floats(p_, routine_), kCacheLineFloats) : 0;
-    return heads_abreast_ * (work_floats() + run_output_floats()) + wide;
-  }
-  float* run_outputs(int64_t thread) const {
-    return thread_memory_ + thread * thread_floats() + heads_abreast_ * work_floats();
-  }
-  float* wide_memory(int64_t thread) const {
-    return run_outputs(thread) + heads_abreast_ * run_output_floats();
-  }
-  int64_t run_output_floats() const {
-    return std::min<int64_t>(geometry_.rows_per_block, kMaxRowsAdded) * padded_head_dim_v_;
-  }
-
-  int64_t partial_floats() const {
-    return round_up(geometry_.rows_per_block * (padded_head_dim_v_ + 2), kCacheLineFloats);
-  }
-  Partial partial_at(float* output) const {
-    float* m = output + geometry_.rows_per_block * padded_head_dim_v_;
-    return {output, m, m + geometry_.rows_per_block};
-  }
-
-  // What a CTA publishes lies in heads_abreast_ slots from cta * heads_abreast_ on.
-  Partial slot(int64_t i) const { return partial_at(workspace_ + i * partial_floats()); }
-
-  // The memory of a Work: a partial state set aside, then what its TileState points to.
-  int64_t work_floats() const {
-    return partial_floats() +
-           geometry_.rows_per_block * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
-           4 * stats_floats() + kRunTokens * (geometry_.rows_per_block + kMaxStripRows);
-  }
-  int64_t stats_floats() const { return round_up(geometry_.rows_per_block + kMaxLanes, kCacheLineFloats); }
-  TileState tile_state(float* memory, float* run_output) const {
-    TileState t{};
-    t.head_dim = static_cast<int>(p_.head_dim);
-    t.head_dim_v = static_cast<int>(p_.head_dim_v);
-    t.softcap = p_.softcap * kLog2e;
-    t.output_stride = padded_head_dim_v_;
-    t.table = table_;
-    t.q = memory;
-    t.output = memory + geometry_.rows_per_block * kMaxQueryCopies * padded_head_dim_;
-    t.run_output = run_output;
-    t.scores = t.output + geometry_.rows_per_block * padded_head_dim_v_;
-    t.m = t.scores + kRunTokens * (geometry_.rows_per_block + kMaxStripRows);
-    t.l = t.m + stats_floats();
-    t.run_max = t.l + stats_floats();
-    // Routines read the padding rows' numbers, without using what comes of it.
-    std::fill_n(t.m, 3 * stats_floats(), 0.0f);
-    if (p_.alibi_slopes != nullptr) t.slopes = t.run_max + stats_floats();
-    return t;
-  }
-
-  std::array<Work, kMaxAbreast> works_of(int64_t thread) const {
-    std::array<Work, kMaxAbreast> works{};
-    for (int64_t i = 0; i < heads_abreast_; ++i) {
-      float* memory = thread_memory_ + thread * thread_floats() + i * work_floats();
-      float* const run_output = run_outputs(thread) + i * run_output_floats();
-      works[i] = {0, tile_state(memory + partial_floats(), run_output), partial_at(memory)};
-    }
-    return works;
-  }
-
   // What one thread does: the segments of lean ranges, until no range is left. Ranges are handed out from the
   // last to the first, so a host block only waits for ranges that were taken before its own. Before a thread
   // starts a range it is busy with ones that it took earlier, and it publishes before it waits for anything:
   // from the last range down, every wait ends, on however few threads.
   void take_ranges(int64_t thread) {
-    std::array<Work, kMaxAbreast> works = works_of(thread);
-    WideRows wide(p_, routine_, table_, wide_memory(thread));
+    std::array<Work, kMaxAbreast> works = memory_.works_of(thread);
+    WideRows wide(p_, routine_, table_, memory_.wide_rows(thread));
     const auto length = [&](int64_t i) { return p_.length_of(i); };
     SegmentWalk walk(geometry_, {0, 0}, 0, 0, length);
     SegmentQueue segments([&](TakenSegment& taken) {
@@ -485,8 +405,9 @@ class Decode {
     }
   }
 
+  // A CTA has heads_abreast_ slots, from cta * heads_abreast_ on.
   void publish(const Work* works, int64_t heads, int64_t cta) {
-    for (int64_t i = 0; i < heads; ++i) set_aside(works[i].tile, slot(cta * heads_abreast_ + i));
+    for (int64_t i = 0; i < heads; ++i) set_aside(works[i].tile, memory_.slot(cta * heads_abreast_ + i));
     published_[cta].store(1, std::memory_order_release);
     published_[cta].notify_all();
   }
@@ -495,7 +416,7 @@ class Decode {
   void merge_peers(const Work* works, int64_t heads, int64_t host, int64_t last_peer) {
     for (int64_t peer = host + 1; peer <= last_peer; ++peer) {
       published_[peer].wait(0, std::memory_order_acquire);  // sleeps if it takes long
-      for (int64_t i = 0; i < heads; ++i) merge_into(works[i].tile, slot(peer * heads_abreast_ + i));
+      for (int64_t i = 0; i < heads; ++i) merge_into(works[i].tile, memory_.slot(peer * heads_abreast_ + i));
     }
   }
 
@@ -526,17 +447,14 @@ class Decode {
   const WideningTable* const table_;  // null: caches of q's dtype
   const bool widens_;
   const CacheRows cache_rows_;
-  const int64_t padded_head_dim_;
-  const int64_t padded_head_dim_v_;
-  int64_t rows_per_block_;
+  const int64_t rows_per_block_;
+  WorkingMemory memory_;
   int64_t heads_abreast_;
   int run_tokens_;
   int64_t head_groups_;  // of a sequence: heads that go abreast, to the schedule one KV head
   Geometry geometry_;
   LeanRanges ranges_;
   std::vector<int64_t> sequence_begin_;
-  float* workspace_ = nullptr;      // the slots
-  float* thread_memory_ = nullptr;  // then the threads' Works
   std::unique_ptr<std::atomic<uint32_t>[]> published_;
   std::atomic<int64_t> next_ticket_{0};
 };

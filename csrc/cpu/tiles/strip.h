@@ -8,7 +8,7 @@
 
 #include "cpu/tiles/ahead.h"
 #include "cpu/tiles/fp32_format.h"
-#include "cpu/tiles/vector_math.h"
+#include "cpu/tiles/simd/vector_math.h"
 
 constexpr int power_of_two_from(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;

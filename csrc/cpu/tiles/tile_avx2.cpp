@@ -6,7 +6,7 @@
 
 LEAN_TARGET_BEGIN("avx2,fma,f16c")
 namespace lean::cpu::avx2 {
-#include "cpu/tiles/simd_avx2.h"
+#include "cpu/tiles/simd/avx2.h"
 #include "cpu/tiles/tile_impl.h"
 
 const TileRoutine float32 = Tile<float>::routine("avx2");

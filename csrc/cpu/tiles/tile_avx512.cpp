@@ -8,7 +8,7 @@
 
 LEAN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace lean::cpu::avx512 {
-#include "cpu/tiles/simd_avx512.h"
+#include "cpu/tiles/simd/avx512.h"
 #include "cpu/tiles/tile_impl.h"
 
 const TileRoutine float32 = Tile<float>::routine("avx512");

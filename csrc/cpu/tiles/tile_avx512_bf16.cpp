@@ -8,7 +8,7 @@
 
 LEAN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma,f16c")
 namespace lean::cpu::avx512_bf16 {
-#include "cpu/tiles/simd_avx512.h"
+#include "cpu/tiles/simd/avx512.h"
 #include "cpu/tiles/tile_impl.h"
 
 // vdpbf16ps adds two products of bf16 pairs to each fp32 lane. For q.k the pairs are neighbouring

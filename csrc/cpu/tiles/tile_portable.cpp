@@ -2,7 +2,7 @@
 #include "cpu/tiles/tile_sets.h"
 
 namespace lean::cpu::portable {
-#include "cpu/tiles/simd_portable.h"
+#include "cpu/tiles/simd/portable.h"
 #include "cpu/tiles/tile_impl.h"
 
 const TileRoutine float32 = Tile<float>::routine("portable");

@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: vectors of 8 floats for strip.h. See simd_avx512.h for the meaning of
+// AVX2 with FMA and F16C: vectors of 8 floats for strip.h. See avx512.h for the meaning of
 // the operations.
 
 struct Simd {

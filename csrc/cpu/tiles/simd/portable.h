@@ -1,5 +1,5 @@
 // Vectors of 4 floats in GCC's vector extension, which compiles to SSE2, NEON or whatever a target has. See
-// simd_avx512.h for the meaning of the operations.
+// avx512.h for the meaning of the operations.
 
 struct Simd {
   static constexpr int kLanes = 4;
