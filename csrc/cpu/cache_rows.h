@@ -305,6 +305,11 @@ class WideRows {
         k_(reinterpret_cast<char*>(memory)),
         v_(k_ + kShortRunTokens * p.head_dim * element_size(routine.row_dtype)) {}
 
+  // Whether a routine has rows converted. `table` is null where caches have q's dtype.
+  static bool are_needed(const TileRoutine& routine, const WideningTable* table) {
+    return table != nullptr && routine.widen != nullptr;
+  }
+
   static int64_t memory_floats(const DecodeParams& p, const TileRoutine& routine) {
     return ceil_div(kShortRunTokens * (p.head_dim + p.head_dim_v) * element_size(routine.row_dtype),
                     sizeof(float));

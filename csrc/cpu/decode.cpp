@@ -69,7 +69,7 @@ class Decode {
         routine_(routine),
         table_(params.cache_dtype == params.dtype ? nullptr
                                                   : &widening_table(params.cache_dtype, routine_.row_dtype)),
-        widens_(table_ != nullptr && routine_.widen != nullptr),
+        widens_(WideRows::are_needed(routine_, table_)),
         cache_rows_(params),
         rows_per_block_(most_rows(params)),
         memory_(params, routine_, table_, rows_per_block_) {

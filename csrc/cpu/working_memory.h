@@ -31,7 +31,7 @@ class WorkingMemory {
         rows_(rows),
         padded_head_dim_(round_up(params.head_dim, routine.chunk_columns)),
         padded_head_dim_v_(round_up(params.head_dim_v, routine.chunk_columns)),
-        wide_floats_(table != nullptr && routine.widen != nullptr
+        wide_floats_(WideRows::are_needed(routine, table)
                          ? round_up(WideRows::memory_floats(params, routine), kCacheLineFloats)
                          : 0) {}
 
