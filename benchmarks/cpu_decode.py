@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks import peers
 from benchmarks.harness import Case, run_study
-from benchmarks.report import draw, print_summary, print_tables, write_tables
+from benchmarks.report import draw, print_study, write_study
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = {
@@ -124,11 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"interrupted; --resume continues from {options.output}")
     except ValueError as error:
         sys.exit(str(error))
-    print_tables(study, console)
-    print_summary(study, console)
+    print_study(study, console)
     picture, tables = options.output.with_suffix(".png"), options.output.with_suffix(".txt")
     draw(study, picture)
-    write_tables(study, tables)
+    write_study(study, tables)
     console.print(f"written: {options.output}, {tables}, {picture}", soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import print_whole
 from lean_attention import _build
 from lean_attention._core import core
 
@@ -170,7 +171,7 @@ def main() -> None:
         cells += [k.counts[name] for name in WANTED] + [k.stack]
         table.add_row(*map(str, cells))
         problems += [f"sm_{k.arch} {k.dtype} {cache} {dims} rows {k.rows}: {p}" for p in k.problems()]
-    Console(width=130).print(table)
+    print_whole(table, Console())
     if problems:
         sys.exit("cuda-check:\n" + "\n".join(problems))
 

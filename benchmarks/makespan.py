@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cpu_decode import RAGGED
+from benchmarks.report import print_whole, table_of
 from lean_attention import Schedule
 from lean_attention.picture import fixed_split, stream_k
 
@@ -46,16 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
         if value < 1:
             parser.error(f"{name} must be positive, got {value}")
     for count in options.ctas:
-        table = Table(title=f"{count} CTAs: time of a fixed split / time of stream-K")
-        table.add_column(f"lengths, {options.kv_heads} KV heads", no_wrap=True)
-        for splits in SPLITS:
-            table.add_column(f"split {splits}", justify="right", no_wrap=True)
+        table = table_of(
+            f"{count} CTAs: time of a fixed split / time of stream-K",
+            f"lengths, {options.kv_heads} KV heads",
+            (f"split {splits}" for splits in SPLITS),
+        )
         for name, lens in BATCHES.items():
             schedule = Schedule(lens, options.kv_heads, num_ctas=count, head_dim=options.head_dim)
             lean = stream_k(schedule).makespan
             splits = (fixed_split(schedule, splits).makespan / lean for splits in SPLITS)
             table.add_row(name, *(f"{times:.2f}" for times in splits))
-        Console(width=100).print(table)
+        print_whole(table, Console())
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def print_whole(table: Table, console: Console) -> None:
 
 
 def table_of(title: str, first: str, others: Iterable[str]) -> Table:
+    """An empty table with names in its first column and figures in the others."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in others:
@@ -203,12 +204,15 @@ def print_summary(study: dict, console: Console) -> None:
         console.print(f"{least:.2f} to {most:.1f} times as fast as {name}, least at {where}", soft_wrap=True)
 
 
-def write_tables(study: dict, path: Path) -> None:
-    """Everything that is printed of a study, as text."""
-    printed = io.StringIO()
-    console = Console(file=printed, width=100)
+def print_study(study: dict, console: Console) -> None:
     print_tables(study, console)
     print_summary(study, console)
+
+
+def write_study(study: dict, path: Path) -> None:
+    """What print_study prints, as text."""
+    printed = io.StringIO()
+    print_study(study, Console(file=printed, width=100))
     path.write_text("".join(line.rstrip() + "\n" for line in printed.getvalue().splitlines()))
 
 
@@ -237,9 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{options.study} is no study: {type(error).__name__}: {error}")
     if made != FORMAT:
         sys.exit(f"{options.study} has format {made}; this version reads {FORMAT}")
-    console = Console()
-    print_tables(study, console)
-    print_summary(study, console)
+    print_study(study, Console())
 
 
 if __name__ == "__main__":

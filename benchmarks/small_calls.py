@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness import Case, Contender, Inputs, commit, machine_facts
 from benchmarks.peers import LeanAttention, Sdpa
+from benchmarks.report import print_whole, table_of
 
 TOKENS, KV_HEADS, HEAD_DIM = 128, 4, 128  # at most 512 KB, which fit the second cache level
 CASES = [(dtype, group) for dtype in (torch.bfloat16, torch.float16, torch.float32) for group in (1, 4, 8)]
@@ -80,20 +80,20 @@ def main(arguments: list[str] | None = None) -> None:
     if options.seconds <= 0:
         parser.error(f"--seconds {options.seconds} is not positive")
     console = Console()
-    if not console.is_terminal:
-        console.width = 120
     study: dict = {"machine": machine_facts(), "commit": commit(), "tokens": TOKENS, "cases": {}}
     with torch.inference_mode():
         for dtype, group in track(CASES, "measuring", console=console):
             name = f"{str(dtype).removeprefix('torch.')}, group {group}"
             study["cases"][name] = measure(dtype, group, options.seconds / 2)
 
-    table = Table(title=f"{TOKENS} tokens, microseconds (threads: {torch.get_num_threads()})")
-    for column in ("case", "arithmetic", "1 thread", "more", "all threads", "more", "torch's SDPA"):
-        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    table = table_of(
+        f"{TOKENS} tokens, microseconds (threads: {torch.get_num_threads()})",
+        "case",
+        ("arithmetic", "1 thread", "more", "all threads", "more", "torch's SDPA"),
+    )
     for name, result in study["cases"].items():
         table.add_row(name, *(f"{us:.1f}" for us in result.values()))
-    console.print(table)
+    print_whole(table, console)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(study, indent=1) + "\n")
     console.print(f"written: {options.output}", soft_wrap=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks import cpu_decode, report, small_calls
 from benchmarks.harness import FORMAT, Case, run_study
 from benchmarks.peers import FixedSplit, LeanAttention, OnnxRuntime, Sdpa, SdpaFolded
-from benchmarks.report import bound_of, draw, print_summary, print_tables, share_of_read, write_tables
+from benchmarks.report import bound_of, draw, print_summary, print_tables, share_of_read, write_study
 from lean_attention import Schedule
 from lean_attention._core import core
 from lean_attention.limits import product_rate
@@ -51,7 +51,7 @@ def test_contenders_agree_and_results_are_kept(case: Case, tmp_path: Path) -> No
     assert "…" not in printed
     for name in results:
         assert name == "lean_attention" or name in printed
-    write_tables(study, tmp_path / "study.txt")
+    write_study(study, tmp_path / "study.txt")
     assert case.id in (tmp_path / "study.txt").read_text()
     draw(study, tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
