@@ -4,100 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from lean_attention.integrations.transformers import (  # noqa: E402
-    HAS_PAGED_CACHE,
-    NAME,
-    PAGED_NAME,
-    register,
-    visible_tokens,
+from lean_attention.integrations.transformers import NAME, register, visible_tokens
+from tests.integrations.tiny_models import (
+    CACHE,
+    MODELS,
+    SMALL,
+    count_decodes,
+    generate,
+    left_padded,
+    make_model,
+    use,
 )
-
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-MODELS = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "mistral": {"sliding_window": 12},
-    "gemma2": {"head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 5.0},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 12},
-    "gpt_oss": {"head_dim": 16, "sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "phi": {},
-    "phi3": {},
-    "mixtral": {"num_local_experts": 4, "sliding_window": None},
-}
-
-
-def make_model(kind: str, dtype: torch.dtype = torch.float32):
-    if kind not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **MODELS[kind]})
-    model = (
-        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
-    )
-    # Random logits that are not all alike, and sinks that are not all zero.
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 or "sinks" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def use(model, attention: str) -> None:
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation(attention)
-    else:  # before transformers 4.55
-        model.config._attn_implementation = attention
-
-
-def left_padded(lengths: tuple[int, ...]) -> dict:
-    longest = max(lengths)
-    ids, mask = (
-        torch.randint(2, 128, (len(lengths), longest)),
-        torch.ones(len(lengths), longest, dtype=torch.long),
-    )
-    for b, length in enumerate(lengths):
-        ids[b, : longest - length] = 0
-        mask[b, : longest - length] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model, inputs: dict, **options):
-    return model.generate(
-        **inputs,
-        max_new_tokens=20,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-
-
-def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list:
-    calls = []
-    import lean_attention
-
-    decode = lean_attention.decode
-    monkeypatch.setattr(lean_attention, "decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
-    return calls
-
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    register()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -132,7 +51,7 @@ def test_bf16_logits_are_as_near_to_fp32_as_those_of_eager(kind: str) -> None:
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         out = []
         for i in range(steps.shape[1] + 1):
-            step = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            step = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, use_cache=True)
             out.append(step.logits[:, -1].float())
             if i < steps.shape[1]:
                 ids, mask = steps[:, i : i + 1], torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
@@ -157,18 +76,16 @@ def test_beam_search_and_assisted_generation() -> None:
 
 
 @torch.no_grad()
-def test_masks_with_holes_are_left_to_another_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_with_holes_are_left_to_another_and_said_so(said: list[str]) -> None:
     model, inputs = make_model("llama"), left_padded((17, 9))
     inputs["attention_mask"][0, 5:8] = 0
     want = generate(model, inputs)
     use(model, NAME)
-    said: list[str] = []
-    monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
     got = generate(model, inputs)
     assert torch.equal(got.sequences, want.sequences)
     assert set(said) == {
-        "lean_attention: some steps are left to 'sdpa': an attention mask that is not lengths, left padding "
-        "and one window"
+        "lean_attention: some steps of LlamaAttention are left to 'sdpa' attention: an attention mask that "
+        "is not lengths, left padding and one window"
     }
 
 
@@ -185,8 +102,6 @@ def test_static_cache_compiles() -> None:
 @torch.no_grad()
 def test_compiled_steps_of_several_tokens_have_no_graph_break(kind: str) -> None:
     """As in speculation: the model is compiled whole, so that nothing may look at a mask's contents."""
-    if transformers.__version__.startswith("4."):
-        pytest.skip("transformers 4 asks a static cache for its length, which does not compile whole")
     torch.compiler.reset()
     model, inputs = make_model(kind), left_padded((17, 9))
     drafts = torch.randint(2, 128, (2, 2, 4))
@@ -194,11 +109,11 @@ def test_compiled_steps_of_several_tokens_have_no_graph_break(kind: str) -> None
     def logits(step) -> list[torch.Tensor]:
         cache = transformers.StaticCache(config=model.config, max_cache_len=40)
         mask = inputs["attention_mask"]
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         out = []
         for draft in drafts:
             mask = torch.cat([mask, torch.ones_like(draft)], dim=1)
-            out.append(step(input_ids=draft, attention_mask=mask, past_key_values=cache).logits)
+            out.append(step(input_ids=draft, attention_mask=mask, **{CACHE: cache}).logits)
         return out
 
     want = logits(model)
@@ -206,61 +121,6 @@ def test_compiled_steps_of_several_tokens_have_no_graph_break(kind: str) -> None
     got = logits(torch.compile(model, backend="eager", fullgraph=True))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-needs_paged_cache = pytest.mark.skipif(
-    not HAS_PAGED_CACHE, reason="before transformers 5.19 continuous batching has another cache"
-)
-PROMPTS = (3, 40, 17, 29, 100, 1)
-
-
-def generate_batch(model, prompts: list[list[int]], page_size: int) -> list[list[int]]:
-    """By continuous batching: in steps of 64 tokens of prompts and new ones, so that steps mix the two."""
-    done = model.generate_batch(
-        prompts,
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=transformers.generation.ContinuousBatchingConfig(
-            num_blocks=64, max_batch_tokens=64, page_size=page_size
-        ),
-        progress_bar=False,
-    )
-    return [done[name].generated_tokens for name in sorted(done, key=lambda name: int(name.split("_")[-1]))]
-
-
-@needs_paged_cache
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("page_size", [16, 5])
-@torch.no_grad()
-def test_continuous_batching(kind: str, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(kind)
-    prompts = [torch.randint(2, 128, (length,)).tolist() for length in PROMPTS]
-    want = [
-        model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
-    use(model, PAGED_NAME)
-    said: list[str] = []
-    monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
-    calls = count_decodes(monkeypatch)
-    assert generate_batch(model, prompts, page_size) == want
-    assert len(calls) >= 20 * SMALL["num_hidden_layers"]
-    assert not said
-
-
-@needs_paged_cache
-@torch.no_grad()
-def test_continuous_batching_of_head_dims_that_the_op_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "qwen3", {"head_dim": 12})
-    model = make_model("qwen3")
-    prompt = torch.randint(2, 128, (17,)).tolist()
-    want = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 17:].tolist()
-    use(model, PAGED_NAME)
-    said: list[str] = []
-    monkeypatch.setattr("lean_attention.integrations.transformers._logger.warning_once", said.append)
-    assert generate_batch(model, [prompt], 16) == [want]
-    assert set(said) == {"lean_attention: continuous batching is left to transformers: a head_dim of 12"}
 
 
 @pytest.mark.parametrize(

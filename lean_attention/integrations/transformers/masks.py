@@ -1,0 +1,172 @@
+"""Masks of transformers: what they say in the terms of the op, and in the forms that others take."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What a mask means in the terms of :func:`lean_attention.decode`."""
+
+    seq_lens: Tensor  # [batch] int32
+    leftpad: Tensor  # [batch] int32
+    window_left: int
+    causal: bool
+
+
+@dataclass
+class _Pass:
+    """What a mask said when a layer of a forward pass asked."""
+
+    config: object
+    layer: int
+    shape: tuple[int, ...]
+    visible: Visible | None
+
+
+def visible_in_pass(
+    module: torch.nn.Module,
+    mask: Tensor,
+    shape: tuple[int, int, int],
+    sliding_window: int | None,
+    causal: bool,
+) -> Visible | None:
+    """`visible_tokens` of a mask, looked at once for all layers of a forward pass.
+
+    A mask may be a buffer that the caller fills anew for every pass, and under inference mode a tensor does
+    not count its changes. So what is remembered lasts from one layer to a later one of the same model.
+
+    Args:
+        module: the attention layer that asks.
+        mask: bool, ``[batch or 1, 1, q_len or 1, tokens or more]``.
+        shape: ``(batch, q_len, tokens)`` of the step.
+        sliding_window, causal: as in `visible_tokens`.
+    """
+    if torch.compiler.is_compiling():
+        return visible_tokens(_fitted(mask, shape), sliding_window, causal)
+    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+    known = getattr(mask, "_lean_attention_pass", None)
+    if (
+        known is not None
+        and layer is not None
+        and layer > known.layer
+        and config is known.config
+        and shape == known.shape
+    ):
+        known.layer = layer
+        return known.visible
+    visible = visible_tokens(_fitted(mask, shape))
+    if layer is not None:
+        mask._lean_attention_pass = _Pass(config, layer, shape, visible)
+    return visible
+
+
+def _fitted(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """A mask as attention applies it: broadcast, and without what lies beyond the keys."""
+    batch, q_len, tokens = shape
+    return mask[..., :tokens].expand(batch, -1, q_len, tokens)
+
+
+def visible_tokens(mask: Tensor, sliding_window: int | None = None, causal: bool = True) -> Visible | None:
+    """Lengths, padding and window that say exactly what a mask says, or None where none do.
+
+    While compiling nothing may depend on the mask's contents: there the form is taken from `sliding_window`
+    and `causal`, and a mask that says something else stops the program when it runs.
+
+    Args:
+        mask: bool, ``[batch, 1, q_len, tokens]``.
+        sliding_window: tokens that the layer sees at most. Used only while compiling.
+        causal: rows see no later position than their own. Used only while compiling.
+    """
+    rows = mask[:, 0]
+    q_len, tokens = rows.shape[1:]
+    token = torch.arange(tokens, device=mask.device)
+    last = rows[:, -1]
+    seq_lens = torch.where(last, token + 1, 0).amax(dim=1)
+    begin_of_last = torch.where(last, token, tokens).amin(dim=1)
+    leftpad = torch.where(rows.any(dim=1), token, tokens).amin(dim=1)
+    row = torch.arange(q_len, device=mask.device)
+    position = (seq_lens[:, None] - q_len + row)[..., None]
+    begins = token >= leftpad[:, None, None]
+
+    def says_causal(window_left: int) -> Tensor:
+        said = begins & (token <= position)
+        if window_left >= 0:
+            said &= token >= position - window_left
+        return (said == rows).all()
+
+    def visible(window_left: int, causal: bool) -> Visible:
+        return Visible(seq_lens.int(), leftpad.clamp(max=tokens).int(), window_left, causal)
+
+    if torch.compiler.is_compiling():
+        window_left = sliding_window - 1 if sliding_window is not None and q_len > 1 else -1
+        same = says_causal(window_left)
+        torch._assert_async(
+            same,
+            "lean_attention: in a compiled step an attention mask that is not lengths, left padding and a "
+            "window; use attn_implementation='sdpa', or do not compile this step",
+        )
+        return visible(window_left, causal)
+    window_left = -1
+    if q_len > 1:  # where the last row begins later than others there is a window
+        moves = begin_of_last > leftpad
+        if bool(moves.any()):
+            window_left = int((seq_lens - 1 - begin_of_last)[moves].max())
+    if bool(says_causal(window_left)):
+        return visible(window_left, True)
+    if q_len > 1 and bool((rows == (begins & (token < seq_lens[:, None, None]))).all()):
+        return visible(-1, False)
+    return None
+
+
+def float_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+    """A mask as eager attention adds it to the scores: 0 where a token is seen, the least number elsewhere.
+
+    Args:
+        mask: bool, any that broadcasts; or None, which transformers means as in `plain_causal`.
+        causal: the layer is one of a decoder.
+    """
+    if mask is None:
+        if query.shape[2] == 1 or not causal:
+            return None
+        mask = plain_causal(query.shape[2], key.shape[2], query.device)
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+
+
+def plain_causal(q_len: int, tokens: int, device: torch.device) -> Tensor:
+    """What transformers means where it leaves out a decoder's mask: nothing is cached before the query."""
+    token = torch.arange(tokens, device=device)
+    return (token <= torch.arange(q_len, device=device)[:, None])[None, None]
+
+
+def block_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> BlockMask | None:
+    """A mask as flex attention takes it; arguments as of `float_mask`."""
+    batch, q_len, tokens = query.shape[0], query.shape[2], key.shape[2]
+    if mask is None:
+        return _causal_block_mask(q_len, tokens, str(query.device)) if causal and q_len > 1 else None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return mask
+    seen = _fitted(mask, (batch, q_len, tokens))
+    per_head = seen.shape[1] > 1
+    return create_block_mask(
+        lambda b, h, q, k: seen[b, h if per_head else 0, q, k],
+        batch,
+        seen.shape[1] if per_head else None,
+        q_len,
+        tokens,
+        device=query.device,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _causal_block_mask(q_len: int, tokens: int, device: str) -> BlockMask:
+    return create_block_mask(lambda b, h, q, k: k <= q, None, None, q_len, tokens, device=device)
