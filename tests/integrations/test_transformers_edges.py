@@ -72,7 +72,9 @@ def test_an_unknown_option_is_said_by_name_and_known_ones_are_not(
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
     function = transformers.AttentionInterface()[NAME]
     calls = count_decodes(monkeypatch)
-    plain, _ = function(attention, q, k, k, None, scaling=0.25, position_ids=torch.zeros(1, 1), use_cache=True)
+    plain, _ = function(
+        attention, q, k, k, None, scaling=0.25, position_ids=torch.zeros(1, 1), use_cache=True
+    )
     assert calls and not said
     calls.clear()
     eager, weights = function(attention, q, k, k, None, scaling=0.25, new_option=torch.ones(1))
@@ -239,7 +241,7 @@ def test_compiled_passes_with_right_padding(kind: str) -> None:
     model, inputs = make_model(kind), right_padded((20, 11))
     want = logits_of(model, "sdpa" if kind != "gemma2" else "eager", **inputs)
     use(model, NAME)
-    got = torch.compile(model, backend="eager")(**inputs).logits
+    got = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -56,17 +56,40 @@ SPARSE = {
     "index_n_heads": 2,
     "index_head_dim": 16,
 }
-OTHERS = {"bert": {}, "deepseek_v32": SPARSE, "glm_moe_dsa": SPARSE, "inkling2_text": {}, "t5gemma": {}}
+GEMMA2 = {**SMALL, **MODELS["gemma2"], "query_pre_attn_scalar": 16}
+OTHERS = {
+    "bert": {},
+    "deepseek_v32": SPARSE,
+    "glm_moe_dsa": SPARSE,
+    "inkling2_text": {
+        "unpadded_vocab_size": 128,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "head_dim": 16,
+        "swa_head_dim": 16,
+        "sliding_window_size": 12,
+        "rel_extent": 16,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    },
+    "t5gemma": {"encoder": GEMMA2, "decoder": GEMMA2},
+}
+CLASSES = {
+    "bert": transformers.AutoModelForMaskedLM,
+    "t5gemma": transformers.AutoModelForSeq2SeqLM,
+}
 
 
-def make_model(kind: str, dtype: torch.dtype = torch.float32):
+def make_model(kind: str, dtype: torch.dtype = torch.float32, **changes):
+    """A small random model of a family, or skips where this transformers has it not."""
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **MODELS[kind]})
-    model = (
-        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
-    )
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **{**MODELS, **OTHERS}[kind], **changes})
+    auto = CLASSES.get(kind, transformers.AutoModelForCausalLM)
+    model = auto.from_config(config, attn_implementation="eager").to(dtype).eval()
     # Random logits that are not all alike, and sinks that are not all zero.
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or "sinks" in name:

@@ -182,7 +182,7 @@ def _leave(
 ) -> tuple[Tensor, Tensor | None]:
     """Gives a step to the prefill implementation, or, where that would drop an option, to eager attention."""
     to = _prefill if special <= _prefill.takes else _EAGER
-    run = _eager_of(type(module)) if to is _EAGER else ALL_ATTENTION_FUNCTIONS[to.name]
+    run = _eager_of(type(module)) if to == _EAGER else ALL_ATTENTION_FUNCTIONS[to.name]
     family = type(module).__name__
     if run is None:
         raise ValueError(
