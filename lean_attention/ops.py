@@ -75,8 +75,8 @@ def decode(
             ``[num_kv_heads]``, ``[batch, num_kv_heads]``, or one per row, in the shape of the cache without
             its last dimension; any dimension may be 1. int8 caches must have them.
         cu_seqlens_q: ``[batch + 1]`` int32: sequence ``b`` has query tokens ``cu_seqlens_q[b]`` to
-            ``cu_seqlens_q[b + 1] - 1`` of a packed q. Those from the last entry on belong to no sequence and
-            come out as rows that see nothing.
+            ``cu_seqlens_q[b + 1] - 1`` of a packed q; it begins with 0. Tokens from the last entry on belong
+            to no sequence and come out as rows that see nothing.
         tree_mask: bool, ``[q_len, q_len]``, ``[batch, q_len, q_len]`` or, with ``cu_seqlens_q``,
             ``[total_q, max_q_len]``: which of its sequence's new tokens a query token sees, in place of the
             causal rule. It sees all older ones. Not with ``window_left``, ``alibi_slopes`` or
@@ -91,7 +91,8 @@ def decode(
         num_ctas: lean ranges to cut the work into; 0 lets the backend choose. The result depends on it in
             rounding only, and is bitwise the same for the same inputs and ``num_ctas``.
         out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
-            last dimension; both or neither. Nothing is allocated then but, on a GPU, the workspace.
+            last dimension and no element twice in memory; both or neither. Nothing is allocated then but, on
+            a GPU, the workspace.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
@@ -224,7 +225,8 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e
         outs: partial outputs, each ``[batch, q_len, num_heads, head_dim_v]`` or ``[total_q, num_heads,
             head_dim_v]``.
         lses: their log-sum-exps, each ``[batch, num_heads, q_len]`` or ``[num_heads, total_q]``, float32. A
-            state of ``-inf`` (nothing seen) weighs nothing, whatever its output holds.
+            state of ``-inf`` (nothing seen) weighs nothing, whatever its output holds; NaN and ``+inf`` make
+            their row NaN. All finite ones are right, also near the limits of float32.
         base: of the logarithms in ``lses``, and in the result: 2 for states that come from FlashInfer.
 
     Returns:
@@ -262,14 +264,15 @@ def append_kv(
     """Writes new keys and values at the end of each sequence, in place, rotated by their positions if asked.
 
     Args:
-        k_cache, v_cache, block_table, cache_batch_idx: as in :func:`decode`; changed in place.
+        k_cache, v_cache, block_table, cache_batch_idx: as in :func:`decode`; changed in place. No expanded
+            caches, and not one memory for both unless v is also k's memory (latent attention).
         k: ``[batch, tokens, num_kv_heads, head_dim]``, or ``[total, num_kv_heads, head_dim]`` with
             ``cu_seqlens``, in the cache's dtype (a quantised cache takes quantised tokens).
         v: the same, with a last dimension of ``head_dim_v``.
         seq_lens: ``[batch]`` int32, tokens in the cache before: new token ``i`` of sequence ``b`` goes to
             position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new tokens.
         cu_seqlens: ``[batch + 1]`` int32: sequence ``b`` has tokens ``cu_seqlens[b]`` to
-            ``cu_seqlens[b + 1] - 1`` of packed k, v and q.
+            ``cu_seqlens[b + 1] - 1`` of packed k, v and q; it begins with 0.
         q: queries of the new tokens, with any number of heads: rotated in place, by the same positions.
         rotary_cos, rotary_sin: ``[max_position, rotary_dim / 2]``, in k's dtype or float32. The first
             ``rotary_dim`` dims of k (and q) are rotated, the others stay.
@@ -278,7 +281,8 @@ def append_kv(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or stride; on a CPU also a token that
             would go outside the cache, before anything is written (on CUDA it is not written, and
-            :func:`check_errors` tells of it).
+            :func:`check_errors` tells of it), and two tokens that would go to one place of it (on CUDA nobody
+            looks, and which of them stays is not defined).
     """
     torch.ops.lean_attn.append_kv.default(
         k_cache,

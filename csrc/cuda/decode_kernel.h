@@ -158,8 +158,9 @@ class DecodeCta {
 
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
   LEAN_DEVICE void write_padding() const {
-    for (int64_t token = p_.first_query(p_.batch) + shared().ticket; token < p_.query_tokens;
-         token += hw::num_ctas()) {
+    const int64_t before = p_.first_query(0), end = p_.first_query(p_.batch);
+    for (int64_t n = shared().ticket; n < before + p_.query_tokens - end; n += hw::num_ctas()) {
+      const int64_t token = n < before ? n : end + n - before;
       for (int64_t i = thread_; i < p_.num_heads * p_.head_dim_v; i += kThreads) {
         out_row(0, token, i / p_.head_dim_v)[i % p_.head_dim_v] = 0;
       }
