@@ -7,10 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from lean_attention import _autocast
 from lean_attention._core import core
+from lean_attention._types import refuse_wrong_types
 
 _decode = torch.ops.lean_attn.decode.default
 _decode_out = torch.ops.lean_attn.decode_out.default
+_append_kv = torch.ops.lean_attn.append_kv.default
+_merge_states = torch.ops.lean_attn.merge_states.default
 _OPTIONS = ("scale", "causal", "window_left", "window_right", "softcap", "num_ctas")
 _DEFAULTS = (None, True, -1, -1, 0.0, 0)
 # Names of this module are found sooner than those in torch.
@@ -99,6 +103,9 @@ def decode(
     block, dim]`` likewise, without a copy. ``head_dim`` and ``head_dim_v`` are multiples of 8 up to 512 and
     may differ.
 
+    Under ``torch.autocast`` q and caches that are not quantised are cast to its dtype (to that of ``out``
+    where it is given), the whole caches at every call: keep them in that dtype.
+
     Returns:
         ``(out, lse)``: ``out`` is ``[batch, q_len, num_heads, head_dim_v]`` in q's dtype; ``lse`` is
         ``[batch, num_heads, q_len]``, float32, the natural logarithm of the softmax's denominator (sinks
@@ -109,6 +116,7 @@ def decode(
         ValueError: an argument has the wrong shape, dtype, device, stride or value, or two cannot be
             combined. On a CPU also a length or an index out of range; on CUDA, where the host does not look
             at them, they are brought into range and :func:`check_errors` tells of them.
+        TypeError: an argument is no Tensor, or no number.
         RuntimeError: the result was asked for its gradient; or the GPU cannot run the kernels.
     """
     tensors = (
@@ -127,21 +135,27 @@ def decode(
         tree_mask,
     )
     named = (scale, causal, window_left, window_right, softcap, num_ctas)
-    options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
-    if out is None and lse is None:
-        if options:
-            return _call(_decode, *tensors, **options)
-        # The usual call, with as little code as can be: after a cache was read none of it is in the
-        # processor's caches, and takes ten times as long.
-        if _goes_through_all_layers():
-            return _decode(*tensors)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _decode(*tensors)
-    if out is None or lse is None:
-        missing = "out" if out is None else "lse"
-        raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
-    _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
-    return out, lse
+    try:
+        options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
+        if out is None and lse is None:
+            if options:
+                return _call(_decode, *tensors, **options)
+            # The usual call, with as little code as can be: after a cache was read none of it is in the
+            # processor's caches, and takes ten times as long.
+            if _goes_through_all_layers():
+                return _decode(*tensors)
+            with torch._C._AutoDispatchBelowAutograd():
+                return _decode(*tensors)
+        if out is None or lse is None:
+            missing = "out" if out is None else "lse"
+            raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
+        _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
+        return out, lse
+    except Exception:
+        refuse_wrong_types("decode", _decode, tensors, dict(zip(_OPTIONS, named, strict=True)))
+        if out is not None and lse is not None:
+            refuse_wrong_types("decode", _decode_out, (*tensors[:3], out, lse), {})
+        raise
 
 
 def _goes_through_all_layers() -> bool:
@@ -234,11 +248,16 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e
 
     Raises:
         ValueError: no state is given, shapes, dtypes or devices differ, or base is not above 1.
+        TypeError: an argument is no list of Tensors, or no number.
     """
-    if not outs:  # nothing that the dispatcher could choose a backend by
-        raise ValueError("merge_states: outs is empty; there must be at least one state")
-    options = {} if base == math.e else {"base": base}
-    return _call(torch.ops.lean_attn.merge_states.default, outs, lses, **options)
+    try:
+        if not outs:  # nothing that the dispatcher could choose a backend by
+            raise ValueError("merge_states: outs is empty; there must be at least one state")
+        options = {} if base == math.e else {"base": base}
+        return _call(_merge_states, outs, lses, **options)
+    except Exception:
+        refuse_wrong_types("merge_states", _merge_states, (outs, lses), {"base": base})
+        raise
 
 
 @torch.library.register_fake("lean_attn::merge_states")
@@ -278,13 +297,16 @@ def append_kv(
             ``rotary_dim`` dims of k (and q) are rotated, the others stay.
         rotary_interleaved: dims 2i and 2i + 1 are a pair (GPT-J), else i and i + rotary_dim / 2 (Llama).
 
+    Under ``torch.autocast`` k and v, and q there and back, are cast to the dtype of the caches, which stay.
+
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or stride; on a CPU also a token that
             would go outside the cache, before anything is written (on CUDA it is not written, and
             :func:`check_errors` tells of it), and two tokens that would go to one place of it (on CUDA nobody
             looks, and which of them stays is not defined).
+        TypeError: an argument is no Tensor.
     """
-    torch.ops.lean_attn.append_kv.default(
+    tensors = (
         k_cache,
         v_cache,
         k,
@@ -296,8 +318,12 @@ def append_kv(
         q,
         rotary_cos,
         rotary_sin,
-        rotary_interleaved=rotary_interleaved,
     )
+    try:
+        _append_kv(*tensors, rotary_interleaved=rotary_interleaved)
+    except Exception:
+        refuse_wrong_types("append_kv", _append_kv, tensors, {})
+        raise
 
 
 @torch.library.register_fake("lean_attn::append_kv")
@@ -348,3 +374,5 @@ _no_gradient("decode")
 _no_gradient("decode_fixed_split")
 _no_gradient("read_caches")
 _no_gradient("merge_states")
+
+_autocast.register()
