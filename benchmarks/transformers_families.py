@@ -1,0 +1,693 @@
+"""Every causal-LM family that transformers knows: attention through this package against eager attention.
+
+    python -m benchmarks.transformers_families --only 'llama|gemma'
+
+Builds each family as a tiny random model (float32) and generates greedily with every cache and every kind of
+prompts below. The tokens of eager attention are forced upon the other, so that all logits can be compared.
+Each family has a process of its own, which may crash or hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import itertools
+import logging
+import math
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import lean_attention
+from lean_attention.integrations import transformers as integration
+from lean_attention.integrations.transformers.options import KNOWN_OPTIONS, SCORE_OPTIONS
+from lean_attention.integrations.transformers.sparse import SELECTIONS
+
+OUTPUT = Path(__file__).parent / "results" / "transformers_families.txt"
+NEW_TOKENS = 14
+# Tokens to choose from: no family has a special one here.
+ORDINARY = range(10, 100)
+# Largest difference of logits, as a share of the largest logit.
+TOLERANCE = 1e-3
+MEMORY_BYTES = 6 << 30
+
+# How to generate with a cache: options of `generate`, given the model and its text config. Static caches are
+# for compiled steps; whether those compile is for the tests.
+CACHES: dict[str, Callable] = {
+    "dynamic": lambda model, config: {},
+    "static": lambda model, config: {"cache_implementation": "static", "disable_compile": True},
+}
+# Lengths of the prompts of a batch. All are longer than the windows, chunks and top-k of the tiny models, and
+# the first and last are prefills to the integration, the middle one are steps of few tokens.
+PROMPTS = {
+    "one length": (40, 40),
+    "left-padded": (25, 14, 1),
+    "left-padded, long": (41, 23, 1),
+}
+
+OUTCOMES = {
+    "op": "every step of one token goes through lean_attention.decode",
+    "falls back": "some steps are left to another implementation, and a warning says why",
+    "not reached": "the family has attention of its own, which takes no implementation by name",
+    "as sdpa": "differs from eager attention, and so does transformers' own sdpa, by the same",
+    "padding leaks": "differs only with padding, and the family lets what padding holds through",
+    "silent": "some steps are left to another implementation, and nothing says so",
+    "differs": "from eager attention: by what share of the largest logit, the first other token",
+    "fails": "an error, a crash or no end where eager attention has none",
+    "not built": "the tiny model could not be built, or eager attention does not run",
+}
+WRONG = ("silent", "differs", "fails")
+
+# What the fields of tiny configs are, wherever a family has them and they are numbers.
+SIZES: dict[int, str] = {
+    128: "vocab_size unpadded_vocab_size vocab_size_per_layer_input decoder_vocab_size ngram_vocab_size_base "
+    "encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size mamba_d_ssm",
+    64: "hidden_size d_model n_embd embedding_dim embedding_size emb_dim word_embed_proj_dim "
+    "input_embedding_size output_embedding_size lru_width d_inner router_hidden_size hidden_size_global",
+    96: "intermediate_size intermediate_size_mlp ffn_dim ffn_hidden_size expert_ffn_hidden_size dff dim_ff "
+    "n_inner decoder_ffn_dim encoder_ffn_dim feed_forward_size dense_intermediate_size",
+    48: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
+    "shared_intermediate_size moe_shared_expert_intermediate_size",
+    512: "max_position_embeddings n_positions max_seq_len n_ctx context_length max_target_positions "
+    "model_max_length",
+    32: "q_lora_rank o_lora_rank",
+    16: "head_dim v_head_dim qk_nope_head_dim dim_head d_head swa_head_dim attention_head_size kv_channels "
+    "linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim kv_lora_rank "
+    "hidden_size_per_layer_input prompt_mid_dim pronunciation_embed_dim shape_embed_dim laurel_rank "
+    "adapter_rank gated_norm_rank loop_gate_rank ple_embed_dim hc_lowrank state_size ssm_state_size "
+    "mamba_d_state mamba_d_head mamba_head_dim",
+    10: "sliding_window sliding_window_size attention_window_size local_attention_window_len window_size "
+    "attention_chunk_size keep_window_size rel_extent local_attention",
+    8: "qk_rope_head_dim index_topk rotary_dim time_step_rank mamba_dt_rank chunk_size mamba_chunk_size "
+    "mamba_n_heads mamba_num_heads",
+    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers "
+    "num_encoder_layers num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
+    "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads "
+    "num_attention_heads_per_layer num_experts num_local_experts n_routed_experts moe_num_experts "
+    "index_n_heads zero_expert_num linear_num_heads linear_num_value_heads index_block_size",
+    2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token "
+    "moe_topk moe_k linear_num_key_heads index_topk_blocks attn_layer_period sliding_window_pattern "
+    "global_attn_every_n_layers no_rope_layer_interval layer_group_size num_kv_shared_layers",
+    1: "n_group n_groups topk_group num_expert_group first_k_dense_replace num_dense_layers",
+}  # fmt: skip
+TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+# Of these also where a family leaves them open.
+OPEN = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok")
+ROLES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "is_decoder": True}
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SOME_WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 10}
+QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 32,
+    "heads_per_ngram": 2,
+    "split_ngram_parts": 4,
+    "eos_token_id": 2,
+}
+GEMMA4 = {"global_head_dim": 32}
+# What families need beyond that: where sizes depend on each other, or a default leaves out what published
+# models of the family have (a window, sparse layers).
+OVERRIDES: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blenderbot": {"encoder_layers": 4},
+    "blt": {"num_hidden_layers": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
+    "falcon_h1": {"mamba_d_head": 16},
+    "gemma4": {"text_config": GEMMA4},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_unified_text": GEMMA4,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_offset": 1, "expert_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"head_dim": 32},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "mixtral": {"sliding_window": 10},
+    "musicgen": {"decoder": {"num_codebooks": 1}},
+    "musicgen_melody": {"decoder": {"num_codebooks": 1}},
+    "phi3": {"sliding_window": 10},
+    "qwen2": SOME_WINDOWS,
+    "qwen2_moe": SOME_WINDOWS,
+    "qwen3": SOME_WINDOWS,
+    "qwen3_moe": SOME_WINDOWS,
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        "axial_pos_shape": (16, 32),
+        "axial_pos_embds_dim": (16, 48),
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+    },
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+}
+
+
+def tiny_options(config_class: type, overrides: dict) -> dict:
+    """Keyword arguments that make a config tiny."""
+    defaults = config_class()
+    if dataclasses.is_dataclass(config_class):
+        names = [each.name for each in dataclasses.fields(config_class)]
+    else:  # before transformers 5
+        names = list(inspect.signature(config_class.__init__).parameters)
+    values = {}
+    for name in names:
+        try:
+            values[name] = getattr(defaults, name)
+        except Exception:  # layers differ in it: it is in the config once for all, and once a layer
+            values[name] = vars(defaults).get(name)
+    options: dict = {}
+    for name, value in values.items():
+        if name in ROLES:
+            options[name] = ROLES[name]
+        elif name in TINY and ((value is None and name in OPEN) or (is_number(value) and value > 0)):
+            options[name] = min(TINY[name], TINY[name] if value is None else value)
+    if values.get("kv_lora_rank"):  # keys and values are made for every head, the rotated part for itself
+        options["num_key_value_heads"] = options["num_attention_heads"]
+        if values.get("head_dim") == values.get("qk_rope_head_dim"):
+            options["head_dim"] = options["qk_rope_head_dim"]
+    options |= per_layer({name: value for name, value in values.items() if name not in overrides}, options)
+    parts = {name: getattr(defaults, name, None) for name in getattr(defaults, "sub_configs", None) or {}}
+    parts = {name: part for name, part in parts.items() if isinstance(part, transformers.PretrainedConfig)}
+    for name, part in parts.items():
+        own = overrides.get(name, {})
+        options[name] = {"model_type": part.model_type, **tiny_options(type(part), own)}
+    return options | {name: value for name, value in overrides.items() if name not in parts}
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def per_layer(values: dict, options: dict) -> dict:
+    """Lists with an entry a layer, cut to few layers among which every kind of layer is one."""
+    name = next((name for name in LAYERS if is_number(values.get(name))), None)
+    if name is None:
+        return {}
+    layers = values[name]
+    lists = {
+        each: value
+        for each, value in values.items()
+        if isinstance(value, (list, tuple))
+        and len(value) == layers > 1
+        and list(value) != list(range(layers))
+    }
+    if not lists:
+        return {}
+    kinds = [repr([value[i] for value in lists.values()]) for i in range(layers)]
+    taken = {kinds.index(kind) for kind in kinds} | {layers - 1}
+    for i in range(layers):
+        if len(taken) < options[name]:
+            taken.add(i)
+    cut = {
+        each: [TINY[each] if each in TINY and value[i] else value[i] for i in sorted(taken)]
+        for each, value in lists.items()
+    }
+    return {name: len(taken), **cut}
+
+
+def build(family: str, attention: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config_class = CONFIG_MAPPING[family]
+    config = config_class(**tiny_options(config_class, OVERRIDES.get(family, {})))
+    model_class = AutoModelForCausalLM._model_mapping[config_class]
+    # Of some families it is the model of a part.
+    parts = [getattr(config, name) for name in getattr(config, "sub_configs", None) or {}]
+    config = next((part for part in parts if type(part) is model_class.config_class), config)
+    return model_class._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Logits that are not all alike; sinks, gates and biases that are not all zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+            elif "sink" in name:
+                parameter.normal_()
+            else:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.generation_config = transformers.GenerationConfig(
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=0,
+        eos_token_id=None,
+        num_beams=1,
+        num_return_sequences=1,
+    )
+
+
+def named(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """The same model as `from_pretrained(..., attn_implementation=attention)` makes it."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(model.config)
+    other = type(model)._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    other.load_state_dict(model.state_dict())
+    for mine, theirs in zip(other.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+    other.generation_config = model.generation_config
+    return other
+
+
+def prompts(lengths: tuple[int, ...], pad: int = 0) -> dict[str, Tensor]:
+    longest = max(lengths)
+    ids = torch.randint(ORDINARY.start, ORDINARY.stop, (len(lengths), longest))
+    mask = torch.ones_like(ids)
+    for b, length in enumerate(lengths):
+        ids[b, : longest - length] = pad
+        mask[b, : longest - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Tokens(transformers.LogitsProcessor):
+    """Makes generation take given tokens, a step after the other, or else the likeliest; keeps them."""
+
+    def __init__(self, given: Sequence[Tensor] = ()) -> None:
+        self.given, self.taken = given, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        likeliest = scores[:, ORDINARY.start : ORDINARY.stop].argmax(dim=-1) + ORDINARY.start
+        tokens = self.given[len(self.taken)] if self.given else likeliest
+        self.taken.append(tokens)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+def generate(
+    model: PreTrainedModel, inputs: dict[str, Tensor], options: dict, tokens: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Tokens of every step, and their logits: [steps, batch, vocabulary]."""
+    chooser = Tokens(tokens)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        logits_processor=transformers.LogitsProcessorList([chooser]),
+        **options,
+    )
+    return chooser.taken, torch.stack([step.float() for step in out.logits])
+
+
+@dataclass
+class Seen:
+    """What came by while a model ran."""
+
+    calls: int = 0  # of the attention interface
+    decodes: int = 0  # of them those that went to the op
+    steps: int = 0  # of the calls those with one query token
+    decoded_steps: int = 0
+    options: dict[str, list[str]] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+
+def described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+@contextmanager
+def watched(seen: Seen, *, spoilt: bool = False) -> Iterator[None]:
+    """Adds to `seen`; can spoil what attention gives, to see whether a model's logits depend on it."""
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    attention, decode = functions[integration.NAME], lean_attention.decode
+    op_calls = 0
+
+    def counting(*args, **kwargs):
+        nonlocal op_calls
+        op_calls += 1
+        return decode(*args, **kwargs)
+
+    def recording(module, query, key, value, attention_mask, *args, **kwargs):
+        before = op_calls
+        out, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
+        is_step, went_to_op = query.shape[2] == 1, op_calls > before
+        seen.calls += 1
+        seen.decodes += went_to_op
+        seen.steps += is_step
+        seen.decoded_steps += is_step and went_to_op
+        for name, option in kwargs.items():
+            if option is None or option is False:
+                continue
+            texts = seen.options.setdefault(name, [])
+            if len(texts) < 4 and described(option) not in texts:
+                texts.append(described(option))
+        return (out.flip(-1) if spoilt else out, *rest)
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage().removeprefix("lean_attention: ")
+            if text not in seen.said:
+                seen.said.append(text)
+
+    listener, logger = Listener(), logging.getLogger(lean_attention.__name__)
+    logger.addHandler(listener)
+    lean_attention.decode = counting
+    AttentionInterface.register(integration.NAME, recording)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+        lean_attention.decode = decode
+        AttentionInterface.register(integration.NAME, attention)
+
+
+def few_words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:100]}{'...' if len(text) > 100 else ''}"
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The largest one of two runs' logits, as a share of the largest logit."""
+    known = want.isfinite()
+    if not torch.equal(known, got.isfinite()):
+        return math.inf
+    got, want = got.where(known, 0), want.where(known, 0)
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def first_other_token(got: Tensor, want: Tensor) -> str:
+    others = (got.argmax(-1) != want.argmax(-1)).any(dim=1)
+    return f"token {int(others.int().argmax())}" if others.any() else "the same tokens"
+
+
+def examine(family: str, tell: Callable[[str], None]) -> dict:
+    """One family: {"outcome", "details", "options": {name: descriptions}}."""
+    tell("building")
+    eager = build(family, "eager")
+    randomise(eager)
+    config = eager.config.get_text_config(decoder=True)
+    notes: list[str] = []
+    try:
+        ours = named(eager, integration.NAME)
+    except Exception as error:
+        traceback.print_exc()
+        notes.append(f"not built with that name: {few_words(error)}")
+        ours = copy.deepcopy(eager)
+        ours.set_attn_implementation(integration.NAME)
+    sdpa = None
+    seen = Seen()
+    cells: dict[str, list[tuple[str, str]]] = {}  # by what happened
+    worst = (0.0, "")
+    for cache, kind in itertools.product(CACHES, PROMPTS):
+
+        def run(model, tokens=(), pad=0, cache=cache, kind=kind):
+            torch.manual_seed(1)
+            inputs = prompts(PROMPTS[kind], pad)
+            return generate(model, inputs, CACHES[cache](model, config), tokens)
+
+        def happened(what: str, cell=(cache, kind)) -> None:
+            # Errors that differ in their numbers only are one.
+            same = (known for known in cells if re.sub(r"\d+", "", known) == re.sub(r"\d+", "", what))
+            cells.setdefault(next(same, what), []).append(cell)
+
+        tell(f"eager, {cache}, {kind}")
+        try:
+            tokens, want = run(eager)
+        except Exception as error:
+            traceback.print_exc()
+            happened(f"eager fails: {few_words(error)}")
+            continue
+        if want.isnan().any():
+            happened("eager gives NaN")
+            continue
+        if (off := difference(run(eager, tokens)[1], want)) > TOLERANCE:
+            happened(f"eager differs from itself by {off:.1g}")
+            continue
+        tell(f"{integration.NAME}, {cache}, {kind}")
+        try:
+            with watched(seen):
+                got = run(ours, tokens)[1]
+        except Exception as error:
+            traceback.print_exc()
+            happened(f"fails: {few_words(error)}")
+            continue
+        if (off := difference(got, want)) <= TOLERANCE:
+            happened("same")
+            if len(cells["same"]) == 1 and seen.calls:
+                with watched(Seen(), spoilt=True):
+                    if difference(run(ours, tokens)[1], want) < 10 * TOLERANCE:
+                        notes.append("the logits hardly depend on attention")
+            continue
+        what = "differs"
+        with suppress(Exception):  # not every family has sdpa
+            sdpa = sdpa or named(eager, "sdpa")
+            if difference(got, run(sdpa, tokens)[1]) <= TOLERANCE:
+                what = "as sdpa"
+        with suppress(Exception):
+            if difference(run(eager, tokens, pad=ORDINARY[-1])[1], want) > TOLERANCE:
+                what = "padding leaks"
+        happened(what)
+        if what != "padding leaks":
+            worst = max(worst, (off, f"by {off:.2g}, {first_other_token(got, want)}"))
+    return judged(seen, cells, worst[1], notes)
+
+
+def judged(seen: Seen, cells: dict[str, list[tuple[str, str]]], worst: str, notes: list[str]) -> dict:
+    """The outcome of all cells together: the worst."""
+    fails = [what for what in cells if what.startswith("fails")]
+    if "differs" in cells:
+        outcome = "differs"
+    elif fails:
+        outcome = "fails"
+    elif "as sdpa" in cells:
+        outcome = "as sdpa"
+    elif "padding leaks" in cells:
+        outcome = "padding leaks"
+    elif "same" not in cells:
+        outcome = "not built"
+    elif not seen.calls:
+        outcome = "not reached"
+    elif seen.said:
+        outcome = "falls back"
+    elif seen.decoded_steps < seen.steps:
+        outcome = "silent"
+    else:
+        outcome = "op"
+    details = [worst] if worst else []
+    for what, where in cells.items():
+        places = []
+        for cache in CACHES:
+            kinds = [kind for each, kind in where if each == cache]
+            places += [cache] if len(kinds) == len(PROMPTS) else [f"{cache}, {kind}" for kind in kinds]
+        at = f" ({'; '.join(places)})" if len(cells) > 1 else ""
+        if what != "same" and (what != outcome or at):
+            details.append(what + at)
+    if seen.calls:
+        details.append(f"{seen.decoded_steps} of {seen.steps} steps, {seen.decodes} of {seen.calls} calls")
+    details += [f"said: {text}" for text in seen.said]
+    return {"outcome": outcome, "details": "; ".join(details + notes), "options": seen.options}
+
+
+def child(family: str, connection: Connection, verbose: bool) -> None:
+    """Examines a family and sends what it does, then the result."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not verbose:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    integration.register()
+    with torch.no_grad():
+        try:
+            result = examine(family, connection.send)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"outcome": "not built", "details": few_words(error), "options": {}}
+    connection.send(result)
+    connection.close()
+
+
+@dataclass
+class Running:
+    process: multiprocessing.Process
+    connection: Connection
+    deadline: float
+    stage: str = "starting"
+    result: dict | None = None
+
+
+def sweep(families: Sequence[str], seconds: float, jobs: int, verbose: bool = False) -> dict[str, dict]:
+    """Results by family, each from a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rich.progress", integration.__name__])
+    results: dict[str, dict] = {}
+    left, running = list(families), dict[str, Running]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(left))
+        while left or running:
+            while left and len(running) < jobs:
+                family, (mine, theirs) = left.pop(0), context.Pipe(duplex=False)
+                process = context.Process(target=child, args=(family, theirs, verbose))
+                process.start()
+                theirs.close()
+                running[family] = Running(process, mine, time.monotonic() + seconds)
+            wait([each.connection for each in running.values()], timeout=1.0)
+            for family, each in list(running.items()):
+                ended = False
+                try:
+                    while not ended and each.connection.poll():
+                        news = each.connection.recv()
+                        if isinstance(news, str):
+                            each.stage = news
+                        else:
+                            each.result, ended = news, True
+                except EOFError:
+                    ended = True
+                late = not ended and time.monotonic() > each.deadline
+                if late:
+                    each.process.kill()
+                if ended or late:
+                    each.process.join()
+                    code = each.process.exitcode
+                    end = f"takes over {seconds:g} s" if late else f"ends with exit code {code}"
+                    whose = "fails" if each.stage.startswith(integration.NAME) else "not built"
+                    results[family] = each.result or {
+                        "outcome": whose,
+                        "details": f"{end} ({each.stage})",
+                        "options": {},
+                    }
+                    del running[family]
+                    progress.console.print(f"{family}: {results[family]['outcome']}", highlight=False)
+                    progress.advance(bar)
+                progress.update(bar, description=", ".join(running))
+    return {family: results[family] for family in families}
+
+
+def written(results: dict[str, dict]) -> str:
+    """The results as text."""
+    width = max(map(len, results), default=0)
+    lengths = ", ".join(f"{kind} {lengths}" for kind, lengths in PROMPTS.items())
+    lines = [
+        f"Every causal-LM family of transformers {transformers.__version__}, a tiny random model in float32:",
+        f"greedy generation with {integration.NAME!r} against eager attention, {NEW_TOKENS} tokens.",
+        f"Caches: {', '.join(CACHES)}. Prompts: {lengths}.",
+        f"Logits may differ by {TOLERANCE:g} of the largest.",
+        "",
+        *(f"{outcome:14} {meaning}" for outcome, meaning in OUTCOMES.items()),
+        "",
+        *(f"{family:{width}}  {each['outcome']:14} {each['details']}" for family, each in results.items()),
+        "",
+        "Options passed to the attention function (neither None nor False): by which families, and values",
+        *options_written(results),
+        "",
+        summary(results),
+    ]
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def unknown_options(results: dict[str, dict]) -> list[str]:
+    """Those on no list of the integration, which gives steps with them to the family's eager attention."""
+    known = {"scaling", "dropout"} | KNOWN_OPTIONS | SCORE_OPTIONS | SELECTIONS
+    return sorted({name for each in results.values() for name in each["options"]} - known)
+
+
+def options_written(results: dict[str, dict]) -> Iterator[str]:
+    passed: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
+    for family, each in results.items():
+        for name, texts in each["options"].items():
+            passed.setdefault(name, []).append(family)
+            values.setdefault(name, []).extend(text for text in texts if text not in values.get(name, ()))
+    unknown = unknown_options(results)
+    for name, families in sorted(passed.items(), key=lambda item: (-len(item[1]), item[0])):
+        flag = " (not known)" if name in unknown else ""
+        who = ", ".join(families) if len(families) <= 8 else f"{len(families)} families"
+        what = ", ".join(values[name][:3]) + (", ..." if len(values[name]) > 3 else "")
+        yield f"{name}{flag}: {who}; {what}"
+
+
+def summary(results: dict[str, dict]) -> str:
+    counts = Counter(each["outcome"] for each in results.values())
+    parts = [f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome]]
+    unknown = unknown_options(results)
+    parts += [f"options not known: {', '.join(unknown)}"] if unknown else []
+    versions = [f"{module.__name__} {module.__version__}" for module in (transformers, torch, lean_attention)]
+    return f"{len(results)} families: {', '.join(parts)}; {', '.join(versions)}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transformers_families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", metavar="REGEX", default="", help="families whose whole name matches")
+    parser.add_argument("--seconds-per-family", type=float, default=180.0, metavar="N", help="time limit")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="families at a time")
+    parser.add_argument("--output", type=Path, help=f"where to write the text (all families: {OUTPUT.name})")
+    parser.add_argument("--verbose", action="store_true", help="what the families print, and tracebacks")
+    options = parser.parse_args(arguments)
+    families = [name for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if name in CONFIG_MAPPING]
+    if options.only:
+        families = [name for name in families if re.fullmatch(options.only, name)]
+    if not families:
+        sys.exit(f"no family's name matches {options.only!r}")
+    results = sweep(families, options.seconds_per_family, options.jobs, options.verbose)
+    text = written(results)
+    output = options.output or (None if options.only else OUTPUT)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text)
+    print(text, end="")
+    if any(each["outcome"] in WRONG for each in results.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
