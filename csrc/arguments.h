@@ -4,10 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "params.h"
 
@@ -24,12 +27,21 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
+template <class Numbers>
+std::string list_of(const Numbers& numbers) {
   std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  const char* separator = "[";
+  for (const int64_t number : numbers) {
+    text << separator << number;
+    separator = ", ";
+  }
+  if (numbers.size() == 0) text << separator;
   text << "]";
   return text.str();
+}
+
+inline std::string shape_of(const Tensor& t) {
+  return list_of(t.sizes());
 }
 
 inline std::string device_of(const Tensor& t) {
@@ -75,6 +87,26 @@ struct Argument {
     if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
       fail(op, ": ", name, " has stride ", tensor.stride(last),
            " in its last dimension; it must be contiguous there");
+    }
+  }
+  // Of at most four dimensions, and written: no two elements may be one in memory. Each dimension has to step
+  // over all that the denser ones span, as it does in every view of a tensor but expanded ones and windows.
+  void has_memory_of_its_own() const {
+    if (tensor.numel() == 0) return;
+    std::array<std::pair<int64_t, int64_t>, 4> steps;  // stride and size
+    int count = 0;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      if (tensor.size(dim) > 1) steps[count++] = {tensor.stride(dim), tensor.size(dim)};
+    }
+    std::sort(steps.begin(), steps.begin() + count);
+    int64_t last = 0;  // element, counted from the first
+    for (int i = 0; i < count; ++i) {
+      const auto [stride, size] = steps[i];
+      if (stride <= last) {
+        fail(op, ": ", name, " has shape ", shape_of(tensor), " and strides ", list_of(tensor.strides()),
+             ", by which elements share memory; it is written, so each must have its own");
+      }
+      last += (size - 1) * stride;
     }
   }
 };

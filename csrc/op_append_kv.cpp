@@ -49,6 +49,7 @@ class AppendCall {
       cache.has_size(1, p.block_size, "like k_cache");
       cache.has_size(2, p.num_kv_heads, "the num_kv_heads of k");
       cache.has_contiguous_rows();
+      cache.has_memory_of_its_own();
       cache.is_on_device_of(k_);
     }
     k_cache_arg.has_size(3, p.head_dim, "the head_dim of k");
@@ -81,6 +82,7 @@ class AppendCall {
     p.v_cache = v_cache.mutable_data_ptr();
     p.k = k.const_data_ptr();
     p.v = v.const_data_ptr();
+    check_shared_memory();
     p.k_cache_block_stride = k_cache.stride(0);
     p.k_cache_token_stride = k_cache.stride(1);
     p.k_cache_head_stride = k_cache.stride(2);
@@ -94,6 +96,15 @@ class AppendCall {
   AppendParams p{};
 
  private:
+  // One memory for K and V, as latent attention has it, takes tokens that are one too.
+  void check_shared_memory() const {
+    if (p.k_cache != p.v_cache || p.all_tokens() * p.rows_per_token() == 0) return;
+    if (p.k != p.v) {
+      fail("append_kv: v_cache is k_cache's memory, and v is not k's; keys would be overwritten by values");
+    }
+    if (p.cos) fail("append_kv: v_cache is k_cache's memory; rotary_cos would rotate k, but not v");
+  }
+
   void take_new(const char* layout, const Argument& arg) const {
     if (packed_) {
       arg.has_shape("[total, heads, dim] with cu_seqlens", 3);
@@ -141,6 +152,7 @@ class AppendCall {
     if (!q) return;
     const Argument q_arg{"append_kv", "q", *q};
     take_new("[batch, tokens, num_heads, head_dim]", q_arg);
+    q_arg.has_memory_of_its_own();
     q_arg.has_dtype(k_.tensor.scalar_type(), ", like k");
     const int64_t last = packed_ ? 2 : 3;
     for (int64_t dim = 0; dim <= last; ++dim) {

@@ -425,7 +425,11 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
                               k_scale,     v_scale,      cu_seqlens_q,    tree_mask,     scale,        causal,
                               window_left, window_right, softcap,         num_ctas};
   DecodeCall call(q, k_cache, v_cache, options);
-  run(q, call.with_outputs(out, lse));
+  const DecodeParams& params = call.with_outputs(out, lse);
+  const Argument out_arg{"decode", "out", out}, lse_arg{"decode", "lse", lse};
+  out_arg.has_memory_of_its_own();
+  lse_arg.has_memory_of_its_own();
+  run(q, params);
 }
 
 std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

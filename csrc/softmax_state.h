@@ -29,9 +29,10 @@ struct SoftmaxState {
 };
 
 // Factor that brings sums relative to `from` to the m `to` >= `from`. An empty state weighs
-// nothing, also where both are empty: -inf - -inf would be NaN.
-LEAN_HOST_DEVICE inline float rescale(float from, float to) {
-  return from == kMinusInfinity ? 0.0f : exp2f(from - to);
+// nothing, also where both are empty: -inf - -inf would be NaN. An m of another base than 2 comes with the
+// log2 of its base: brought to units of log2 before the difference is taken, a large one would overflow.
+LEAN_HOST_DEVICE inline float rescale(float from, float to, float log2_base = 1.0f) {
+  return from == kMinusInfinity ? 0.0f : exp2f((from - to) * log2_base);
 }
 
 // The weights with which two states' outputs add up in the merged one: O = a.O * wa + b.O * wb.
@@ -41,9 +42,9 @@ struct Merged {
   float weight_b;
 };
 
-LEAN_HOST_DEVICE inline Merged merge(SoftmaxState a, SoftmaxState b) {
+LEAN_HOST_DEVICE inline Merged merge(SoftmaxState a, SoftmaxState b, float log2_base = 1.0f) {
   const float m = fmaxf(a.m, b.m);
-  const float wa = rescale(a.m, m), wb = rescale(b.m, m);
+  const float wa = rescale(a.m, m, log2_base), wb = rescale(b.m, m, log2_base);
   // A state with m = -inf adds its l unweighted: it is 0, or NaN where every score so far was NaN.
   const float la = a.m == kMinusInfinity ? a.l : a.l * wa;
   const float lb = b.m == kMinusInfinity ? b.l : b.l * wb;
@@ -60,14 +61,20 @@ LEAN_HOST_DEVICE inline float log_sum_exp(SoftmaxState s) {
   return s.l == 0.0f ? kMinusInfinity : (s.m + log2f(s.l)) * kLn2;
 }
 
-// The same to the base whose log2 is given.
+// The log-sum-exp of a state whose m is of the base whose log2 is given, to that base.
 LEAN_HOST_DEVICE inline float log_sum_exp_to(SoftmaxState s, float log2_base) {
-  return s.l == 0.0f ? kMinusInfinity : (s.m + log2f(s.l)) / log2_base;
+  return s.l == 0.0f ? kMinusInfinity : s.m + log2f(s.l) / log2_base;
 }
 
-// The state whose normalised output has this log-sum-exp, to the base whose log2 is given.
-LEAN_HOST_DEVICE inline SoftmaxState from_log_sum_exp(float lse, float log2_base = kLog2e) {
-  return {lse * log2_base, lse == kMinusInfinity ? 0.0f : 1.0f};
+// The state whose normalised output has this log-sum-exp; its m is of the same base.
+LEAN_HOST_DEVICE inline SoftmaxState from_log_sum_exp(float lse) {
+  return {lse, lse == kMinusInfinity ? 0.0f : 1.0f};
+}
+
+// A row's sums together with its sink, a natural logarithm; `state` is in units of log2, the merged one is
+// not.
+LEAN_HOST_DEVICE inline Merged merge_sink(SoftmaxState state, float sink) {
+  return merge({state.m * kLn2, state.l}, from_log_sum_exp(sink), kLog2e);
 }
 
 }  // namespace lean

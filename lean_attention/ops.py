@@ -7,10 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from lean_attention import _autocast
 from lean_attention._core import core
+from lean_attention._types import refuse_wrong_types
 
 _decode = torch.ops.lean_attn.decode.default
 _decode_out = torch.ops.lean_attn.decode_out.default
+_append_kv = torch.ops.lean_attn.append_kv.default
+_merge_states = torch.ops.lean_attn.merge_states.default
 _OPTIONS = ("scale", "causal", "window_left", "window_right", "softcap", "num_ctas")
 _DEFAULTS = (None, True, -1, -1, 0.0, 0)
 # Names of this module are found sooner than those in torch.
@@ -75,8 +79,8 @@ def decode(
             ``[num_kv_heads]``, ``[batch, num_kv_heads]``, or one per row, in the shape of the cache without
             its last dimension; any dimension may be 1. int8 caches must have them.
         cu_seqlens_q: ``[batch + 1]`` int32: sequence ``b`` has query tokens ``cu_seqlens_q[b]`` to
-            ``cu_seqlens_q[b + 1] - 1`` of a packed q. Those from the last entry on belong to no sequence and
-            come out as rows that see nothing.
+            ``cu_seqlens_q[b + 1] - 1`` of a packed q; it begins with 0. Tokens from the last entry on belong
+            to no sequence and come out as rows that see nothing.
         tree_mask: bool, ``[q_len, q_len]``, ``[batch, q_len, q_len]`` or, with ``cu_seqlens_q``,
             ``[total_q, max_q_len]``: which of its sequence's new tokens a query token sees, in place of the
             causal rule. It sees all older ones. Not with ``window_left``, ``alibi_slopes`` or
@@ -91,12 +95,16 @@ def decode(
         num_ctas: lean ranges to cut the work into; 0 lets the backend choose. The result depends on it in
             rounding only, and is bitwise the same for the same inputs and ``num_ctas``.
         out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
-            last dimension; both or neither. Nothing is allocated then but, on a GPU, the workspace.
+            last dimension and no element twice in memory; both or neither. Nothing is allocated then but, on
+            a GPU, the workspace.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
     block, dim]`` likewise, without a copy. ``head_dim`` and ``head_dim_v`` are multiples of 8 up to 512 and
     may differ.
+
+    Under ``torch.autocast`` q and caches that are not quantised are cast to its dtype (to that of ``out``
+    where it is given), the whole caches at every call: keep them in that dtype.
 
     Returns:
         ``(out, lse)``: ``out`` is ``[batch, q_len, num_heads, head_dim_v]`` in q's dtype; ``lse`` is
@@ -108,6 +116,7 @@ def decode(
         ValueError: an argument has the wrong shape, dtype, device, stride or value, or two cannot be
             combined. On a CPU also a length or an index out of range; on CUDA, where the host does not look
             at them, they are brought into range and :func:`check_errors` tells of them.
+        TypeError: an argument is no Tensor, or no number.
         RuntimeError: the result was asked for its gradient; or the GPU cannot run the kernels.
     """
     tensors = (
@@ -126,21 +135,27 @@ def decode(
         tree_mask,
     )
     named = (scale, causal, window_left, window_right, softcap, num_ctas)
-    options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
-    if out is None and lse is None:
-        if options:
-            return _call(_decode, *tensors, **options)
-        # The usual call, with as little code as can be: after a cache was read none of it is in the
-        # processor's caches, and takes ten times as long.
-        if _goes_through_all_layers():
-            return _decode(*tensors)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _decode(*tensors)
-    if out is None or lse is None:
-        missing = "out" if out is None else "lse"
-        raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
-    _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
-    return out, lse
+    try:
+        options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
+        if out is None and lse is None:
+            if options:
+                return _call(_decode, *tensors, **options)
+            # The usual call, with as little code as can be: after a cache was read none of it is in the
+            # processor's caches, and takes ten times as long.
+            if _goes_through_all_layers():
+                return _decode(*tensors)
+            with torch._C._AutoDispatchBelowAutograd():
+                return _decode(*tensors)
+        if out is None or lse is None:
+            missing = "out" if out is None else "lse"
+            raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
+        _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
+        return out, lse
+    except Exception:
+        refuse_wrong_types("decode", _decode, tensors, dict(zip(_OPTIONS, named, strict=True)))
+        if out is not None and lse is not None:
+            refuse_wrong_types("decode", _decode_out, (*tensors[:3], out, lse), {})
+        raise
 
 
 def _goes_through_all_layers() -> bool:
@@ -224,7 +239,8 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e
         outs: partial outputs, each ``[batch, q_len, num_heads, head_dim_v]`` or ``[total_q, num_heads,
             head_dim_v]``.
         lses: their log-sum-exps, each ``[batch, num_heads, q_len]`` or ``[num_heads, total_q]``, float32. A
-            state of ``-inf`` (nothing seen) weighs nothing, whatever its output holds.
+            state of ``-inf`` (nothing seen) weighs nothing, whatever its output holds; NaN and ``+inf`` make
+            their row NaN. All finite ones are right, also near the limits of float32.
         base: of the logarithms in ``lses``, and in the result: 2 for states that come from FlashInfer.
 
     Returns:
@@ -232,11 +248,16 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e
 
     Raises:
         ValueError: no state is given, shapes, dtypes or devices differ, or base is not above 1.
+        TypeError: an argument is no list of Tensors, or no number.
     """
-    if not outs:  # nothing that the dispatcher could choose a backend by
-        raise ValueError("merge_states: outs is empty; there must be at least one state")
-    options = {} if base == math.e else {"base": base}
-    return _call(torch.ops.lean_attn.merge_states.default, outs, lses, **options)
+    try:
+        if not outs:  # nothing that the dispatcher could choose a backend by
+            raise ValueError("merge_states: outs is empty; there must be at least one state")
+        options = {} if base == math.e else {"base": base}
+        return _call(_merge_states, outs, lses, **options)
+    except Exception:
+        refuse_wrong_types("merge_states", _merge_states, (outs, lses), {"base": base})
+        raise
 
 
 @torch.library.register_fake("lean_attn::merge_states")
@@ -262,25 +283,30 @@ def append_kv(
     """Writes new keys and values at the end of each sequence, in place, rotated by their positions if asked.
 
     Args:
-        k_cache, v_cache, block_table, cache_batch_idx: as in :func:`decode`; changed in place.
+        k_cache, v_cache, block_table, cache_batch_idx: as in :func:`decode`; changed in place. No expanded
+            caches, and not one memory for both unless v is also k's memory (latent attention).
         k: ``[batch, tokens, num_kv_heads, head_dim]``, or ``[total, num_kv_heads, head_dim]`` with
             ``cu_seqlens``, in the cache's dtype (a quantised cache takes quantised tokens).
         v: the same, with a last dimension of ``head_dim_v``.
         seq_lens: ``[batch]`` int32, tokens in the cache before: new token ``i`` of sequence ``b`` goes to
             position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new tokens.
         cu_seqlens: ``[batch + 1]`` int32: sequence ``b`` has tokens ``cu_seqlens[b]`` to
-            ``cu_seqlens[b + 1] - 1`` of packed k, v and q.
+            ``cu_seqlens[b + 1] - 1`` of packed k, v and q; it begins with 0.
         q: queries of the new tokens, with any number of heads: rotated in place, by the same positions.
         rotary_cos, rotary_sin: ``[max_position, rotary_dim / 2]``, in k's dtype or float32. The first
             ``rotary_dim`` dims of k (and q) are rotated, the others stay.
         rotary_interleaved: dims 2i and 2i + 1 are a pair (GPT-J), else i and i + rotary_dim / 2 (Llama).
 
+    Under ``torch.autocast`` k and v, and q there and back, are cast to the dtype of the caches, which stay.
+
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or stride; on a CPU also a token that
             would go outside the cache, before anything is written (on CUDA it is not written, and
-            :func:`check_errors` tells of it).
+            :func:`check_errors` tells of it), and two tokens that would go to one place of it (on CUDA nobody
+            looks, and which of them stays is not defined).
+        TypeError: an argument is no Tensor.
     """
-    torch.ops.lean_attn.append_kv.default(
+    tensors = (
         k_cache,
         v_cache,
         k,
@@ -292,8 +318,12 @@ def append_kv(
         q,
         rotary_cos,
         rotary_sin,
-        rotary_interleaved=rotary_interleaved,
     )
+    try:
+        _append_kv(*tensors, rotary_interleaved=rotary_interleaved)
+    except Exception:
+        refuse_wrong_types("append_kv", _append_kv, tensors, {})
+        raise
 
 
 @torch.library.register_fake("lean_attn::append_kv")
@@ -344,3 +374,5 @@ _no_gradient("decode")
 _no_gradient("decode_fixed_split")
 _no_gradient("read_caches")
 _no_gradient("merge_states")
+
+_autocast.register()

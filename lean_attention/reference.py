@@ -169,10 +169,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def merge_states(
     outs: list[Tensor], lses: list[Tensor], *, base: float = 2.718281828459045
 ) -> tuple[Tensor, Tensor]:
-    """What `lean_attention.merge_states` computes, in float64."""
+    """What `lean_attention.merge_states` computes, in float64. One lse of NaN or +inf makes its row NaN."""
     out = torch.stack(outs).double()  # state, batch, token, head, dim
     to_natural = torch.log(torch.tensor(base, dtype=torch.float64))
     lse = torch.stack(lses).double() * to_natural  # state, batch, head, token
-    merged = torch.logsumexp(lse, dim=0)
-    weights = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - merged)).transpose(-1, -2)[..., None]
-    return torch.where(weights == 0, 0.0, weights * out).sum(dim=0), merged / to_natural
+    m = lse.amax(dim=0)
+    weights = torch.exp(lse - m.masked_fill(m == -torch.inf, 0.0))
+    l = weights.sum(dim=0)  # noqa: E741  (the paper's name)
+    shares = (weights / l.masked_fill(l == 0, 1.0)).transpose(-1, -2)[..., None]
+    return torch.where(shares == 0, 0.0, shares * out).sum(dim=0), (m + torch.log(l)) / to_natural

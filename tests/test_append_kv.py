@@ -156,6 +156,130 @@ def test_writes_outside_the_cache_are_refused(append, name: str, at, value: int,
         assert changed == (4 if value != 24 else 5)
 
 
+# cu_seqlens, what the CPU says, what check_errors says.
+BAD_COUNTS = [
+    ((2, 3, 6, 9), r"cu_seqlens\[0\] is 2; it must be 0", "cu_seqlens began with 2; it must begin with 0"),
+    ((-1, 3, 6, 9), r"cu_seqlens\[0\] is -1; it must be 0", "cu_seqlens began with -1; it must begin with 0"),
+    (
+        (0, 6, 3, 9),
+        r"cu_seqlens\[2\] is 3; it must be from 6, the",
+        "cu_seqlens of sequence 1 ended at 3, which",
+    ),
+    (
+        (0, 3, 6, 10),
+        r"cu_seqlens\[3\] is 10; .* to 9, the tokens",
+        "cu_seqlens of sequence 2 ended at 10, which",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counts", "at_once", "later"), BAD_COUNTS)
+def test_wrong_counts_are_told_of(append, counts: tuple[int, ...], at_once: str, later: str) -> None:
+    arguments = make_arguments(F32, False, 3, "")
+    for name in ("k", "v"):
+        arguments[name] = arguments[name].flatten(0, 1)
+    arguments["cu_seqlens"] = torch.tensor(counts, dtype=torch.int32)
+    if append is lean_attention.append_kv:
+        caches = {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
+        with pytest.raises(ValueError, match=f"append_kv: {at_once}"):
+            append(**arguments)
+        for cache, before in caches.items():
+            assert torch.equal(arguments[cache], before), "something was written"
+        return
+    append(**arguments)
+    if append is torch.ops.lean_attn_emulated.append_kv:
+        assert f"append_kv: {later}" in load().take_error()
+        assert load().take_error() == ""
+    else:
+        with pytest.raises(ValueError, match=f"append_kv: {later}"):
+            lean_attention.check_errors()
+
+
+def one_place_twice() -> list[tuple[dict, str]]:
+    table = torch.arange(15, dtype=torch.int32).view(3, 5)
+    met, within = table.clone(), table.clone()
+    met[2, 1] = table[0, 2]  # tokens 10 to 14 of sequence 0, 5 to 9 of sequence 2
+    within[1, 1] = table[1, 0]
+    lens = torch.tensor([12, 3, 7], dtype=torch.int32)
+    slots = torch.tensor([1, 3, 1], dtype=torch.int32)
+    return [
+        (
+            {"block_table": met, "seq_lens": lens},
+            r"block_table\[2, 1\] is 2, as is block_table\[0, 2\], and a new .* go to slot 2",
+        ),
+        (
+            {"block_table": within, "seq_lens": torch.tensor([12, 0, 7], dtype=torch.int32), "tokens": 6},
+            r"block_table\[1, 1\] is 5, as is block_table\[1, 0\], and a new .* go to slot 0",
+        ),
+        (
+            {"cache_batch_idx": slots, "seq_lens": torch.tensor([6, 0, 7], dtype=torch.int32)},
+            r"cache_batch_idx\[2\] is 1, as is cache_batch_idx\[0\], and a new .* go to slot 7",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("changes", "message"), one_place_twice())
+def test_one_place_for_two_tokens_is_refused(changes: dict, message: str) -> None:
+    tokens = changes.pop("tokens", 2)
+    arguments = {**make_arguments(F32, "block_table" in changes, tokens, ""), **changes}
+    caches = {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=f"append_kv: {message} there; each must have a place of its own"):
+        lean_attention.append_kv(**arguments)
+    for cache, before in caches.items():
+        assert torch.equal(arguments[cache], before), "something was written"
+
+
+def test_blocks_may_be_shared_where_nothing_is_written(append) -> None:
+    arguments = make_arguments(F32, True, 2, "")
+    arguments["block_table"][2, 0] = arguments["block_table"][0, 0]  # a common prefix
+    arguments["block_table"][1, 1:] = arguments["block_table"][0, 1]
+    check(append, arguments, 1e-6)
+
+
+def test_one_slot_for_two_sequences_at_other_positions(append) -> None:
+    arguments = make_arguments(F32, False, 4, "")
+    arguments["cache_batch_idx"] = torch.tensor([1, 1, 1], dtype=torch.int32)
+    arguments["seq_lens"] = torch.tensor([8, 4, 12], dtype=torch.int32)
+    check(append, arguments, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "q"])
+@pytest.mark.parametrize("shape", ["expanded", "windows"])
+def test_memory_that_overlaps_itself_is_refused(append, name: str, shape: str) -> None:
+    arguments = make_arguments(F32, False, 1, "half")
+    tensor = arguments[name]
+    if shape == "expanded":
+        arguments[name] = tensor[:1].expand_as(tensor)
+    else:
+        token = tensor.shape[2] * tensor.shape[3]
+        arguments[name] = tensor.flatten()[: 100 * token].as_strided(
+            tensor.shape, (token, token, tensor.shape[3], 1) if tensor.shape[1] > 1 else (7, 7, 7, 1)
+        )
+    with pytest.raises(ValueError, match=rf"append_kv: {name} has shape .* strides .* elements share memory"):
+        append(**arguments)
+
+
+def test_one_memory_for_keys_and_values(append) -> None:
+    arguments = make_arguments(F32, False, 2, "", dims=(64, 64))
+    arguments["v_cache"] = arguments["k_cache"]
+    with pytest.raises(ValueError, match="append_kv: v_cache is k_cache's memory, and v is not k's"):
+        append(**arguments)
+    # Latent attention: values are the first dims of keys.
+    arguments["v_cache"], arguments["v"] = arguments["k_cache"][..., :40], arguments["k"][..., :40]
+    check(append, arguments, 1e-6)
+    tables = {"rotary_cos": torch.ones(30, 8), "rotary_sin": torch.zeros(30, 8)}
+    with pytest.raises(ValueError, match="append_kv: v_cache is k_cache's memory; rotary_cos would rotate k"):
+        append(**arguments, **tables)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["pool", "pages"])
+def test_keys_and_values_in_one_pool(append, paged: bool) -> None:
+    arguments = make_arguments(F32, paged, 2, "", dims=(64, 64))
+    pool = torch.stack([arguments["k_cache"], arguments["v_cache"]], dim=1 if paged else 2)
+    arguments["k_cache"], arguments["v_cache"] = pool.unbind(1 if paged else 2)
+    check(append, arguments, 1e-6)
+
+
 PACKED = {"k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 40)}
 BAD = [
     ({"k": torch.randn(3, 1, 2, 64).half()}, "v is Float; it must be Half, like k"),

@@ -172,6 +172,28 @@ def test_packed_queries_of_no_sequence(backend: str, num_ctas: int, batch: int, 
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("first", [2, -1])
+def test_packed_queries_before_the_first_sequence(first: int, decode: Decode) -> None:
+    """They come out as rows that see nothing, not as what memory held, and are told of."""
+    cache = torch.randn(2, 40, 2, 64).to(BF16)
+    arguments = {
+        "q": torch.randn(5, 4, 64).to(BF16),
+        "k_cache": cache,
+        "v_cache": cache,
+        "seq_lens": torch.tensor([17, 3], dtype=torch.int32),
+    }
+    take_error(decode)
+    out, lse = decode(**arguments, cu_seqlens_q=torch.tensor([first, 3, 4], dtype=torch.int32))
+    assert f"decode: cu_seqlens_q began with {first}; it must begin with 0" in take_error(decode)
+    before = max(first, 0)
+    assert (out[:before] == 0).all() and (lse[:, :before] == -torch.inf).all()
+    assert (out[4:] == 0).all() and (lse[:, 4:] == -torch.inf).all()
+    arguments["q"] = arguments["q"][before:]
+    ends = torch.tensor([0, 3 - before, 4 - before], dtype=torch.int32)
+    want, want_lse = decode(**arguments, cu_seqlens_q=ends)
+    assert torch.equal(out[before:], want) and torch.equal(lse[:, before:], want_lse)
+
+
 def test_whole_cache_without_lengths(decode: Decode) -> None:
     case = Case(BF16, lens=(333, 333), heads=8, kv_heads=2)
     inputs = make_inputs(case)

@@ -99,6 +99,7 @@ BAD = [
     ({"tree_mask": TREE.expand(2, 2)}, r"tree_mask has shape \[2, 2\]; its dimension 0 must be 1"),
     ({"cu_seqlens_q": I32(0, 1, 2)}, r"q has shape \[2, 1, 8, 64\]; it must have 3 dimensions, \[total_q"),
     ({**PACKED, "cu_seqlens_q": I32(1, 2, 3)}, r"cu_seqlens_q\[0\] is 1; it must be 0"),
+    ({**PACKED, "cu_seqlens_q": I32(-1, 2, 3)}, r"cu_seqlens_q\[0\] is -1; it must be 0"),
     ({**PACKED, "cu_seqlens_q": I32(0, 2, 1)}, r"cu_seqlens_q\[2\] is 1; it must be from 2"),
     ({**PACKED, "cu_seqlens_q": I32(0, 2, 4)}, r"cu_seqlens_q\[2\] is 4; .* to 3, the tokens of q"),
     ({**PACKED, "cu_seqlens_q": torch.empty(0, dtype=torch.int32)}, "cu_seqlens_q is empty"),

@@ -64,6 +64,11 @@ def test_compiles() -> None:
         ({"out": torch.empty(2, 6, 64).bfloat16()}, r"out has shape .* it must have 4 dimensions"),
         ({"lse": torch.empty(3, 2, 6)}, r"lse has shape .* dimension 1 must be 6, the num_heads"),
         ({"lse": torch.empty(3, 6, 2).double()}, "lse is Double; it must be Float"),
+        (
+            {"out": torch.empty(3, 2, 1, 64).bfloat16().expand(3, 2, 6, 64)},
+            "out has .* elements share memory",
+        ),
+        ({"lse": torch.empty(6, 2).expand(3, 6, 2)}, "lse has .* elements share memory"),
         ({"out": torch.empty(3, 2, 6, 128).bfloat16()[..., ::2]}, "out has stride 2 in its last dimension"),
     ],
 )

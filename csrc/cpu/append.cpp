@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "cpu/decode.h"
 #include "cpu/parallel.h"
@@ -24,7 +27,6 @@ template <class... Parts>
 }
 
 void check_token(const AppendParams& p, const NewToken& t) {
-  if (t.sequence < 0) return;
   const int64_t length = p.seq_lens[t.sequence];
   if (length < 0) fail("seq_lens[", t.sequence, "] is ", length, "; it must be at least 0");
   if (t.position >= p.capacity()) {
@@ -49,14 +51,68 @@ void check_token(const AppendParams& p, const NewToken& t) {
 
 void check_counts(const AppendParams& p) {
   if (!p.cu_seqlens) return;
+  if (p.cu_seqlens[0] != 0) fail("cu_seqlens[0] is ", p.cu_seqlens[0], "; it must be 0");
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
-    if (begin < 0 || end < begin || end > p.tokens) {
+    if (end < begin || end > p.tokens) {
       fail("cu_seqlens[", b + 1, "] is ", end, "; it must be from ", begin, ", the entry before, to ",
            p.tokens, ", the tokens of k");
     }
   }
 }
+
+// Refuses two new tokens for one slot. Tokens of neighbouring slots are compared as one run: there are few.
+class Destinations {
+ public:
+  explicit Destinations(const AppendParams& p) : p_(p) {}
+
+  void add(const NewToken& t) {
+    if (!p_.block_table && !p_.cache_batch_idx) return;  // every sequence has a slot of its own
+    const int64_t place = place_of(t);
+    if (!runs_.empty() && runs_.back().end == place) {
+      ++runs_.back().end;
+    } else {
+      runs_.push_back({place, place + 1});
+    }
+  }
+
+  void check() {
+    const auto earlier = [](const TokenSpan& a, const TokenSpan& b) { return a.begin < b.begin; };
+    const auto overlap = [](const TokenSpan& a, const TokenSpan& b) { return b.begin < a.end; };
+    std::sort(runs_.begin(), runs_.end(), earlier);
+    if (std::adjacent_find(runs_.begin(), runs_.end(), overlap) != runs_.end()) complain();
+  }
+
+ private:
+  // Slots are numbered through all blocks.
+  int64_t place_of(const NewToken& t) const { return t.block * p_.block_size + t.slot; }
+
+  [[noreturn]] void complain() const {
+    std::unordered_map<int64_t, NewToken> taken;
+    for (int64_t token = 0;; ++token) {
+      const NewToken t = new_token(p_, token);
+      if (t.sequence < 0) continue;
+      const auto [other, is_new] = taken.try_emplace(place_of(t), t);
+      if (is_new) continue;
+      fail(name_of(t), " is ", t.block, ", as is ", name_of(other->second),
+           ", and a new token of each would go to slot ", t.slot,
+           " there; each must have a place of its own");
+    }
+  }
+
+  std::string name_of(const NewToken& t) const {
+    std::ostringstream text;
+    if (p_.block_table) {
+      text << "block_table[" << t.sequence << ", " << t.position / p_.block_size << "]";
+    } else {
+      text << "cache_batch_idx[" << t.sequence << "]";
+    }
+    return text.str();
+  }
+
+  const AppendParams& p_;
+  std::vector<TokenSpan> runs_;
+};
 
 struct Numbers {
   template <class T>
@@ -86,7 +142,14 @@ void append_all(const AppendParams& p) {
 
 void append_kv(const AppendParams& p) {
   check_counts(p);
-  for (int64_t token = 0; token < p.all_tokens(); ++token) check_token(p, new_token(p, token));
+  Destinations destinations(p);
+  for (int64_t token = 0; token < p.all_tokens(); ++token) {
+    const NewToken t = new_token(p, token);
+    if (t.sequence < 0) continue;
+    check_token(p, t);
+    destinations.add(t);
+  }
+  destinations.check();
   switch (p.dtype) {
     case DType::float32:
       return append_all<float>(p);

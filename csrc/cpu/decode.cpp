@@ -427,12 +427,15 @@ class Decode {
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(segment, work.kv_head, row);
       const int64_t token = first_query + query.token;
-      Merged merged{{t.m[row], t.l[row]}, 1.0f, 0.0f};
-      if (p_.sinks != nullptr) merged = merge(merged.state, from_log_sum_exp(p_.sinks[query.head]));
-      routine_.write_output(t, row, normaliser(merged.state.l) * merged.weight_a * value_scale,
-                            out_row(segment.sequence, token, query.head));
-      p_.lse[segment.sequence * p_.lse_batch_stride + query.head * p_.lse_head_stride + token] =
-          log_sum_exp(merged.state);
+      const SoftmaxState state{t.m[row], t.l[row]};
+      float factor = normaliser(state.l), lse = log_sum_exp(state);
+      if (p_.sinks != nullptr) {
+        const Merged merged = merge_sink(state, p_.sinks[query.head]);
+        factor = normaliser(merged.state.l) * merged.weight_a;
+        lse = log_sum_exp_to(merged.state, kLog2e);
+      }
+      routine_.write_output(t, row, factor * value_scale, out_row(segment.sequence, token, query.head));
+      p_.lse[segment.sequence * p_.lse_batch_stride + query.head * p_.lse_head_stride + token] = lse;
     }
   }
 

@@ -16,9 +16,9 @@ void merge_row(const MergeParams& p, int64_t row, int64_t lse_index, std::vector
   SoftmaxState state;
   sum.assign(p.head_dim_v, 0.0f);
   for (int64_t i = 0; i < p.num_states; ++i) {
-    const SoftmaxState next = from_log_sum_exp(p.lses[i][lse_index], p.log2_base);
+    const SoftmaxState next = from_log_sum_exp(p.lses[i][lse_index]);
     if (next.l == 0.0f) continue;  // whatever is in the output of an empty state
-    const Merged merged = merge(state, next);
+    const Merged merged = merge(state, next, p.log2_base);
     state = merged.state;
     const T* out = static_cast<const T*>(p.outs[i]) + row * p.head_dim_v;
     for (int64_t d = 0; d < p.head_dim_v; ++d) {

@@ -17,11 +17,23 @@ struct AppendArguments {
   ErrorRecord* errors;
 };
 
+// By the threads of one CTA.
+LEAN_DEVICE void check_counts(const AppendParams& p, ErrorRecord* errors) {
+  if (hw::thread_index() == 0 && p.cu_seqlens[0] != 0) {
+    report(errors, Culprit::append_first_cu_seqlens, 0, 0, 0, p.cu_seqlens[0]);
+  }
+  for (int64_t b = hw::thread_index(); b < p.batch; b += kAppendThreads) {
+    const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
+    if (end < begin || end > p.tokens) report(errors, Culprit::append_cu_seqlens, b, 0, 0, end);
+  }
+}
+
 template <class T>
 LEAN_KERNEL(kAppendThreads, 1)
 append_kernel(LEAN_KERNEL_PARAMETER AppendArguments arguments) {
   const AppendParams& p = arguments.p;
   const int64_t rows = p.rows_per_token();
+  if (p.cu_seqlens && hw::cta_index() == 0) check_counts(p, arguments.errors);
   for (int64_t i = hw::cta_index(); i < p.all_tokens() * rows; i += hw::num_ctas()) {
     const NewToken t = new_token(p, i / rows);
     if (t.sequence < 0) continue;

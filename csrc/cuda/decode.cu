@@ -164,6 +164,16 @@ std::string take_error(int device) {
       message << "decode: cu_seqlens_q of sequence " << record.sequence << " ended at " << record.value
               << ", which is before its beginning, past the tokens of q or past the columns of tree_mask";
       break;
+    case Culprit::first_cu_seqlens_q:
+      message << "decode: cu_seqlens_q began with " << record.value << "; it must begin with 0";
+      break;
+    case Culprit::append_cu_seqlens:
+      message << "append_kv: cu_seqlens of sequence " << record.sequence << " ended at " << record.value
+              << ", which is before its beginning or past the tokens of k";
+      break;
+    case Culprit::append_first_cu_seqlens:
+      message << "append_kv: cu_seqlens began with " << record.value << "; it must begin with 0";
+      break;
     case Culprit::append:
       message << "append_kv: a new token of sequence " << record.sequence << " would have gone to position "
               << record.value << ", outside the cache or the rotary tables";

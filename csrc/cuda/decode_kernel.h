@@ -158,8 +158,9 @@ class DecodeCta {
 
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
   LEAN_DEVICE void write_padding() const {
-    for (int64_t token = p_.first_query(p_.batch) + shared().ticket; token < p_.query_tokens;
-         token += hw::num_ctas()) {
+    const int64_t before = p_.first_query(0), end = p_.first_query(p_.batch);
+    for (int64_t n = shared().ticket; n < before + p_.query_tokens - end; n += hw::num_ctas()) {
+      const int64_t token = n < before ? n : end + n - before;
       for (int64_t i = thread_; i < p_.num_heads * p_.head_dim_v; i += kThreads) {
         out_row(0, token, i / p_.head_dim_v)[i % p_.head_dim_v] = 0;
       }
@@ -697,16 +698,18 @@ class DecodeCta {
             merge(merged, {hw::load_shared_between_ctas(m), hw::load_shared_between_ctas(m + Config::rows)})
                 .state;
       }
-      if (p_.sinks) {
-        const int64_t head = segment.kv_head * p_.group() + query_head(thread_);
-        merged = merge(merged, from_log_sum_exp(p_.sinks[head])).state;
-      }
       for (int w = 0; w < kWarps; ++w) shared().m[w][thread_] *= rescale(own.m, merged.m);
       shared().merged_m[thread_] = merged.m;
-      shared().l[0][thread_] = merged.l;
-      p_.lse[segment.sequence * p_.lse_batch_stride +
-             (segment.kv_head * p_.group() + query_head(thread_)) * p_.lse_head_stride + first_query +
-             query_token(thread_)] = log_sum_exp(merged);
+      const int64_t head = segment.kv_head * p_.group() + query_head(thread_);
+      float factor = normaliser(merged.l), lse = log_sum_exp(merged);
+      if (p_.sinks) {
+        const Merged with_sink = merge_sink(merged, p_.sinks[head]);
+        factor = normaliser(with_sink.state.l) * with_sink.weight_a;
+        lse = log_sum_exp_to(with_sink.state, kLog2e);
+      }
+      shared().l[0][thread_] = factor;
+      p_.lse[segment.sequence * p_.lse_batch_stride + head * p_.lse_head_stride + first_query +
+             query_token(thread_)] = lse;
     }
     hw::sync_block();
     for (int i = thread_; i < shared().rows * kQuads; i += kThreads) {
@@ -722,7 +725,7 @@ class DecodeCta {
             hw::load_shared_between_ctas(
                 reinterpret_cast<const hw::Float4*>(partial + row * Config::head_dim_v + column)));
       }
-      const float factor = normaliser(shared().l[0][row]);
+      const float factor = shared().l[0][row];
       auto* out = reinterpret_cast<uint32_t*>(out_row(segment.sequence, first_query + query_token(row),
                                                       segment.kv_head * p_.group() + query_head(row)) +
                                               column);

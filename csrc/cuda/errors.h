@@ -12,8 +12,11 @@ enum class Culprit : int64_t {
   cache_leftpad,
   cache_batch_idx,
   cu_seqlens_q,
+  first_cu_seqlens_q,
   block_table,
-  append
+  append,
+  append_cu_seqlens,
+  append_first_cu_seqlens
 };
 
 // One per device; zero when there is nothing to tell.
@@ -40,6 +43,9 @@ LEAN_DEVICE void report(ErrorRecord* record, Culprit culprit, int64_t sequence, 
 // Reports lengths, paddings and counts that DecodeParams brings into range; sequences `first`, `first +
 // step`...
 LEAN_DEVICE void check_values(const DecodeParams& p, ErrorRecord* record, int64_t first, int64_t step) {
+  if (first == 0 && p.cu_seqlens_q && p.cu_seqlens_q[0] != 0) {
+    report(record, Culprit::first_cu_seqlens_q, 0, 0, 0, p.cu_seqlens_q[0]);
+  }
   for (int64_t b = first; b < p.batch; b += step) {
     for (int64_t head = 0; head < (p.lengths_per_head ? p.num_kv_heads : 1); ++head) {
       const int64_t tokens = p.given_tokens(b, head);
@@ -50,7 +56,7 @@ LEAN_DEVICE void check_values(const DecodeParams& p, ErrorRecord* record, int64_
     if (p.cu_seqlens_q) {
       const int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
       const bool fits = !p.tree_mask || end - begin <= p.tree_columns;
-      if (begin < 0 || end < begin || end > p.query_tokens || !fits) {
+      if (end < begin || end > p.query_tokens || !fits) {
         report(record, Culprit::cu_seqlens_q, b, 0, 0, end);
       }
     }

@@ -29,9 +29,9 @@ merge_kernel(LEAN_KERNEL_PARAMETER MergeArguments arguments) {
       SoftmaxState state;
       float sum = 0.0f;
       for (int64_t i = 0; i < p.num_states; ++i) {
-        const SoftmaxState next = from_log_sum_exp(arguments.lses[i][lse_index], p.log2_base);
+        const SoftmaxState next = from_log_sum_exp(arguments.lses[i][lse_index]);
         if (next.l == 0.0f) continue;  // whatever is in the output of an empty state
-        const Merged merged = merge(state, next);
+        const Merged merged = merge(state, next, p.log2_base);
         const float out =
             hw::Numbers::to_float(static_cast<const T*>(arguments.outs[i])[row * p.head_dim_v + d]);
         sum = sum * merged.weight_a + out * merged.weight_b;

@@ -23,7 +23,7 @@ struct SharedState {
   int new_tokens;                       // where the sequence's query tokens begin, likewise
   const bool* tree_rows[Config::rows];  // of the tree mask, to be indexed by such tokens
   float m[kWarps][Config::rows];        // of the warps; then the weight of their outputs
-  float l[kWarps][Config::rows];
+  float l[kWarps][Config::rows];        // of the warps; in l[0] then the merged one, or the output's factor
   float merged_m[Config::rows];
 };
 

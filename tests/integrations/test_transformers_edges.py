@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lean_attention.integrations.transformers import NAME, register
+from lean_attention.integrations.transformers import NAME, attention, prefill, register
 from tests.integrations.tiny_models import CACHE, count_decodes, generate, left_padded, make_model, use
 
 
@@ -93,18 +93,52 @@ def test_an_unknown_option_of_a_module_without_eager_attention_is_an_error() -> 
 # 2. The prefill implementation.
 
 
-@pytest.mark.parametrize("prefill", ["flex_attention", "eager", "sdpa"])
+@pytest.mark.parametrize("prefill", ["flex_attention", "eager", "sdpa", "auto"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 9)])
 @torch.no_grad()
-def test_every_prefill_gives_eagers_results(prefill: str, kind: str, lengths: tuple[int, ...]) -> None:
+def test_every_prefill_gives_eagers_results(
+    prefill: str, kind: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     register(prefill=prefill)
+    monkeypatch.setattr(attention, "op_is_faster", lambda *_: True)
     assert_as_eager(make_model(kind), left_padded(lengths))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@torch.no_grad()
+def test_prompts_go_where_they_are_faster(
+    faster: bool, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    register(prefill="auto")
+    monkeypatch.setattr(attention, "op_is_faster", lambda *_: faster)
+    calls = count_decodes(monkeypatch)
+    model = make_model("llama")
+    for inputs in (left_padded((40, 40)), left_padded((40, 9))):
+        seen = inputs["attention_mask"].bool()
+        want, got = logits_of(model, "eager", **inputs), logits_of(model, NAME, **inputs)
+        torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)
+    assert bool(calls) == faster
+    calls.clear()
+    inputs = right_padded((40, 9))  # which the op cannot say
+    want = logits_of(model, "eager", **inputs)
+    torch.testing.assert_close(logits_of(model, NAME, **inputs), want, rtol=1e-4, atol=1e-4)
+    assert not calls and not said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_faster_of_two_is_measured(dtype: torch.dtype) -> None:
+    q, k = torch.randn(1, 4, 64, 16, dtype=dtype), torch.randn(1, 2, 64, 16, dtype=dtype)
+    assert prefill.op_is_faster(q, k, k) in (True, False)
+    op, sdpa = prefill._times(dtype, 2, 16, 16, torch.get_num_threads())
+    for line in (op, sdpa):
+        assert 0 <= line(100) <= line(10**6) <= line(10**9)
+    assert not prefill.op_is_faster(q, k.float(), k.half())
 
 
 def test_a_prefill_that_cannot_work_is_refused() -> None:
     for name in ("flash_attention_2", "paged|eager", NAME, "fast"):
-        with pytest.raises(ValueError, match=r"must be one of eager, flex_attention, sdpa"):
+        with pytest.raises(ValueError, match=r"must be one of auto, eager, flex_attention, sdpa"):
             register(prefill=name)
 
 
@@ -222,10 +256,10 @@ def test_gradients_are_those_of_eager(kind: str, training: bool) -> None:
     model = make_model(kind).train(training)
     inputs = seq2seq_inputs(kind, right_padded((20, 11)))
     gradients = []
-    for attention in ("eager", NAME):
+    for name in ("eager", NAME):
         model.zero_grad()
         torch.manual_seed(0)
-        logits_of(model, attention, **inputs).square().mean().backward()
+        logits_of(model, name, **inputs).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

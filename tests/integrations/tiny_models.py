@@ -74,6 +74,7 @@ OTHERS = {
         "num_experts_per_tok": 2,
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "t5gemma": {"encoder": GEMMA2, "decoder": GEMMA2},
 }
 CLASSES = {

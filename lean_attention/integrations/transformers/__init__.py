@@ -24,17 +24,22 @@ except ImportError as error:  # no transformers, or one from before 5.19
         "(pip install 'transformers>=5.19')"
     ) from error
 
+from lean_attention.integrations.transformers.accelerate import CACHE_PARAMETER, accelerate
 from lean_attention.integrations.transformers.attention import MAX_QUERY_TOKENS, NAME, register
+from lean_attention.integrations.transformers.cache import LeanCache
 from lean_attention.integrations.transformers.continuous_batching import PAGED_NAME
 from lean_attention.integrations.transformers.masks import Visible, visible_tokens
 from lean_attention.integrations.transformers.options import KNOWN_OPTIONS
 
 __all__ = [
+    "CACHE_PARAMETER",
     "KNOWN_OPTIONS",
     "MAX_QUERY_TOKENS",
     "NAME",
     "PAGED_NAME",
+    "LeanCache",
     "Visible",
+    "accelerate",
     "register",
     "visible_tokens",
 ]

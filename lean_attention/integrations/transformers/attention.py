@@ -23,9 +23,11 @@ import lean_attention
 from lean_attention.integrations.transformers import continuous_batching
 from lean_attention.integrations.transformers.masks import block_mask, float_mask, visible_in_pass
 from lean_attention.integrations.transformers.options import special_options, why_not
+from lean_attention.integrations.transformers.prefill import op_is_faster
 from lean_attention.integrations.transformers.sparse import SELECTIONS, with_selection
 
 NAME = "lean_attention"
+AUTO = "auto"
 
 # Query tokens from which on a step counts as prefill: there it is products that take the time, not the cache.
 MAX_QUERY_TOKENS = 32
@@ -49,21 +51,24 @@ def register(prefill: str | None = None) -> None:
     where they lie, which transformers' own gathers first.
 
     Args:
-        prefill: the attention implementation for steps of many query tokens: ``"sdpa"``, ``"eager"``,
-            ``"flex_attention"``, or one of your own that transformers gives the masks of these. ``None``
-            keeps what an earlier call chose, at first ``"sdpa"``. Soft-capped scores and attention sinks,
-            which transformers' "sdpa" does not have, stay with this package for steps of any length.
+        prefill: who takes steps of many query tokens. ``"auto"``: on a CPU this package or ``"sdpa"``,
+            whichever a short measurement finds faster; on a GPU ``"sdpa"``. Or an implementation:
+            ``"sdpa"``, ``"eager"``, ``"flex_attention"``, or one of your own that transformers gives the
+            masks of these. ``None`` keeps what an earlier call chose, at first ``"auto"``. Soft-capped
+            scores and attention sinks, which transformers' "sdpa" does not have, stay with this package for
+            steps of any length.
 
     Raises:
         ValueError: transformers knows no implementation of that name, or its masks are of another kind.
     """
-    global _prefill
+    global _prefill, _prefill_is_measured
     if prefill is not None:
-        chosen = _implementation(prefill)
+        chosen = _implementation("sdpa" if prefill == AUTO else prefill)
         if chosen is None:
-            names = sorted(n for n in {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} if _implementation(n))
+            known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+            names = [AUTO, *sorted(name for name in known if _implementation(name))]
             raise ValueError(f"register: prefill is {prefill!r}; it must be one of {', '.join(names)}")
-        _prefill = chosen
+        _prefill, _prefill_is_measured = chosen, prefill == AUTO
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     continuous_batching.register()
@@ -89,6 +94,7 @@ _MASK_CONVERSIONS: dict[Callable | None, Callable] = {
 }
 _EAGER = _implementation("eager")
 _prefill = _implementation("sdpa")
+_prefill_is_measured = True
 
 
 def attention(
@@ -117,15 +123,17 @@ def attention(
     reason = reason or _why_not_mask(attention_mask, query, key)
     if reason is None and hidden_mask and special:
         reason = "a compiled prefill, of which the mask is not known"
+    mine = few or bool(special)  # not left to the prefill implementation, unless there is a reason
+    takes = reason is None and (mine or (_prefill_is_measured and op_is_faster(query, key, value)))
     visible = None
-    if reason is None and attention_mask is not None and (few or special):
+    if takes and attention_mask is not None:
         window = options.get("sliding_window")
         visible = visible_in_pass(module, attention_mask, (batch, q_len, tokens), window, causal)
         if visible is None:
-            reason = "an attention mask that is not lengths, left padding and one window"
-    if reason is not None or not (few or special):
+            takes, reason = False, "an attention mask that is not lengths, left padding and one window"
+    if not takes:
         return _leave(
-            reason if few or special else None,
+            reason if mine else None,
             module,
             query,
             key,

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+# Numbers of a mask that are compared at a time.
+MASK_NUMBERS_AT_ONCE = 1 << 22
+
 
 @dataclass(frozen=True)
 class Visible:
@@ -84,6 +87,7 @@ def visible_tokens(mask: Tensor, sliding_window: int | None = None, causal: bool
         sliding_window: tokens that the layer sees at most. Used only while compiling.
         causal: rows see no later position than their own. Used only while compiling.
     """
+    compiling = torch.compiler.is_compiling()
     rows = mask[:, 0]
     q_len, tokens = rows.shape[1:]
     token = torch.arange(tokens, device=mask.device)
@@ -91,24 +95,31 @@ def visible_tokens(mask: Tensor, sliding_window: int | None = None, causal: bool
     seq_lens = torch.where(last, token + 1, 0).amax(dim=1)
     begin_of_last = torch.where(last, token, tokens).amin(dim=1)
     leftpad = torch.where(rows.any(dim=1), token, tokens).amin(dim=1)
-    row = torch.arange(q_len, device=mask.device)
-    position = (seq_lens[:, None] - q_len + row)[..., None]
-    begins = token >= leftpad[:, None, None]
 
-    def says_causal(window_left: int) -> Tensor:
-        said = begins & (token <= position)
-        if window_left >= 0:
-            said &= token >= position - window_left
-        return (said == rows).all()
+    def same(window_left: int, causal: bool) -> Tensor:
+        """Whether a form says what the mask says; some rows at a time, as long prompts have large masks."""
+        parts = []
+        step = q_len if compiling else max(1, MASK_NUMBERS_AT_ONCE // (rows.shape[0] * tokens))
+        for first in range(0, q_len, step):
+            part = rows[:, first : first + step]
+            row = torch.arange(first, first + part.shape[1], device=mask.device)
+            position = (seq_lens[:, None] - q_len + row)[..., None]
+            said = token >= leftpad[:, None, None]
+            said = said & (token <= position if causal else token < seq_lens[:, None, None])
+            if window_left >= 0:
+                said &= token >= position - window_left
+            parts.append((said == part).all())
+            if not compiling and not bool(parts[-1]):
+                break
+        return torch.stack(parts).all()
 
     def visible(window_left: int, causal: bool) -> Visible:
         return Visible(seq_lens.int(), leftpad.clamp(max=tokens).int(), window_left, causal)
 
-    if torch.compiler.is_compiling():
+    if compiling:
         window_left = sliding_window - 1 if sliding_window is not None and q_len > 1 else -1
-        same = says_causal(window_left)
         torch._assert_async(
-            same,
+            same(window_left, True),
             "lean_attention: in a compiled step an attention mask that is not lengths, left padding and a "
             "window; use attn_implementation='sdpa', or do not compile this step",
         )
@@ -118,9 +129,9 @@ def visible_tokens(mask: Tensor, sliding_window: int | None = None, causal: bool
         moves = begin_of_last > leftpad
         if bool(moves.any()):
             window_left = int((seq_lens - 1 - begin_of_last)[moves].max())
-    if bool(says_causal(window_left)):
+    if bool(same(window_left, True)):
         return visible(window_left, True)
-    if q_len > 1 and bool((rows == (begins & (token < seq_lens[:, None, None]))).all()):
+    if q_len > 1 and bool(same(-1, False)):
         return visible(-1, False)
     return None
 

@@ -1,0 +1,313 @@
+"""`LeanCache` does what a `DynamicCache` does, and copies no old token; `accelerate` gives it to a model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from lean_attention.integrations.transformers import CACHE_PARAMETER, NAME, LeanCache, accelerate
+from lean_attention.integrations.transformers.cache import RESERVE_SHARE, RESERVE_TOKENS
+from tests.integrations.tiny_models import count_decodes, generate, left_padded, make_model, use
+
+FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v32", "lfm2", "t5gemma"]
+WINDOW = 12
+
+
+def config_of(window: int = WINDOW):
+    """Two layers, one of sliding-window and one of full attention."""
+    return transformers.AutoConfig.for_model(
+        "gemma3_text",
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+
+
+def caches(*args) -> tuple[LeanCache, DynamicCache]:
+    config = config_of(*args)
+    return LeanCache(config), DynamicCache(config=config)
+
+
+def assert_alike(lean: LeanCache, dynamic: DynamicCache) -> None:
+    assert lean.get_seq_length() == dynamic.get_seq_length()
+    for a, b in zip(lean.layers, dynamic.layers, strict=True):
+        assert a.get_mask_sizes(3) == b.get_mask_sizes(3)
+        if b.is_initialized and b.keys.numel():
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+
+
+def step(lean: LeanCache, dynamic: DynamicCache, tokens: int, batch: int = 2) -> None:
+    for layer in range(2):
+        k, v = torch.randn(2, batch, 2, tokens, 8)
+        for a, b in zip(lean.update(k, v, layer), dynamic.update(k, v, layer), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("record_past", [False, True])
+def test_any_sequence_of_calls_gives_what_a_dynamic_cache_gives(mode, record_past: bool) -> None:
+    """Steps of 1 to 400 tokens, and between them everything that a cache can be asked to do."""
+    lean, dynamic = caches()
+    batch = 2
+    if record_past:
+        lean.activate_past_recording()
+        dynamic.activate_past_recording()
+    with mode():
+        for _ in range(60):
+            step(lean, dynamic, int(torch.tensor([1, 1, 1, 2, 7, 13, 400])[torch.randint(7, ())]), batch)
+            call = int(torch.randint(9, ()))
+            for cache in (lean, dynamic):
+                if call == 0 and record_past:
+                    cache.crop(-1)
+                elif call == 1:
+                    cache.reorder_cache(torch.arange(batch).flip(0))
+                elif call == 2 and batch < 8:
+                    cache.batch_repeat_interleave(2)
+                elif call == 3 and batch > 2:
+                    cache.batch_select_indices(torch.arange(0, batch, 2))
+                elif call == 4 and record_past:
+                    cache.crop(0)
+            batch = batch * 2 if call == 2 and batch < 8 else len(range(0, batch, 2)) if call == 3 else batch
+            batch = max(batch, 1)
+            if call == 3 and batch == 1:
+                batch = 2
+                lean.reset()
+                dynamic.reset()
+                assert lean.get_seq_length() == 0
+            if call == 5:
+                lean, dynamic = copy.deepcopy(lean), copy.deepcopy(dynamic)
+            assert_alike(lean, dynamic)
+
+
+@torch.no_grad()
+def test_cropping_below_the_window() -> None:
+    lean, dynamic = caches(100)
+    for tokens in (20, 30):
+        step(lean, dynamic, tokens)
+        for cache in (lean, dynamic):
+            cache.crop(-5)
+        assert_alike(lean, dynamic)
+
+
+@torch.no_grad()
+def test_copies_share_nothing_with_the_original() -> None:
+    lean, _ = caches()
+    prefix = torch.randn(2, 1, 2, 40, 8)
+    for layer in range(2):
+        lean.update(*prefix, layer)
+    saved = io.BytesIO()
+    torch.save(lean, saved)
+    saved.seek(0)
+    others = [copy.deepcopy(lean), pickle.loads(pickle.dumps(lean)), torch.load(saved, weights_only=False)]
+    tokens = [torch.full((1, 2, 1, 8), float(n)) for n in range(4)]
+    ours = [cache.update(token, token, 1)[0] for cache, token in zip([lean, *others], tokens, strict=True)]
+    for keys, token in zip(ours, tokens, strict=True):
+        assert torch.equal(keys[:, :, -1:], token) and torch.equal(keys[:, :, :-1], prefix[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 1000, 5000])
+@torch.no_grad()
+def test_the_reserve_is_an_eighth_or_256_tokens(tokens: int) -> None:
+    lean, _ = caches()
+    for new in (tokens, 1):
+        for layer in range(2):
+            lean.update(*torch.randn(2, 1, 2, new, 8), layer)
+    for layer in lean.layers:
+        held = layer.keys.shape[2]
+        room = layer.keys.untyped_storage().nbytes() // (2 * 8 * 4) - held
+        assert room <= max(RESERVE_TOKENS, held // RESERVE_SHARE) + WINDOW
+
+
+@torch.no_grad()
+def test_a_cache_filled_in_inference_mode_goes_on_without() -> None:
+    lean, dynamic = caches()
+    with torch.inference_mode():
+        step(lean, dynamic, 20)
+    step(lean, dynamic, 1)
+    assert_alike(lean, dynamic)
+
+
+def test_gradients_go_through_the_cache() -> None:
+    lean, dynamic = caches()
+    gradients = []
+    k = torch.randn(1, 2, 5, 8, requires_grad=True)
+    for cache in (lean, dynamic):
+        k.grad = None
+        cache.update(k, k, 1)
+        keys, values = cache.update(2 * k, k, 1)
+        (keys * values).sum().backward()
+        gradients.append(k.grad)
+    assert torch.equal(*gradients)
+
+
+class CopiedBytes(TorchDispatchMode):
+    """The bytes that copying operators write while it is active, in tensors of more than a token."""
+
+    COPIES = (
+        "cat",
+        "copy_",
+        "clone",
+        "index_select",
+        "_to_copy",
+        "index",
+        "repeat_interleave",
+        "_reshape_copy",
+    )
+
+    def __init__(self, token_numel: int) -> None:
+        super().__init__()
+        self.token_numel, self.bytes = token_numel, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.COPIES and out.numel() > self.token_numel:
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+@torch.inference_mode()
+def test_no_old_token_is_copied_at_a_step(kind: str) -> None:
+    """Growth apart: with 256 tokens of reserve at the least, these steps have none."""
+    model = accelerate(make_model(kind))
+    ids = torch.randint(2, 128, (1, 300))
+    heads = model.config.num_key_value_heads * getattr(model.config, "head_dim", 16)
+    copied = {}
+    for cache in (LeanCache(model.config), DynamicCache(config=model.config)):
+        model(ids, **{CACHE_PARAMETER: cache})
+        model(ids[:, :1], **{CACHE_PARAMETER: cache})
+        with CopiedBytes(8 * max(heads, 128)) as count:
+            model(ids[:, :1], **{CACHE_PARAMETER: cache})
+        copied[type(cache)] = count.bytes
+    assert copied[LeanCache] == 0
+    assert copied[DynamicCache] > 300 * heads * 4  # the count sees what it is to see
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_generate_gives_eagers_tokens_and_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make_model(kind), left_padded((40, 17, 1))
+    want = generate(model, inputs)
+    accelerate(model)
+    calls = count_decodes(monkeypatch)
+    got = generate(model, inputs)
+    assert calls or kind == "deepseek_v32"  # which chooses tokens, as no mask of the op's can say
+    cache = getattr(got, CACHE_PARAMETER)
+    assert isinstance(getattr(cache, "self_attention_cache", cache), LeanCache)
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant": "qwen2"},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@torch.no_grad()
+def test_modes_of_generation(kind: str, options: dict) -> None:
+    model, inputs = make_model(kind), left_padded((30,))
+    options = dict(options)
+    if assistant := options.pop("assistant", None):
+        options["assistant_model"] = make_model(assistant)
+    want = model.generate(**inputs, max_new_tokens=20, do_sample=False, **options)
+    accelerate(model)
+    if assistant:
+        accelerate(options["assistant_model"])
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False, **options), want)
+
+
+@torch.no_grad()
+def test_a_prefix_is_read_once_and_used_again() -> None:
+    model = make_model("gemma3_text")
+    prefix, ends = torch.randint(2, 128, (1, 40)), [torch.randint(2, 128, (1, n)) for n in (3, 8)]
+    prompts = [torch.cat([prefix, end], dim=1) for end in ends]
+    want = [model.generate(prompt, max_new_tokens=10, do_sample=False) for prompt in prompts]
+    accelerate(model)
+    cache = getattr(model(prefix, use_cache=True), CACHE_PARAMETER)
+    assert isinstance(cache, LeanCache)
+    for prompt, tokens in zip(prompts, want, strict=True):
+        own = {CACHE_PARAMETER: copy.deepcopy(cache)}
+        assert torch.equal(model.generate(prompt, max_new_tokens=10, do_sample=False, **own), tokens)
+
+
+def test_accelerate_is_of_one_model_and_can_be_undone() -> None:
+    model, other = make_model("llama"), make_model("llama")
+    inputs = left_padded((9, 5))
+    accelerate(accelerate(model))
+    assert model.config._attn_implementation == NAME and other.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert type(getattr(model(**inputs, use_cache=True), CACHE_PARAMETER)) is LeanCache
+        assert type(getattr(other(**inputs, use_cache=True), CACHE_PARAMETER)) is DynamicCache
+        accelerate(model, kv_cache=None)
+        assert model.config._attn_implementation == "eager"
+        assert type(getattr(model(**inputs, use_cache=True), CACHE_PARAMETER)) is DynamicCache
+        assert type(getattr(generate(model, inputs), CACHE_PARAMETER)) is DynamicCache
+    assert not model.model._forward_pre_hooks and "_prepare_cache_for_generation" not in model.__dict__
+    accelerate(model, kv_cache=None)  # nothing to undo
+
+
+@torch.no_grad()
+def test_accelerated_models_are_copied_pickled_and_saved(tmp_path) -> None:
+    model, inputs = accelerate(make_model("llama")), left_padded((9, 5))
+    want = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and again.config._attn_implementation != NAME
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), accelerate(again)):
+        assert other._prepare_cache_for_generation._model is other
+        got = generate(other, inputs)
+        assert isinstance(getattr(got, CACHE_PARAMETER), LeanCache)
+        assert torch.equal(got.sequences[:, : want.shape[1]], want)
+
+
+def test_models_without_attention_and_unknown_caches_are_refused() -> None:
+    config = transformers.AutoConfig.for_model("mamba", vocab_size=128, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="MambaForCausalLM has no attention layers"):
+        accelerate(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match=r"kv_cache is 'int3'; it must be one of 'auto'"):
+        accelerate(make_model("llama"), kv_cache="int3")
+
+
+@torch.no_grad()
+def test_families_with_attention_of_their_own_get_the_cache_and_are_told(said: list[str]) -> None:
+    config = transformers.AutoConfig.for_model("bloom", vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    inputs = left_padded((9, 4))
+    want = generate(model, inputs)
+    got = generate(accelerate(model), inputs)
+    assert torch.equal(got.sequences, want.sequences)
+    assert isinstance(getattr(got, CACHE_PARAMETER), LeanCache)
+    assert any("BloomForCausalLM has an attention of its own" in message for message in said)
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_right() -> None:
+    torch.compiler.reset()
+    model = accelerate(make_model("llama"))
+    ids = torch.randint(2, 128, (1, 20))
+    use(model, "eager")
+    want = model(ids, use_cache=False).logits[:, -1]
+    use(model, NAME)
+    cache = LeanCache(model.config)
+    model(ids[:, :-1], **{CACHE_PARAMETER: cache})
+    got = torch.compile(model, backend="eager")(ids[:, -1:], **{CACHE_PARAMETER: cache}).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
