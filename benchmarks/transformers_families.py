@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import logging
@@ -36,7 +37,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -53,12 +54,26 @@ ORDINARY = range(10, 100)
 TOLERANCE = 1e-3
 MEMORY_BYTES = 6 << 30
 
-# How to generate with a cache: options of `generate`, given the model and its text config. Static caches are
-# for compiled steps; whether those compile is for the tests.
-CACHES: dict[str, Callable] = {
+
+class Unsupported(Exception):
+    """Why a family has no such cache."""
+
+
+def lean_cache(model: PreTrainedModel, config: PretrainedConfig) -> dict:
+    if not model._supports_default_dynamic_cache():
+        raise Unsupported("no dynamic cache")
+    return {integration.CACHE_PARAMETER: integration.LeanCache(config)}
+
+
+# Options of `generate` for a cache, given the model and its text config. Static caches are for compiled
+# steps; whether those compile is for the tests.
+CACHES: dict[str, Callable[[PreTrainedModel, PretrainedConfig], dict]] = {
     "dynamic": lambda model, config: {},
     "static": lambda model, config: {"cache_implementation": "static", "disable_compile": True},
+    "lean": lean_cache,
 }
+# The cache that eager attention has, where it is another.
+EAGER_CACHES = {"lean": "dynamic"}
 # Lengths of the prompts of a batch. All are longer than the windows, chunks and top-k of the tiny models, and
 # the first and last are prefills to the integration, the middle one are steps of few tokens.
 PROMPTS = {
@@ -218,7 +233,7 @@ def tiny_options(config_class: type, overrides: dict) -> dict:
             options["head_dim"] = options["qk_rope_head_dim"]
     options |= per_layer({name: value for name, value in values.items() if name not in overrides}, options)
     parts = {name: getattr(defaults, name, None) for name in getattr(defaults, "sub_configs", None) or {}}
-    parts = {name: part for name, part in parts.items() if isinstance(part, transformers.PretrainedConfig)}
+    parts = {name: part for name, part in parts.items() if isinstance(part, PretrainedConfig)}
     for name, part in parts.items():
         own = overrides.get(name, {})
         options[name] = {"model_type": part.model_type, **tiny_options(type(part), own)}
@@ -440,57 +455,61 @@ def examine(family: str, tell: Callable[[str], None]) -> dict:
     seen = Seen()
     cells: dict[str, list[tuple[str, str]]] = {}  # by what happened
     worst = (0.0, "")
-    for cache, kind in itertools.product(CACHES, PROMPTS):
 
-        def run(model, tokens=(), pad=0, cache=cache, kind=kind):
-            torch.manual_seed(1)
-            inputs = prompts(PROMPTS[kind], pad)
-            return generate(model, inputs, CACHES[cache](model, config), tokens)
+    def run(model, cache, kind, tokens=(), pad=0):
+        torch.manual_seed(1)
+        return generate(model, prompts(PROMPTS[kind], pad), CACHES[cache](model, config), tokens)
 
-        def happened(what: str, cell=(cache, kind)) -> None:
-            # Errors that differ in their numbers only are one.
-            same = (known for known in cells if re.sub(r"\d+", "", known) == re.sub(r"\d+", "", what))
-            cells.setdefault(next(same, what), []).append(cell)
-
+    @functools.cache
+    def wanted(cache, kind):
+        """Tokens and logits of eager attention, or why there are none."""
         tell(f"eager, {cache}, {kind}")
         try:
-            tokens, want = run(eager)
+            tokens, logits = run(eager, cache, kind)
+            off = difference(run(eager, cache, kind, tokens)[1], logits)
         except Exception as error:
             traceback.print_exc()
-            happened(f"eager fails: {few_words(error)}")
-            continue
-        if want.isnan().any():
-            happened("eager gives NaN")
-            continue
-        if (off := difference(run(eager, tokens)[1], want)) > TOLERANCE:
-            happened(f"eager differs from itself by {off:.1g}")
-            continue
+            return f"eager fails: {few_words(error)}"
+        if logits.isnan().any():
+            return "eager gives NaN"
+        return (tokens, logits) if off <= TOLERANCE else f"eager differs from itself by {off:.1g}"
+
+    def compared(cache, kind) -> str:
+        nonlocal sdpa, worst
+        eager_cache = EAGER_CACHES.get(cache, cache)
+        if isinstance(want := wanted(eager_cache, kind), str):
+            return want
+        tokens, want = want
         tell(f"{integration.NAME}, {cache}, {kind}")
         try:
             with watched(seen):
-                got = run(ours, tokens)[1]
+                got = run(ours, cache, kind, tokens)[1]
+        except Unsupported as reason:
+            return str(reason)
         except Exception as error:
             traceback.print_exc()
-            happened(f"fails: {few_words(error)}")
-            continue
+            return f"fails: {few_words(error)}"
         if (off := difference(got, want)) <= TOLERANCE:
-            happened("same")
-            if len(cells["same"]) == 1 and seen.calls:
+            if "same" not in cells and seen.calls:
                 with watched(Seen(), spoilt=True):
-                    if difference(run(ours, tokens)[1], want) < 10 * TOLERANCE:
+                    if difference(run(ours, cache, kind, tokens)[1], want) < 10 * TOLERANCE:
                         notes.append("the logits hardly depend on attention")
-            continue
-        what = "differs"
+            return "same"
+        with suppress(Exception):
+            if difference(run(eager, eager_cache, kind, tokens, pad=ORDINARY[-1])[1], want) > TOLERANCE:
+                return "padding leaks"
+        worst = max(worst, (off, f"by {off:.2g}, {first_other_token(got, want)}"))
         with suppress(Exception):  # not every family has sdpa
             sdpa = sdpa or named(eager, "sdpa")
-            if difference(got, run(sdpa, tokens)[1]) <= TOLERANCE:
-                what = "as sdpa"
-        with suppress(Exception):
-            if difference(run(eager, tokens, pad=ORDINARY[-1])[1], want) > TOLERANCE:
-                what = "padding leaks"
-        happened(what)
-        if what != "padding leaks":
-            worst = max(worst, (off, f"by {off:.2g}, {first_other_token(got, want)}"))
+            if difference(got, run(sdpa, eager_cache, kind, tokens)[1]) <= TOLERANCE:
+                return "as sdpa"
+        return "differs"
+
+    for cache, kind in itertools.product(CACHES, PROMPTS):
+        what = compared(cache, kind)
+        # Errors that differ in their numbers only are one.
+        alike = (known for known in cells if re.sub(r"\d+", "", known) == re.sub(r"\d+", "", what))
+        cells.setdefault(next(alike, what), []).append((cache, kind))
     return judged(seen, cells, worst[1], notes)
 
 
@@ -541,7 +560,7 @@ def child(family: str, connection: Connection, verbose: bool) -> None:
         os.dup2(nowhere, 2)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    integration.register()
+    integration.register(prefill="sdpa")  # not whichever a measurement finds faster
     with torch.no_grad():
         try:
             result = examine(family, connection.send)
