@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from lean_attention.integrations.transformers import CACHE_PARAMETER, NAME, LeanCache, accelerate
-from lean_attention.integrations.transformers.cache import RESERVE_SHARE, RESERVE_TOKENS
-from tests.integrations.tiny_models import count_decodes, generate, left_padded, make_model, use
+from lean_attention.integrations.transformers.cache_layers import RESERVE_SHARE, RESERVE_TOKENS
+from tests.integrations.tiny_models import SMALL, count_decodes, generate, left_padded, make_model, use
 
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v32", "lfm2", "t5gemma"]
 WINDOW = 12
+QUANTISED = ["int8", "float8_e4m3fn"]
 
 
 def config_of(window: int = WINDOW):
@@ -87,6 +88,99 @@ def test_any_sequence_of_calls_gives_what_a_dynamic_cache_gives(mode, record_pas
             if call == 5:
                 lean, dynamic = copy.deepcopy(lean), copy.deepcopy(dynamic)
             assert_alike(lean, dynamic)
+
+
+def stored_and_read(x: torch.Tensor, kv_cache: str) -> torch.Tensor:
+    """What a row is once it was stored: a byte per number, and a scale in float32."""
+    largest = 127.0 if kv_cache == "int8" else 448.0
+    scale = x.abs().amax(dim=-1, keepdim=True) / largest
+    rows = torch.where(scale > 0, x / scale, 0.0)
+    rows = rows.round() if kv_cache == "int8" else rows.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    return rows * scale
+
+
+@pytest.mark.parametrize("kv_cache", QUANTISED)
+@pytest.mark.parametrize("record_past", [False, True])
+@torch.no_grad()
+def test_quantised_caches_hold_what_a_dynamic_cache_holds(kv_cache: str, record_past: bool) -> None:
+    """Older tokens as stored, those of the call as they are, whatever was done to the cache between."""
+    lean, dynamic = LeanCache(config_of(), kv_cache), DynamicCache(config=config_of())
+    if record_past:
+        lean.activate_past_recording()
+        dynamic.activate_past_recording()
+    batch = 2
+    for _ in range(40):
+        tokens = int(torch.tensor([1, 1, 2, 13, 400])[torch.randint(5, ())])
+        for layer in range(2):
+            k, v = torch.randn(2, batch, 2, tokens, 8)
+            for ours, theirs in zip(lean.update(k, v, layer), dynamic.update(k, v, layer), strict=True):
+                ours = ours + 0  # any operation makes a plain tensor of it
+                assert ours.shape == theirs.shape and type(ours) is torch.Tensor
+                older = stored_and_read(theirs[:, :, :-tokens], kv_cache)
+                torch.testing.assert_close(ours[:, :, :-tokens], older, rtol=1e-6, atol=0)
+                assert torch.equal(ours[:, :, -tokens:], theirs[:, :, -tokens:])
+        call = int(torch.randint(7, ()))
+        for cache in (lean, dynamic):
+            if call == 0 and record_past:
+                cache.crop(-1)
+            elif call == 1:
+                cache.reorder_cache(torch.arange(batch).flip(0))
+            elif call == 2 and batch == 2:
+                cache.batch_repeat_interleave(2)
+            elif call == 3 and batch == 4:
+                cache.batch_select_indices(torch.tensor([3, 0]))
+            elif call == 4:
+                cache.reset()
+        batch = 4 if call == 2 else 2 if call == 3 else batch
+        if call == 4:
+            batch = 2
+        if call == 5:
+            lean, dynamic = pickle.loads(pickle.dumps(lean)), copy.deepcopy(dynamic)
+        assert lean.get_seq_length() == dynamic.get_seq_length()
+        for (k, v, *_), layer in zip(lean, dynamic.layers, strict=True):
+            if layer.is_initialized and layer.keys.numel():
+                torch.testing.assert_close(k, stored_and_read(layer.keys, kv_cache), rtol=1e-6, atol=0)
+                torch.testing.assert_close(v, stored_and_read(layer.values, kv_cache), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kv_cache", QUANTISED)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "bloom"])
+@torch.no_grad()
+def test_attention_reads_quantised_caches_as_eager_does(
+    kind: str, kv_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager attention is given dequantised keys and values of the same cache."""
+    model = make_model(kind)
+    ids, mask = left_padded((40, 17)).values()
+    steps = [torch.randint(2, 128, (2, tokens)) for tokens in (1, 1, 5, 1, 40, 1)]
+    logits = []
+    calls = count_decodes(monkeypatch)
+    for attention in ("eager", NAME) if kind != "bloom" else ("eager", "eager"):
+        use(model, attention)
+        cache, seen = LeanCache(model.config, kv_cache), mask
+        results = [model(ids, attention_mask=seen, **{CACHE_PARAMETER: cache}).logits[:, -1]]
+        for new in steps:
+            seen = torch.cat([seen, torch.ones_like(new)], dim=1)
+            results.append(model(new, attention_mask=seen, **{CACHE_PARAMETER: cache}).logits[:, -1])
+        logits.append(torch.stack(results))
+    # A difference of rounding can round a number to its neighbour when it is stored.
+    assert (logits[0] - logits[1]).abs().max() <= 1e-2 * logits[0].abs().max()
+    assert len(calls) >= 2 * 5 * SMALL["num_hidden_layers"] or kind == "bloom"
+
+
+@pytest.mark.parametrize("kv_cache", QUANTISED)
+@torch.no_grad()
+def test_generate_with_a_quantised_cache(kv_cache: str) -> None:
+    model, inputs = make_model("llama"), left_padded((40, 17, 1))
+    want = generate(model, inputs)
+    accelerate(model)
+    accelerate(model, kv_cache=kv_cache)
+    got = generate(model, inputs)
+    cache = getattr(got, CACHE_PARAMETER)
+    assert cache.kv_cache == kv_cache and cache.layers[0].keys.dtype == torch.int8
+    assert type(getattr(model(**inputs, use_cache=True), CACHE_PARAMETER)) is LeanCache
+    error = (got.logits[1] - want.logits[1]).abs().max() / want.logits[1].abs().max()
+    assert 0 < error < {"int8": 0.1, "float8_e4m3fn": 0.3}[kv_cache]
 
 
 @torch.no_grad()
@@ -283,7 +377,9 @@ def test_models_without_attention_and_unknown_caches_are_refused() -> None:
     config = transformers.AutoConfig.for_model("mamba", vocab_size=128, hidden_size=32, num_hidden_layers=1)
     with pytest.raises(ValueError, match="MambaForCausalLM has no attention layers"):
         accelerate(transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match=r"kv_cache is 'int3'; it must be one of 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"kv_cache is 'int3'; it must be one of 'auto', 'int8', 'float8_e4m3fn'"
+    ):
         accelerate(make_model("llama"), kv_cache="int3")
 
 

@@ -59,6 +59,7 @@ SPARSE = {
 GEMMA2 = {**SMALL, **MODELS["gemma2"], "query_pre_attn_scalar": 16}
 OTHERS = {
     "bert": {},
+    "bloom": {"n_layer": 4, "n_head": 4},
     "deepseek_v32": SPARSE,
     "glm_moe_dsa": SPARSE,
     "inkling2_text": {

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from lean_attention.integrations.transformers.attention import NAME, register
-from lean_attention.integrations.transformers.cache import LeanCache
+from lean_attention.integrations.transformers.cache import LeanCache, check_kv_cache
 
 # The parameter of models that takes the cache; transformers 5.24 has given it a new name.
 CACHE_PARAMETER = (
@@ -18,7 +18,6 @@ CACHE_PARAMETER = (
 )
 
 _logger = logging.get_logger("lean_attention.transformers")
-KV_CACHES = ("auto",)
 
 
 def accelerate(model: PreTrainedModel, kv_cache: str | None = "auto") -> PreTrainedModel:
@@ -33,7 +32,8 @@ def accelerate(model: PreTrainedModel, kv_cache: str | None = "auto") -> PreTrai
 
     Args:
         model: any transformers model with attention layers; changed in place.
-        kv_cache: what the cache stores: "auto" for the model's dtype. ``None`` undoes an earlier call.
+        kv_cache: what the cache stores, as in :class:`LeanCache`: "auto", "int8" or "float8_e4m3fn". Another
+            call replaces it; ``None`` undoes all.
 
     Returns:
         The model.
@@ -41,9 +41,8 @@ def accelerate(model: PreTrainedModel, kv_cache: str | None = "auto") -> PreTrai
     Raises:
         ValueError: the model has no attention layers, or kv_cache is none of these.
     """
-    if kv_cache is not None and kv_cache not in KV_CACHES:
-        choices = ", ".join(map(repr, KV_CACHES))
-        raise ValueError(f"accelerate: kv_cache is {kv_cache!r}; it must be one of {choices}, or None")
+    if kv_cache is not None:
+        check_kv_cache("accelerate", kv_cache)
     before = model.__dict__.get("_prepare_cache_for_generation")
     if kv_cache is None:
         if isinstance(before, _PrepareCache):
@@ -57,7 +56,7 @@ def accelerate(model: PreTrainedModel, kv_cache: str | None = "auto") -> PreTrai
     register()
     if isinstance(before, _PrepareCache):
         before.undo()
-    prepare = _PrepareCache(model, model.config._attn_implementation)
+    prepare = _PrepareCache(model, kv_cache, model.config._attn_implementation)
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
     else:
@@ -71,15 +70,16 @@ def accelerate(model: PreTrainedModel, kv_cache: str | None = "auto") -> PreTrai
         CACHE_PARAMETER in inspect.signature(decoder.forward).parameters
         and not model.config.is_encoder_decoder
     ):
-        decoder.register_forward_pre_hook(_GiveCache(), with_kwargs=True)
+        decoder.register_forward_pre_hook(_GiveCache(kv_cache), with_kwargs=True)
     return model
 
 
 class _PrepareCache:
     """In the place of a model's `_prepare_cache_for_generation`: the dynamic caches it makes become ours."""
 
-    def __init__(self, model: PreTrainedModel, attention: str) -> None:
+    def __init__(self, model: PreTrainedModel, kv_cache: str, attention: str) -> None:
         self._model = model
+        self._kv_cache = kv_cache
         self._attention = attention
 
     def __call__(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
@@ -89,7 +89,7 @@ class _PrepareCache:
         )
         made = model_kwargs.get(CACHE_PARAMETER)
         if made is not None and made is not given:
-            model_kwargs[CACHE_PARAMETER] = _lean(made)
+            model_kwargs[CACHE_PARAMETER] = _lean(made, self._kv_cache)
 
     def undo(self) -> None:
         model = self._model
@@ -106,18 +106,21 @@ class _PrepareCache:
 class _GiveCache:
     """A decoder's forward pre-hook: a call that would make itself a dynamic cache is given ours."""
 
+    def __init__(self, kv_cache: str) -> None:
+        self._kv_cache = kv_cache
+
     def __call__(self, decoder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(decoder.config, "use_cache", False)
         if not use_cache or kwargs.get(CACHE_PARAMETER) is not None or decoder.training:
             return None
-        return args, {**kwargs, CACHE_PARAMETER: LeanCache(decoder.config)}
+        return args, {**kwargs, CACHE_PARAMETER: LeanCache(decoder.config, self._kv_cache)}
 
 
-def _lean(cache):
+def _lean(cache, kv_cache: str):
     if isinstance(cache, EncoderDecoderCache):
-        cache.self_attention_cache = _lean(cache.self_attention_cache)
+        cache.self_attention_cache = _lean(cache.self_attention_cache, kv_cache)
         return cache
     # A subclass, or a cache that is moved between devices, is more than this package knows.
-    return LeanCache.of(cache) if type(cache) is DynamicCache and not cache.offloading else cache
+    return LeanCache.of(cache, kv_cache) if type(cache) is DynamicCache and not cache.offloading else cache

@@ -24,6 +24,7 @@ from lean_attention.integrations.transformers import continuous_batching
 from lean_attention.integrations.transformers.masks import block_mask, float_mask, visible_in_pass
 from lean_attention.integrations.transformers.options import special_options, why_not
 from lean_attention.integrations.transformers.prefill import op_is_faster
+from lean_attention.integrations.transformers.quantised_layers import QuantisedStates, decode_quantised
 from lean_attention.integrations.transformers.sparse import SELECTIONS, with_selection
 
 NAME = "lean_attention"
@@ -143,9 +144,20 @@ def attention(
             special,
             {"scaling": scaling, "dropout": dropout, **options},
         )
+    sinks = options.get("s_aux")
+    scores = {
+        "scale": scaling,
+        "softcap": options.get("softcap") or 0.0,
+        "sinks": None if sinks is None else sinks.float(),
+    }
+    if isinstance(key, QuantisedStates) and isinstance(value, QuantisedStates) and key.stored.shape[2]:
+        out = decode_quantised(query, key, value, visible, **scores)
+        if out is not None:
+            return out, None
+    if isinstance(key, QuantisedStates):
+        key, value = key.dequantised(), value.dequantised()
     if plain_prefill and causal:
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # an empty static cache is longer
-    sinks = options.get("s_aux")
     out, _ = lean_attention.decode(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -154,9 +166,7 @@ def attention(
         cache_leftpad=None if visible is None else visible.leftpad,
         window_left=-1 if visible is None else visible.window_left,
         causal=plain_prefill and causal if visible is None else visible.causal,
-        scale=scaling,
-        softcap=options.get("softcap") or 0.0,
-        sinks=None if sinks is None else sinks.float(),
+        **scores,
     )
     return out, None
 
