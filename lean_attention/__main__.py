@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--picture", type=Path, default=Path("demo-output/schedule.png"), metavar="PATH", help="PNG to write"
     )
+    demo.add_argument(
+        "--text",
+        action="store_true",
+        help="instead: a real model of 135 million parameters reads a long text, and what a token costs",
+    )
     demo.set_defaults(run=run_demo)
 
     generate = commands.add_parser(
@@ -57,16 +62,22 @@ def parser() -> argparse.ArgumentParser:
         help="continue a text with a transformers model",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    generate.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME_OR_PATH",
-        help="a directory, or a name on the Hugging Face hub",
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model", metavar="NAME_OR_PATH", help="a directory, or a name on the Hugging Face hub"
     )
+    source.add_argument("--gguf", type=Path, metavar="FILE", help="a model in GGUF's format")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="tokens to add")
     generate.add_argument(
         "--attn", choices=["lean_attention", "sdpa", "eager"], default="lean_attention", help="attention"
+    )
+    generate.add_argument(
+        "--kv-cache",
+        choices=["auto", "int8", "float8_e4m3fn", "transformers"],
+        default="auto",
+        help="what is cached: the model's dtype or quantised, by this package's cache; or transformers' own "
+        "(which it is with another attention)",
     )
     generate.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the weights"
@@ -78,7 +89,15 @@ def parser() -> argparse.ArgumentParser:
 def run_generate(arguments: argparse.Namespace) -> None:
     from lean_attention.generation import generate
 
-    generate(arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.attn, arguments.dtype)
+    generate(
+        arguments.model,
+        arguments.prompt,
+        arguments.max_new_tokens,
+        arguments.attn,
+        arguments.dtype,
+        arguments.kv_cache,
+        arguments.gguf,
+    )
 
 
 def run_info(_arguments: argparse.Namespace) -> None:
@@ -103,6 +122,10 @@ def run_demo(arguments: argparse.Namespace) -> None:
         sys.exit(f"demo: --head-dim {arguments.head_dim} is not a multiple of 8 up to 512")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.text:
+        from lean_attention import text_demo
+
+        return text_demo.main()
     dtype = getattr(torch, arguments.dtype)
     shape = DemoShape(dtype, arguments.heads, arguments.kv_heads, arguments.head_dim)
     with torch.inference_mode():

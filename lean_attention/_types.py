@@ -38,10 +38,10 @@ def refuse_wrong_type(function: str, name: str, value: object, kind: str) -> Non
             refuse_wrong_type(function, f"{name}[{i}]", element, "Tensor")
     words = _WORDS[wanted] + " of 64 bits" * (wanted == "int" and isinstance(value, numbers.Integral))
     or_none = " or None" if wanted != kind else ""
-    raise TypeError(f"{function}: {name} is {_described(value)}; it must be {words}{or_none}") from None
+    raise TypeError(f"{function}: {name} is {described(value)}; it must be {words}{or_none}") from None
 
 
-def _described(value: object) -> str:
+def described(value: object) -> str:
     if value is None:
         return "None"
     if isinstance(value, Tensor):

@@ -187,28 +187,27 @@ NEW_TOKENS = 48
 
 
 def generate(context: int, console: Console) -> None:
-    """A small Llama goes on from a text, with PyTorch's attention and with this one."""
+    """A small Llama goes on from a text, with transformers' attention and cache and with this package's."""
     try:
-        import transformers  # noqa: F401
-    except ModuleNotFoundError:
-        console.print("no generation: transformers is not installed (pip install 'lean_attention[demo]')")
+        from lean_attention.integrations import transformers  # noqa: F401
+    except ImportError as error:
+        console.print(f"no generation: {error}", soft_wrap=True)
         return
-    from lean_attention.generation import compare
+    from lean_attention.generation import compare, contenders, prompt_bytes, random_llama
+    from lean_attention.text_demo import generation_table
 
-    with console.status(f"a Llama reads {context:,} bytes of text and writes {NEW_TOKENS}, twice"):
-        results = compare(context, NEW_TOKENS)
-    same = len({tuple(result.tokens) for result in results.values()}) == 1
-    result = Table(
-        title=f"a Llama of 28 million random weights, float32, {context:,} bytes of text as its prompt:\n"
-        f"{NEW_TOKENS} tokens, greedy, {'the same' if same else 'NOT THE SAME'} with both"
+    with console.status("a Llama reads") as status:
+        results = compare(
+            random_llama(), prompt_bytes(context), NEW_TOKENS, contenders("auto"), status.update
+        )
+    console.print(
+        generation_table(
+            f"a Llama of 28 million random weights, float32, {context:,} bytes of text as its prompt:\n"
+            f"{NEW_TOKENS} tokens, greedy",
+            results,
+        )
     )
-    result.add_column("attention")
-    for column in ("tokens/s", "in attention"):
-        result.add_column(column, justify="right")
-    for name, generation in results.items():
-        share = generation.seconds_in_attention / generation.seconds
-        result.add_row(name, f"{generation.tokens_per_second:.1f}", f"{share:.0%}")
-    console.print(result)
+    console.print("a real model and longer contexts: make demo DEMO_ARGS=--text")
 
 
 def draw(schedule: Schedule, picture: Path, console: Console) -> None:

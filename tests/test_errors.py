@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,63 @@ def test_decode(changes: dict, message: str) -> None:
         lean_attention.decode(**arguments(**changes))
 
 
+WRONG_TYPES = [
+    ({"seq_lens": [50, 3]}, r"seq_lens is \[50, 3\], a list; it must be a Tensor or None"),
+    ({"seq_lens": 50}, "seq_lens is 50, an int; it must be a Tensor or None"),
+    ({"seq_lens": np.array([50, 3])}, "seq_lens is array.*, a ndarray; it must be a Tensor or None"),
+    ({"q": None}, "q is None; it must be a Tensor$"),
+    ({"k_cache": [1.0]}, r"k_cache is \[1.0\], a list; it must be a Tensor$"),
+    ({"k_scale": 1.0}, "k_scale is 1.0, a float; it must be a Tensor or None"),
+    ({"scale": "0.1"}, "scale is '0.1', a str; it must be a float or None"),
+    ({"scale": torch.ones(2)}, r"scale is a Tensor of shape \[2\]; it must be a float or None"),
+    ({"softcap": torch.ones(2)}, r"softcap is a Tensor of shape \[2\]; it must be a float$"),
+    ({"softcap": None}, "softcap is None; it must be a float$"),
+    ({"window_left": None}, "window_left is None; it must be an int$"),
+    ({"window_right": 2.0}, "window_right is 2.0, a float; it must be an int$"),
+    ({"window_left": 2**70}, "window_left is 1180591620717411303424, an int; it must be an int of 64 bits"),
+    ({"num_ctas": 2.5}, "num_ctas is 2.5, a float; it must be an int$"),
+    ({"out": [1], "lse": torch.ones(2, 8, 1)}, r"out is \[1\], a list; it must be a Tensor$"),
+]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("changes", "message"), WRONG_TYPES)
+def test_decode_of_wrong_types(changes: dict, message: str, grad: bool) -> None:
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"^decode: {message}"):
+        lean_attention.decode(**arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "plain"),
+    [
+        ({"window_left": np.int64(7)}, {"window_left": 7}),
+        ({"softcap": np.float32(2)}, {"softcap": 2.0}),
+        ({"softcap": 2, "scale": 1}, {"softcap": 2.0, "scale": 1.0}),
+        ({"causal": np.bool_(False)}, {"causal": False}),
+        ({"num_ctas": np.int32(3)}, {"num_ctas": 3}),
+    ],
+)
+def test_numbers_of_other_types(changes: dict, plain: dict) -> None:
+    given = arguments()
+    got, want = lean_attention.decode(**given, **changes), lean_attention.decode(**given, **plain)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_lens": [50, 3]}, r"seq_lens is \[50, 3\], a list; it must be a Tensor$"),
+        ({"v": None}, "v is None; it must be a Tensor$"),
+        ({"block_table": [[1]]}, r"block_table is \[\[1\]\], a list; it must be a Tensor or None"),
+    ],
+)
+def test_append_kv_of_wrong_types(changes: dict, message: str) -> None:
+    given = arguments(k=torch.randn(2, 1, 2, 64), v=torch.randn(2, 1, 2, 64))
+    del given["q"]
+    with pytest.raises(TypeError, match=f"^append_kv: {message}"):
+        lean_attention.append_kv(**{**given, **changes})
+
+
 def test_devices_must_agree() -> None:
     with pytest.raises(ValueError, match="k_cache is on meta, q on cpu"):
         lean_attention.decode(**arguments(k_cache=torch.randn(2, 50, 2, 64, device="meta")))
@@ -177,6 +235,19 @@ BAD_MERGES = [
 @pytest.mark.parametrize(("outs", "lses", "message"), BAD_MERGES)
 def test_merge_states(outs: list, lses: list, message: str) -> None:
     with pytest.raises(ValueError, match=f"merge_states: {message}"):
+        lean_attention.merge_states(outs, lses)
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "message"),
+    [
+        (OUT, LSE, r"outs is a Tensor of shape \[2, 1, 4, 16\]; it must be a list of Tensors"),
+        (None, [LSE], "outs is None; it must be a list of Tensors"),
+        ([OUT, OUT], [LSE, 1.0], r"lses\[1\] is 1.0, a float; it must be a Tensor"),
+    ],
+)
+def test_merge_states_of_wrong_types(outs: object, lses: object, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^merge_states: {message}"):
         lean_attention.merge_states(outs, lses)
 
 
