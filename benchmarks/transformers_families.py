@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import itertools
 import logging
 import math
@@ -59,7 +60,8 @@ class Unsupported(Exception):
 
 
 def lean_cache(model: PreTrainedModel, config: PretrainedConfig) -> dict:
-    if not model._supports_default_dynamic_cache():
+    takes = integration.CACHE_PARAMETER in inspect.signature(model.forward).parameters
+    if not takes or not model._supports_default_dynamic_cache():
         raise Unsupported("no dynamic cache")
     return {integration.CACHE_PARAMETER: integration.LeanCache(config)}
 
@@ -317,17 +319,23 @@ def judged(seen: Seen, cells: dict[str, list[tuple[str, str]]], worst: str, note
         outcome = "op"
     details = [worst] if worst else []
     for what, where in cells.items():
-        places = []
-        for cache in CACHES:
-            kinds = [kind for each, kind in where if each == cache]
-            places += [cache] if len(kinds) == len(PROMPTS) else [f"{cache}, {kind}" for kind in kinds]
-        at = f" ({'; '.join(places)})" if len(cells) > 1 else ""
-        if what != "same" and (what != outcome or at):
-            details.append(what + at)
+        places = "; ".join(places_of(where))
+        if len(cells) == 1 or what == "same":
+            details += [what] if what not in ("same", outcome) else []
+        else:
+            details.append(f"in {places}" if what == outcome else f"{what} ({places})")
     if seen.calls:
         details.append(f"{seen.decoded_steps} of {seen.steps} steps, {seen.decodes} of {seen.calls} calls")
     details += [f"said: {text}" for text in seen.said]
     return {"outcome": outcome, "details": "; ".join(details + notes), "options": seen.options}
+
+
+def places_of(cells: list[tuple[str, str]]) -> list[str]:
+    """Whole rows and columns of the table of caches and prompts by their names, then single cells."""
+    caches = [cache for cache in CACHES if all((cache, kind) in cells for kind in PROMPTS)]
+    kinds = [kind for kind in PROMPTS if all((cache, kind) in cells for cache in CACHES)]
+    rest = [f"{cache}, {kind}" for cache, kind in cells if cache not in caches and kind not in kinds]
+    return caches + kinds + rest
 
 
 def child(family: str, connection: Connection, verbose: bool) -> None:
