@@ -20,7 +20,8 @@ class AppendCall {
   AppendCall(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
              const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& cache_batch_idx,
              const OptionalTensor& cu_seqlens, const OptionalTensor& q, const OptionalTensor& rotary_cos,
-             const OptionalTensor& rotary_sin, bool interleaved)
+             const OptionalTensor& rotary_sin, bool interleaved, const OptionalTensor& k_scale,
+             const OptionalTensor& v_scale)
       : k_{"append_kv", "k", k}, packed_(cu_seqlens.has_value()) {
     const bool paged = block_table.has_value();
     const char* cache_layout = paged ? "[num_blocks, block_size, num_kv_heads, head_dim]"
@@ -39,12 +40,17 @@ class AppendCall {
     for (int64_t dim = 0; dim < last; ++dim) v_arg.has_size(dim, k.size(dim), "like k");
     const auto quantised = quantised_dtype_of(k);
     p.dtype = quantised ? *quantised : dtype_of(k_);
+    p.cache_dtype = quantised ? p.dtype : quantised_dtype_of(k_cache).value_or(p.dtype);
     v_arg.has_dtype(k.scalar_type(), ", like k");
     p.num_blocks = k_cache.size(0);
     p.block_size = k_cache.size(1);
     if (paged && p.block_size == 0) fail("append_kv: k_cache has a block_size of 0; it must be at least 1");
     for (const Argument& cache : {k_cache_arg, v_cache_arg}) {
-      cache.has_dtype(k.scalar_type(), ", like k");
+      if (p.quantises()) {
+        cache.has_dtype(k_cache.scalar_type(), ", like k_cache");
+      } else {
+        cache.has_dtype(k.scalar_type(), ", like k");
+      }
       cache.has_size(0, p.num_blocks, "like k_cache");
       cache.has_size(1, p.block_size, "like k_cache");
       cache.has_size(2, p.num_kv_heads, "the num_kv_heads of k");
@@ -77,6 +83,8 @@ class AppendCall {
       k_cache_arg.has_size(0, p.batch, "the batch size of k");
     }
     take_rotary(q, rotary_cos, rotary_sin, interleaved);
+    p.k_scale = row_scales("k_scale", k_scale, k_cache_arg);
+    p.v_scale = row_scales("v_scale", v_scale, v_cache_arg);
 
     p.k_cache = k_cache.mutable_data_ptr();
     p.v_cache = v_cache.mutable_data_ptr();
@@ -96,13 +104,24 @@ class AppendCall {
   AppendParams p{};
 
  private:
-  // One memory for K and V, as latent attention has it, takes tokens that are one too.
+  // One memory for K and V, as latent attention has it, takes tokens that are one too. Their scales then may
+  // be one as well.
   void check_shared_memory() const {
-    if (p.k_cache != p.v_cache || p.all_tokens() * p.rows_per_token() == 0) return;
+    if (p.all_tokens() * p.rows_per_token() == 0) return;
+    if (p.k_cache != p.v_cache) {
+      if (p.quantises() && p.k_scale.data == p.v_scale.data) {
+        fail("append_kv: v_scale is k_scale's memory, and v_cache is not k_cache's; each needs its own");
+      }
+      return;
+    }
     if (p.k != p.v) {
       fail("append_kv: v_cache is k_cache's memory, and v is not k's; keys would be overwritten by values");
     }
     if (p.cos) fail("append_kv: v_cache is k_cache's memory; rotary_cos would rotate k, but not v");
+    if (p.quantises() && p.head_dim_v != p.head_dim) {
+      fail("append_kv: v_cache is k_cache's memory, and v has head_dim ", p.head_dim_v, ", k ", p.head_dim,
+           "; rows that are quantised together must be as long");
+    }
   }
 
   void take_new(const char* layout, const Argument& arg) const {
@@ -163,6 +182,27 @@ class AppendCall {
     set(strides(*q), p.q_batch_stride, p.q_token_stride, p.q_head_stride);
   }
 
+  RowScales row_scales(const char* name, const OptionalTensor& scales, const Argument& cache) const {
+    const ScalarType new_dtype = k_.tensor.scalar_type(), dtype = cache.tensor.scalar_type();
+    if (!scales) {
+      if (!p.quantises()) return {};
+      fail("append_kv: ", name, " is missing; ", cache.name, " is ", dtype, " and k is ", new_dtype,
+           ", so rows are quantised and it takes their scales");
+    }
+    const Argument arg{"append_kv", name, *scales};
+    if (!p.quantises()) {
+      fail("append_kv: ", name, " is given, and k is ", new_dtype, ", as is ", cache.name,
+           "; scales are written where a quantised cache takes tokens that are Float, Half or BFloat16");
+    }
+    arg.has_shape("those of the cache without its last one", 3);
+    for (int64_t dim = 0; dim < 3; ++dim) arg.has_size(dim, cache.tensor.size(dim), "as in the cache");
+    arg.has_dtype(ScalarType::Float, "");
+    arg.is_on_device_of(k_);
+    arg.has_memory_of_its_own();
+    return {static_cast<float*>(scales->mutable_data_ptr()), scales->stride(0), scales->stride(1),
+            scales->stride(2)};
+  }
+
   const int32_t* list(const char* name, const char* layout, const Tensor& tensor, int64_t size) {
     const Argument arg{"append_kv", name, tensor};
     arg.is_list_of(layout, size, "the batch size of k (cu_seqlens: and one more)");
@@ -193,9 +233,10 @@ class AppendCall {
 void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& seq_lens,
                const OptionalTensor& block_table, const OptionalTensor& cache_batch_idx,
                const OptionalTensor& cu_seqlens, OptionalTensor q, const OptionalTensor& rotary_cos,
-               const OptionalTensor& rotary_sin, bool rotary_interleaved) {
+               const OptionalTensor& rotary_sin, bool rotary_interleaved, OptionalTensor k_scale,
+               OptionalTensor v_scale) {
   const AppendCall call(k_cache, v_cache, k, v, seq_lens, block_table, cache_batch_idx, cu_seqlens, q,
-                        rotary_cos, rotary_sin, rotary_interleaved);
+                        rotary_cos, rotary_sin, rotary_interleaved, k_scale, v_scale);
   if (call.p.all_tokens() * call.p.rows_per_token() == 0) return;
   dispatch(
       {"append_kv", "k", k}, [&] { cpu::append_kv(call.p); },

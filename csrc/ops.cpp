@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(LEAN_LIBRARY, m) {
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor seq_lens, "
       "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? cu_seqlens=None, Tensor(c!)? q=None, "
-      "Tensor? rotary_cos=None, Tensor? rotary_sin=None, *, bool rotary_interleaved=False) -> ()");
+      "Tensor? rotary_cos=None, Tensor? rotary_sin=None, *, bool rotary_interleaved=False, "
+      "Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) -> ()");
   m.def(
       "merge_states(Tensor[] outs, Tensor[] lses, *, float base=2.718281828459045) -> (Tensor out, Tensor "
       "lse)");

@@ -42,6 +42,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
 void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& seq_lens,
                const OptionalTensor& block_table, const OptionalTensor& cache_batch_idx,
                const OptionalTensor& cu_seqlens, OptionalTensor q, const OptionalTensor& rotary_cos,
-               const OptionalTensor& rotary_sin, bool rotary_interleaved);
+               const OptionalTensor& rotary_sin, bool rotary_interleaved, OptionalTensor k_scale,
+               OptionalTensor v_scale);
 
 }  // namespace lean

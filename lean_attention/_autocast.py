@@ -63,7 +63,7 @@ def _append_kv(
     rotary_sin=None,
     **options,
 ):
-    dtype = k_cache.dtype
+    dtype = k_cache.dtype if k_cache.dtype in _FLOATS else k.dtype  # quantised caches quantise what comes
     new = (_cast(tensor, dtype) for tensor in (k, v))
     rotated = _cast(q, dtype)
     # The op takes tables of this dtype, or of float32.

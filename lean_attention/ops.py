@@ -279,14 +279,18 @@ def append_kv(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
-    """Writes new keys and values at the end of each sequence, in place, rotated by their positions if asked.
+    """Writes new keys and values at the end of each sequence, in place.
+
+    They are rotated by their positions if asked, and quantised where only the caches are.
 
     Args:
         k_cache, v_cache, block_table, cache_batch_idx: as in :func:`decode`; changed in place. No expanded
             caches, and not one memory for both unless v is also k's memory (latent attention).
         k: ``[batch, tokens, num_kv_heads, head_dim]``, or ``[total, num_kv_heads, head_dim]`` with
-            ``cu_seqlens``, in the cache's dtype (a quantised cache takes quantised tokens).
+            ``cu_seqlens``, in the cache's dtype. Quantised caches take float32, float16 and bfloat16 as well.
         v: the same, with a last dimension of ``head_dim_v``.
         seq_lens: ``[batch]`` int32, tokens in the cache before: new token ``i`` of sequence ``b`` goes to
             position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new tokens.
@@ -296,8 +300,19 @@ def append_kv(
         rotary_cos, rotary_sin: ``[max_position, rotary_dim / 2]``, in k's dtype or float32. The first
             ``rotary_dim`` dims of k (and q) are rotated, the others stay.
         rotary_interleaved: dims 2i and 2i + 1 are a pair (GPT-J), else i and i + rotary_dim / 2 (Llama).
+        k_scale, v_scale: float32, in the shape of the caches without their last dimension, of any strides:
+            changed in place, where quantised caches take tokens that are not; else ``None``. :func:`decode`
+            takes them as they are.
+
+    A row (a token and KV head, of K or V) is quantised by itself. Its scale is its largest magnitude divided
+    by 127 (e4m3: 448, e5m2: 57344); what is stored are its elements divided by the scale and rounded to the
+    nearest, ties to even; all in float32. The row is what a cache of k's dtype would hold: rotated, then
+    rounded. A row of zeros, or so small that the scale underflows, has scale 0; one with NaN or infinity has
+    scale NaN, and so is what attends to it. The bits are the same on all devices:
+    :func:`lean_attention.reference.append_kv` has them.
 
     Under ``torch.autocast`` k and v, and q there and back, are cast to the dtype of the caches, which stay.
+    Where the caches are quantised k stays too, and v and q are cast to its dtype.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or stride; on a CPU also a token that
@@ -320,9 +335,9 @@ def append_kv(
         rotary_sin,
     )
     try:
-        _append_kv(*tensors, rotary_interleaved=rotary_interleaved)
+        _append_kv(*tensors, rotary_interleaved=rotary_interleaved, k_scale=k_scale, v_scale=v_scale)
     except Exception:
-        refuse_wrong_types("append_kv", _append_kv, tensors, {})
+        refuse_wrong_types("append_kv", _append_kv, tensors, {"k_scale": k_scale, "v_scale": v_scale})
         raise
 
 

@@ -135,8 +135,13 @@ def append_kv(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
-    """What `lean_attention.append_kv` writes into the caches."""
+    """What `lean_attention.append_kv` writes into the caches and, where they quantise, into the scales.
+
+    Rows that are quantised are rotated in float32 and rounded to k's dtype: the same bits everywhere.
+    """
     block_size = k_cache.shape[1]
     for b in range(len(k)):
         for i in range(k.shape[1]):
@@ -147,14 +152,38 @@ def append_kv(
                 at = (int(block_table[b, position // block_size]), position % block_size)
             new = k[b, i]
             if rotary_cos is not None:
-                new = rotate(new, rotary_cos[position], rotary_sin[position], rotary_interleaved)
-            k_cache[at] = new.to(k_cache.dtype)
-            v_cache[at] = v[b, i]
+                tables = (rotary_cos[position], rotary_sin[position])
+                dtype = torch.float64 if k_scale is None else torch.float32
+                new = rotate(new, *tables, rotary_interleaved, dtype)
+            if k_scale is None:
+                k_cache[at] = new.to(k_cache.dtype)
+                v_cache[at] = v[b, i]
+            else:
+                k_cache[at], k_scale[at] = quantise(new.to(k.dtype), k_cache.dtype)
+                v_cache[at], v_scale[at] = quantise(v[b, i], v_cache.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of the last dimension, in float64; `cos` and `sin` have half the rotated dims."""
-    x, cos, sin = x.double(), cos.double(), sin.double()
+def quantise(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (of the last dimension) in int8 or a float8 dtype, and what each is to be multiplied by.
+
+    In float32, to the bit. A row of zeros has scale 0; one with NaN or infinity has scale NaN and holds ones.
+    """
+    rows = rows.float()
+    largest = rows.new_tensor(127.0 if dtype == torch.int8 else torch.finfo(dtype).max)
+    scale = rows.abs().amax(dim=-1) / largest
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    values = (rows / scale[..., None]).clamp(-largest, largest)  # a scale near 0 is inexact
+    if dtype == torch.int8:
+        values = values.round()
+    values = torch.where(scale[..., None] == 0, 0.0, values)
+    return torch.where(scale[..., None].isnan(), 1.0, values).to(dtype), scale
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Rotary embedding of the last dimension, in `dtype`; `cos` and `sin` have half the rotated dims."""
+    x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
     half = cos.shape[-1]
     rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:

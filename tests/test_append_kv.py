@@ -27,7 +27,7 @@ def append(request: pytest.FixtureRequest) -> Callable[..., None]:
     def on_gpu(**arguments) -> None:
         moved = {n: value.cuda() if isinstance(value, Tensor) else value for n, value in arguments.items()}
         lean_attention.append_kv(**moved)
-        for name in ("k_cache", "v_cache", "q"):
+        for name in ("k_cache", "v_cache", "q", "k_scale", "v_scale"):
             if arguments.get(name) is not None:
                 arguments[name].copy_(moved[name])
 
@@ -280,6 +280,263 @@ def test_keys_and_values_in_one_pool(append, paged: bool) -> None:
     check(append, arguments, 1e-6)
 
 
+QUANTISED = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def with_quantised_caches(arguments: dict, dtype: torch.dtype) -> dict:
+    """The caches as `dtype`, in their layout, and scales in another one."""
+    made = dict(arguments)
+    for name in ("k", "v"):
+        cache = arguments[name + "_cache"]
+        heads_first = torch.randint(256, (*cache.transpose(1, 2).shape[:3], cache.shape[3] + 8)).byte()
+        made[name + "_cache"] = heads_first.view(dtype).transpose(1, 2)[..., : cache.shape[3]]
+        made[name + "_scale"] = torch.rand(cache.shape[2], *cache.shape[:2]).movedim(0, 2)
+    return made
+
+
+def to_bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8 if tensor.itemsize == 1 else torch.int32)
+
+
+def clones(arguments: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def check_bits(append: Callable[..., None], arguments: dict, packed: bool = False) -> None:
+    """Of the caches and scales, all of them: what no token goes to stays."""
+    want = clones(arguments)
+    want.pop("q", None)
+    reference.append_kv(**want)
+    if packed:
+        tokens = arguments["k"].shape[1]
+        arguments["cu_seqlens"] = torch.arange(4, dtype=torch.int32) * tokens
+        for name in ("k", "v", "q"):
+            if name in arguments:
+                arguments[name] = arguments[name].flatten(0, 1)
+    append(**arguments)
+    for name in ("k_scale", "v_scale", "k_cache", "v_cache"):
+        got, wanted = to_bits(arguments[name]), to_bits(want[name])
+        wrong = (got != wanted).nonzero()
+        assert len(wrong) == 0, f"{name}{wrong[0].tolist()}, and {len(wrong) - 1} more"
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("rotary", ["", "half", "interleaved", "partial"])
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_rows_are_quantised(append, dtype, quantised, paged: bool, rotary: str, packed: bool) -> None:
+    arguments = with_quantised_caches(make_arguments(dtype, paged, 3, rotary), quantised)
+    check_bits(append, arguments, packed)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+@pytest.mark.parametrize("dim", [8, 24, 129, 576])
+def test_rows_of_any_length_and_size(append, dtype, quantised, dim: int) -> None:
+    arguments = make_arguments(F32, False, 12, "", dims=(dim, dim))
+    powers = 2.0 ** torch.linspace(-44, 15, 3 * 12 * 2).view(3, 12, 2, 1)
+    for name, sign in (("k", 1), ("v", -1)):
+        arguments[name] = (arguments[name].clamp(-1.9, 1.9) * powers**sign).to(dtype)
+    check_bits(append, with_quantised_caches(arguments, quantised))
+
+
+def test_all_halves_are_rounded_to_even(append) -> None:
+    """Steps and the middles between them, of the whole range of each dtype."""
+    for quantised in QUANTISED:
+        if quantised == torch.int8:
+            numbers = torch.arange(-127, 128).float()
+        else:
+            numbers = torch.arange(256, dtype=torch.uint8).view(quantised).float()
+            numbers = numbers[numbers.isfinite()].sort().values
+        numbers = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
+        rows = torch.cat(
+            [numbers, numbers.nextafter(torch.tensor(9e9)), numbers.nextafter(-torch.tensor(9e9))]
+        )
+        rows = rows.clamp(-numbers.max(), numbers.max()).view(3, 1, 1, -1)
+        rows[..., 0] = numbers.max()  # a scale of 1
+        caches = torch.zeros(2, 3, 4, 1, rows.shape[3], dtype=quantised)
+        arguments = {"k_cache": caches[0], "v_cache": caches[1], "k": rows, "v": -rows}
+        arguments |= {name: torch.zeros(3, 4, 1) for name in ("k_scale", "v_scale")}
+        check_bits(append, {**arguments, "seq_lens": torch.zeros(3, dtype=torch.int32)})
+        assert (arguments["k_scale"][:, 0] == 1).all()
+        assert torch.equal(
+            to_bits(caches[0, :, 0]),
+            to_bits((rows[:, 0].round() if quantised == torch.int8 else rows[:, 0]).to(quantised)),
+        )
+
+
+TINY = 2.0**-149  # the smallest float
+ROWS = {
+    "zeros": [0.0, -0.0],
+    "nan": [1.0, torch.nan],
+    "infinity": [1.0, -torch.inf, 3.0],
+    "both": [torch.inf, torch.nan],
+    "the scale underflows": [TINY, -3 * TINY],
+    "the scale is the smallest float": [100 * TINY, -30 * TINY],
+    "quotients above the largest number": [190 * TINY, -189 * TINY],
+    "subnormal": [1e-39, -3e-40],
+    "fp8 scales are subnormal": [1e-36, 3e-37, 1e-42],
+    "huge": [3.4028234e38, -3.4028234e38, 1e30],
+    "one large element": [-3e38, 1e-30, 1.0],
+}
+
+
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_at_the_ends_of_float32(append, quantised: torch.dtype, row: str) -> None:
+    arguments = make_arguments(F32, True, 2, "")
+    values = torch.tensor(ROWS[row])
+    for name in ("k", "v"):
+        new = arguments[name][1]
+        new.copy_(values.repeat(new.numel())[: new.numel()].view_as(new))
+    arguments = with_quantised_caches(arguments, quantised)
+    check_bits(append, arguments)
+    blocks, slots = arguments["block_table"][1, 0].long(), torch.arange(2)
+    # In float64: the largest float times 127, divided by 127, is beyond it.
+    stored = arguments["k_cache"][blocks, slots].double() * arguments["k_scale"][blocks, slots][..., None]
+    if values.isfinite().all():
+        largest = values.abs().max()
+        step = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 1 / 16, torch.float8_e5m2: 1 / 8}[quantised]
+        error = (stored - arguments["k"][1]).abs().max()
+        has_few_bits = largest < 1e-33  # the scale
+        assert error <= largest * (1 if has_few_bits else 1.001 * step), f"{error=} {largest=}"
+    else:
+        assert stored.isnan().all()
+
+
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_attention_to_a_row_that_is_not_finite_is_nan(append, quantised, bad: float, side: str) -> None:
+    arguments = with_quantised_caches(make_arguments(F32, True, 2, "", dims=(64, 64)), quantised)
+    for name in ("k_scale", "v_scale"):
+        arguments[name].zero_()
+    for name in ("k_cache", "v_cache"):
+        to_bits(arguments[name]).zero_()
+    arguments[side][1, 1, 0, 5] = bad
+    append(**arguments)
+    where = {name: arguments[name] for name in ("k_cache", "v_cache", "block_table", "k_scale", "v_scale")}
+    q, lens = torch.randn(3, 1, 4, 64), arguments["seq_lens"] + 2
+    out, _ = lean_attention.decode(q, seq_lens=lens, **where)
+    assert out[1, 0, :2].isnan().all()
+    assert out[1, 0, 2:].isfinite().all() and out[[0, 2]].isfinite().all()
+    lens[1] -= 1  # before that row
+    assert lean_attention.decode(q, seq_lens=lens, **where)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_decode_over_appended_rows(append, dtype: torch.dtype, quantised: torch.dtype) -> None:
+    batch, tokens, heads = 2, 50, 2
+    lens = torch.zeros(batch, dtype=torch.int32)
+    k, v = torch.randn(2, batch, tokens, heads, 64).to(dtype)
+    caches = torch.zeros(2, batch, 64, heads, 64, dtype=quantised)
+    scales = torch.zeros(2, batch, 64, heads)
+    prompt = {"k": k[:, :49], "v": v[:, :49], "seq_lens": lens}
+    token = {"k": k[:, 49:], "v": v[:, 49:], "seq_lens": lens + 49}
+    for new in (prompt, token):
+        append(k_cache=caches[0], v_cache=caches[1], k_scale=scales[0], v_scale=scales[1], **new)
+    q = torch.randn(batch, 1, 4, 64).to(dtype)
+    got, _ = lean_attention.decode(q, *caches, lens + tokens, k_scale=scales[0], v_scale=scales[1])
+    rows = caches.double() * scales.double()[..., None]
+    want, _ = reference.decode(q, *rows, lens + tokens)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    unquantised, _ = reference.decode(q, k, v, lens + tokens)
+    error = (got - unquantised).abs().max()
+    assert error < {torch.int8: 0.02, torch.float8_e4m3fn: 0.08, torch.float8_e5m2: 0.16}[quantised], error
+
+
+def test_one_quantised_memory_for_keys_and_values(append) -> None:
+    arguments = with_quantised_caches(make_arguments(BF16, False, 2, "", dims=(64, 64)), torch.int8)
+    arguments["v_cache"], arguments["v"] = arguments["k_cache"], arguments["k"]
+    arguments["v_scale"] = arguments["k_scale"]
+    check_bits(append, arguments)
+    arguments["v_cache"], arguments["v"] = arguments["k_cache"][..., :40], arguments["k"][..., :40]
+    with pytest.raises(
+        ValueError, match="append_kv: v_cache is k_cache's memory, and v has head_dim 40, k 64"
+    ):
+        append(**arguments)
+
+
+def test_one_memory_for_scales_of_two_caches_is_refused(append) -> None:
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+    arguments["v_scale"] = arguments["k_scale"]
+    with pytest.raises(
+        ValueError, match="append_kv: v_scale is k_scale's memory, and v_cache is not k_cache's"
+    ):
+        append(**arguments)
+
+
+def test_quantised_tokens_outside_the_cache_are_not_written(append) -> None:
+    if append is lean_attention.append_kv:
+        pytest.skip("refused as any other")
+    arguments = with_quantised_caches(make_arguments(F32, True, 2, "half"), torch.int8)
+    good = clones(arguments)
+    arguments["seq_lens"][1] = 24
+    arguments["block_table"][2, 1] = 99
+    append(**arguments)
+    if append is torch.ops.lean_attn_emulated.append_kv:
+        assert "append_kv: a new token of sequence" in load().take_error()
+    else:
+        with pytest.raises(ValueError, match="append_kv: a new token of sequence"):
+            lean_attention.check_errors()
+    for name in ("k_cache", "v_cache"):
+        changed = (to_bits(arguments[name]) != to_bits(good[name])).flatten(2).any(dim=2).sum()
+        assert changed == 3
+    for name in ("k_scale", "v_scale"):
+        assert (arguments[name] != good[name]).any(dim=2).sum() == 3
+
+
+BAD_SCALES = [
+    ({"k_scale": None}, "k_scale is missing; k_cache is Char and k is Float, so rows are quantised"),
+    ({"v_scale": None}, "v_scale is missing; v_cache is Char and k is Float"),
+    ({"k_scale": torch.zeros(4, 25, 2).double()}, "k_scale is Double; it must be Float"),
+    ({"k_scale": torch.zeros(4, 25)}, r"k_scale has shape \[4, 25\]; it must have 3 dimensions"),
+    ({"v_scale": torch.zeros(4, 25, 1)}, r"v_scale has shape \[4, 25, 1\]; its dimension 2 must be 2"),
+    ({"k_scale": torch.zeros(4, 1, 2)}, r"k_scale has shape \[4, 1, 2\]; its dimension 1 must be 25"),
+    ({"v_scale": torch.zeros(2).expand(4, 25, 2)}, "v_scale has shape .* by which elements share memory"),
+    ({"v_cache": torch.zeros(4, 25, 2, 40)}, "v_cache is Float; it must be Char, like k_cache"),
+    ({"v_cache": torch.zeros(4, 25, 2, 40).to(torch.float8_e5m2)}, "v_cache is Float8_e5m2; it must be Char"),
+    ({"k": torch.randn(3, 1, 2, 64).double()}, "k is Double; it must be Float, Half or BFloat16"),
+    ({"v": torch.zeros(3, 1, 2, 40, dtype=torch.int8)}, "v is Char; it must be Float, like k"),
+    (
+        {"k": torch.zeros(3, 1, 2, 64).char(), "v": torch.zeros(3, 1, 2, 40).char()},
+        "k_scale is given, and k is Char, as is k_cache; scales are written where a quantised cache takes",
+    ),
+    (
+        {"k_cache": torch.zeros(4, 25, 2, 64), "v_cache": torch.zeros(4, 25, 2, 40)},
+        "k_scale is given, and k is Float, as is k_cache; scales are written where",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SCALES, ids=[message[:50] for _, message in BAD_SCALES])
+def test_errors_of_quantised_caches(changes: dict, message: str) -> None:
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+    before = clones(arguments)
+    with pytest.raises(ValueError, match=f"append_kv: {message}"):
+        lean_attention.append_kv(**{**arguments, **changes})
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        assert torch.equal(arguments[name], before[name]), "something was written"
+
+
+@pytest.mark.gpu
+def test_scales_on_another_device() -> None:
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+    moved = {name: t.cuda() if isinstance(t, Tensor) else t for name, t in arguments.items()}
+    with pytest.raises(
+        ValueError, match="append_kv: v_scale is on cpu, k on cuda:0; they must be on the same"
+    ):
+        lean_attention.append_kv(**{**moved, "v_scale": arguments["v_scale"]})
+
+
+def test_scales_that_are_no_tensors() -> None:
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+    with pytest.raises(TypeError, match=r"append_kv: k_scale is 1.0, a float; it must be a Tensor or None"):
+        lean_attention.append_kv(**{**arguments, "k_scale": 1.0})
+
+
 PACKED = {"k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 40)}
 BAD = [
     ({"k": torch.randn(3, 1, 2, 64).half()}, "v is Float; it must be Half, like k"),
@@ -315,6 +572,11 @@ def test_opcheck(rotary: str) -> None:
     torch.library.opcheck(torch.ops.lean_attn.append_kv.default, (), arguments)
 
 
+def test_opcheck_of_quantised_caches() -> None:  # int8: opcheck multiplies, which torch's fp8 cannot
+    arguments = with_quantised_caches(make_arguments(BF16, True, 2, "half"), torch.int8)
+    torch.library.opcheck(torch.ops.lean_attn.append_kv.default, (), arguments)
+
+
 def test_compiles_with_the_decode_step() -> None:
     def step(k_cache, v_cache, k, v, q, seq_lens, block_table, cos, sin):
         q = q.clone()
@@ -332,3 +594,20 @@ def test_compiles_with_the_decode_step() -> None:
     torch.testing.assert_close(got, want)
     for a, b in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_compiles_with_the_decode_step_over_quantised_caches() -> None:
+    def step(k_cache, v_cache, k_scale, v_scale, k, v, q, seq_lens):
+        lean_attention.append_kv(k_cache, v_cache, k, v, seq_lens, k_scale=k_scale, v_scale=v_scale)
+        lens = seq_lens + k.shape[1]
+        return lean_attention.decode(q, k_cache, v_cache, lens, k_scale=k_scale, v_scale=v_scale)[0]
+
+    caches, scales = torch.zeros(2, 3, 32, 2, 64, dtype=torch.int8), torch.zeros(2, 3, 32, 2)
+    k, v = torch.randn(2, 3, 5, 2, 64)
+    rest = (k, v, torch.randn(3, 5, 4, 64), torch.tensor([0, 0, 0], dtype=torch.int32))
+    compiled_caches, compiled_scales = caches.clone(), scales.clone()
+    want = step(*caches, *scales, *rest)
+    got = torch.compile(step, fullgraph=True)(*compiled_caches, *compiled_scales, *rest)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(compiled_caches, caches) and torch.equal(compiled_scales, scales)
+    assert scales[:, :, :5].all()

@@ -100,6 +100,22 @@ def test_append_kv_of_quantised_tokens() -> None:
     assert caches.sum() == 2 * 2 * 2 * 64
 
 
+@pytest.mark.parametrize("new", [F32, BF16], ids=str)
+def test_append_kv_quantises_what_it_is_given(new: torch.dtype) -> None:
+    caches, scales = torch.zeros(2, 2, 50, 2, 64, dtype=torch.int8), torch.zeros(2, 2, 50, 2)
+    k, v, q = torch.randn(2, 3, 2, 64).to(new), torch.randn(2, 3, 2, 64), torch.randn(2, 3, 2, 64).bfloat16()
+    angles = torch.rand(50, 32) * 6
+    rotary = {"rotary_cos": angles.cos().half(), "rotary_sin": angles.sin().half()}
+    lens = torch.tensor([7, 0], dtype=torch.int32)
+    want = (caches.clone(), scales.clone())
+    reference.append_kv(*want[0], k, v.to(new), lens, **rotary, k_scale=want[1][0], v_scale=want[1][1])
+    before = q.clone()
+    with torch.autocast("cpu", F16):
+        lean_attention.append_kv(*caches, k, v, lens, q=q, **rotary, k_scale=scales[0], v_scale=scales[1])
+    assert torch.equal(caches, want[0]) and torch.equal(scales, want[1])
+    assert q.dtype == BF16 and not torch.equal(q, before)
+
+
 class Attention(torch.nn.Module):
     """A float32 model's layer, with float32 caches."""
 

@@ -12,6 +12,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/parallel.h"
+#include "quantise.h"
 
 namespace lean::cpu {
 namespace {
@@ -123,19 +124,62 @@ struct Numbers {
   static T from_float(float x) {
     return static_cast<T>(x);
   }
+  static float multiply(float a, float b) { return a * b; }
+  static float divide(float a, float b) { return a / b; }
 };
 
-template <class T>
+template <DType kDType>
+void quantise(const float* __restrict values, int64_t dims, uint8_t* __restrict to, float* scale) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < dims; ++i) largest = std::max(largest, magnitude_bits(values[i]));
+  const float divisor = *scale = scale_of_row<Numbers>(kDType, largest);
+  if (!(divisor > 0.0f)) {
+    std::fill_n(to, dims, filling_of(kDType, divisor));
+    return;
+  }
+  for (int64_t i = 0; i < dims; ++i) to[i] = quantised<Numbers, kDType>(values[i], divisor);
+}
+
+// `values` has room for the row.
+template <class T, DType kCacheDType>
+void quantise_row(const AppendParams& p, const NewToken& t, const NewRow& row, float* values) {
+  for_each_element<Numbers, T>(p, t, row, 0, 1,
+                               [values](int64_t i, T x) { values[i] = Numbers::to_float(x); });
+  quantise<kCacheDType>(values, row.dims, static_cast<uint8_t*>(row.to), row.scale);
+}
+
+// kCacheDType: what rows are quantised to, if they are.
+template <class T, DType kCacheDType>
 void append_all(const AppendParams& p) {
   const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.head_dim * sizeof(T);
   const int64_t parts = std::clamp<int64_t>(tokens * bytes / kMinBytesPerThread, 1, num_threads());
   parallel_for(parts, [&](int64_t part) {
+    std::vector<float> values(p.quantises() ? std::max(p.head_dim, p.head_dim_v) : 0);
     for (int64_t token = part * tokens / parts; token < (part + 1) * tokens / parts; ++token) {
       const NewToken t = new_token(p, token);
       if (t.sequence < 0) continue;
-      for (int64_t row = 0; row < p.rows_per_token(); ++row) append_row<Numbers, T>(p, t, row, 0, 1);
+      for (int64_t i = 0; i < p.rows_per_token(); ++i) {
+        const NewRow row = new_row(p, t, i);
+        if (row.scale != nullptr) {
+          quantise_row<T, kCacheDType>(p, t, row, values.data());
+        } else {
+          append_row<Numbers, T>(p, t, row, 0, 1);
+        }
+      }
     }
   });
+}
+
+template <class T>
+void append_all(const AppendParams& p) {
+  switch (p.cache_dtype) {
+    case DType::float8_e4m3:
+      return append_all<T, DType::float8_e4m3>(p);
+    case DType::float8_e5m2:
+      return append_all<T, DType::float8_e5m2>(p);
+    default:
+      return append_all<T, DType::int8>(p);
+  }
 }
 
 }  // namespace

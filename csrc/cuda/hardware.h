@@ -150,6 +150,9 @@ struct Numbers {
     if constexpr (std::is_same_v<T, BFloat16>) return __float2bfloat16_rn(x);
     if constexpr (std::is_same_v<T, float>) return x;
   }
+  // Rounded to the nearest float; a product by itself, which the compiler fuses with no addition.
+  static LEAN_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+  static LEAN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 };
 
 // Two elements of a quantised cache, the first in the low byte, as two of T. Exact: bf16 and fp16 hold all.

@@ -115,6 +115,8 @@ struct Numbers {
   static T from_float(float x) {
     return static_cast<T>(x);
   }
+  static float multiply(float a, float b) { return a * b; }
+  static float divide(float a, float b) { return a / b; }
 };
 
 inline float value_of(DType dtype, uint8_t bits) {
