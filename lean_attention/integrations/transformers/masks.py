@@ -95,16 +95,26 @@ def own_mask(*args, config: PreTrainedConfig | None = None, **options) -> Tensor
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def supports_sdpa(config_class: type) -> bool:
     """Whether some model of a family takes masks of sdpa's kind."""
-    module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
-    models = [
-        each
-        for each in vars(module or object).values()
-        if isinstance(each, type) and issubclass(each, PreTrainedModel) and each.__module__ == module.__name__
-    ]
-    return not models or any(model._supports_sdpa for model in models)
+    if config_class not in _SUPPORTS_SDPA:
+        module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+        models = (
+            [
+                each
+                for each in vars(module).values()
+                if isinstance(each, type)
+                and issubclass(each, PreTrainedModel)
+                and each.__module__ == module.__name__
+            ]
+            if module
+            else []
+        )
+        _SUPPORTS_SDPA[config_class] = not models or any(model._supports_sdpa for model in models)
+    return _SUPPORTS_SDPA[config_class]
+
+
+_SUPPORTS_SDPA: dict[type, bool] = {}
 
 
 def as_bool(module: torch.nn.Module, mask: Tensor) -> Tensor:
