@@ -113,6 +113,11 @@ def small_llama() -> torch.nn.Module:
         return LlamaForCausalLM(config).eval()
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """What the model's forward calls its cache: transformers renamed past_key_values to cache in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def compare(context: int, new_tokens: int) -> dict[str, Generation]:
     """Greedy decoding of the same model and prompt with "sdpa" and with "lean_attention"."""
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -123,6 +128,7 @@ def compare(context: int, new_tokens: int) -> dict[str, Generation]:
 
     register()
     model, prompt = small_llama(), prompt_bytes(context)
+    cache = cache_argument(model)
     names = ("sdpa", "lean_attention")
     timers, caches, steps, tokens = {}, {}, {}, {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
@@ -132,7 +138,7 @@ def compare(context: int, new_tokens: int) -> dict[str, Generation]:
         AttentionMaskInterface.register(f"timed_{name}", sdpa_mask)
         model.set_attn_implementation(f"timed_{name}")
         caches[name] = DynamicCache(config=model.config)
-        steps[name] = model(prompt, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+        steps[name] = model(prompt, **{cache: caches[name]}, use_cache=True, logits_to_keep=1)
         timers[name].seconds = 0.0
     for _ in range(new_tokens):
         for name in names:  # in turn, so that a busy machine disturbs both alike
@@ -140,6 +146,6 @@ def compare(context: int, new_tokens: int) -> dict[str, Generation]:
             begin = time.perf_counter()
             next_token = steps[name].logits[:, -1:].argmax(dim=-1)
             tokens[name].append(int(next_token))
-            steps[name] = model(next_token, past_key_values=caches[name], use_cache=True)
+            steps[name] = model(next_token, **{cache: caches[name]}, use_cache=True)
             seconds[name] += time.perf_counter() - begin
     return {name: Generation(tokens[name], seconds[name], timers[name].seconds) for name in names}
