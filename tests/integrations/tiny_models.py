@@ -69,6 +69,7 @@ OTHERS = {
     "bloom": {"n_layer": 4, "n_head": 4},
     "mpt": {"d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 128},
     "deepseek_v32": SPARSE,
+    "diffllama": {},
     "glm_moe_dsa": SPARSE,
     "inkling2_text": {
         "unpadded_vocab_size": 128,

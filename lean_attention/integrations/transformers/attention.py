@@ -162,8 +162,7 @@ def attention(
         out = decode_quantised(query, key, value, visible, **scores)
         if out is not None:
             return out, None
-    if isinstance(key, QuantisedStates):
-        key, value = key.dequantised(), value.dequantised()
+    key, value = (x.dequantised() if isinstance(x, QuantisedStates) else x for x in (key, value))
     if plain_prefill and causal:
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # an empty static cache is longer
     out, _ = lean_attention.decode(
