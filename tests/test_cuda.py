@@ -67,6 +67,7 @@ def test_pairs_of_features(case: FeatureCase, decode: Decode) -> None:
     assert_same(str(case), arguments, *decode(**arguments))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(case=any_case(**SMALL), seed=st.integers(0, 2**32))
 def test_any_combination_of_features(case: FeatureCase, seed: int) -> None:
@@ -91,6 +92,7 @@ def test_every_kernel(head_dim: int, rows: int, decode: Decode) -> None:
         assert_close(case, inputs, *decode(**inputs, num_ctas=3))
 
 
+@pytest.mark.slow
 def test_random_interleavings() -> None:
     """One result, whatever the order in which 200 launches' CTAs, warps and lanes advance."""
     emulated, shapes = load(), random.Random()
@@ -122,6 +124,7 @@ def test_two_launches_at_once() -> None:
             assert_close(case, arguments, *result)
 
 
+@pytest.mark.slow
 def test_replays_with_changing_lengths() -> None:
     """What a captured CUDA graph does: the same arguments and workspace, other lengths and queries."""
     emulated = load()

@@ -17,6 +17,7 @@ def test_pairs(case: FeatureCase, instruction_set: str) -> None:
     assert_same(str(case), arguments, *lean_attention.decode(**arguments))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=any_case())
 def test_any_combination(case: FeatureCase) -> None:
