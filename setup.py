@@ -25,27 +25,41 @@ spec.loader.exec_module(build)
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
-toolkit = build.cuda_toolkit()
-defines = ["-DLEAN_WITH_CUDA"] if toolkit else []
+try:
+    cuda = build.cuda_build()
+except (RuntimeError, ValueError) as error:
+    sys.exit(f"lean_attention: {error}")
+defines = ["-DLEAN_WITH_CUDA"] if cuda else []
 include_dirs = [*build.include_dirs(), *include_paths()]
 libraries = ["c10", "torch", "torch_cpu"]
 search = library_paths()
-if toolkit:
+if cuda:
     # A torch without CUDA knows no toolkit, and takes no hint from the environment.
-    torch.utils.cpp_extension.CUDA_HOME = str(toolkit)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
-    include_dirs.append(str(toolkit / "include"))
-    search = [*search, str(toolkit / "lib64")]
+    torch.utils.cpp_extension.CUDA_HOME = str(cuda.toolkit)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
+    include_dirs.append(str(cuda.toolkit / "include"))
+    search = [*search, str(cuda.toolkit / "lib64")]
     libraries += ["cudart_static", "dl", "rt", "pthread"]
-    print(f"lean_attention: with CUDA ({toolkit}) for {os.environ['TORCH_CUDA_ARCH_LIST']}", file=sys.stderr)
+    print(f"lean_attention: with CUDA ({cuda.toolkit}) for {cuda.architectures}", file=sys.stderr)
 else:
     print("lean_attention: without CUDA", file=sys.stderr)
+
+
+class BuildCore(BuildExtension):
+    """Leaves it to ninja, which knows headers and flags, to find what has to be compiled again."""
+
+    def finalize_options(self) -> None:
+        # One folder for all ways to build: pip's editable builds would throw theirs away.
+        self.build_temp = self.build_temp or str(Path("build", "objects"))
+        super().finalize_options()
+        self.force = True
+
 
 setup(
     ext_modules=[
         Extension(
             "lean_attention._C",
-            sources=build.sources(cuda=toolkit is not None),
+            sources=build.sources(cuda=cuda is not None),
             include_dirs=include_dirs,
             library_dirs=search,
             libraries=libraries,
@@ -53,5 +67,5 @@ setup(
             language="c++",
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildCore},
 )

@@ -1,17 +1,20 @@
-"""What nvcc makes of the CUDA kernels, per architecture: `make cuda-check`. Needs a toolkit, no GPU.
+"""What nvcc has made of the CUDA kernels: `make cuda-check`. Needs a toolkit to build the core, no GPU.
 
-Compiles the kernels for each architecture, prints registers, shared memory, spills and the resident CTAs that
-follow, and fails where a kernel spills, lacks the instructions it is built on, or does not fit an SM.
+    python -m benchmarks.cuda_check build/cuda/lean_attention/_C.*.so
+
+Reads each architecture's machine code out of that core, prints registers, shared memory, spills and the
+resident CTAs that follow, and fails where a kernel spills, lacks the instructions it is built on, or does not
+fit an SM.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import print_whole
-from lean_attention import _build
-from lean_attention._core import core
-
-ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
 
 # Per SM, CUDA C++ programming guide, table of technical specifications: shared memory in KB, of which the
 # system takes 1 KB per CTA; resident threads. Registers are 65536 everywhere.
-SHARED_KB = {"80": 164, "86": 100, "89": 100, "90a": 228, "100a": 228, "120": 100}
+SHARED_KB = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "103": 228, "110": 228, "120": 100}
 REGISTERS = 65536
 
 # SASS: tensor-core product, asynchronous copy to shared memory, matrix load.
@@ -76,32 +75,48 @@ def tool(name: str) -> str:
     sys.exit(f"cuda-check: {name} is missing; pip install -r third_party/cuda-check-requirements.txt")
 
 
-def compile_kernels(nvcc: str, arch: str, dtype: str, folder: Path) -> list[Kernel]:
-    suffix = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-    cubin = folder / f"{suffix}_{arch}.cubin"
-    source = _build.ROOT / "csrc" / "cuda" / f"kernels_{suffix}.cu"
-    command = [nvcc, *_build.CUDA_FLAGS, f"-I{_build.ROOT / 'csrc'}", "-cubin"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(source), "-o", str(cubin)]
-    result = subprocess.run(command, capture_output=True, text=True)
+def kernel_facts(library: Path) -> dict[tuple, list]:
+    """Threads, shared memory and bytes in flight of each kernel of a core, by what it is for.
+
+    In a process of its own: this one has the installed core, and torch takes the ops from one only.
+    """
+    code = (
+        "import importlib.util, json, sys, torch\n"
+        "spec = importlib.util.spec_from_file_location('lean_attention._C', sys.argv[1])\n"
+        "core = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(core)\n"
+        "print(json.dumps(core.cuda_kernels()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(library.resolve())], capture_output=True, text=True
+    )
     if result.returncode != 0:
-        sys.exit(f"cuda-check: {' '.join(command)}\n{result.stderr}")
+        sys.exit(f"cuda-check: {library} does not load\n{result.stderr}")
+    return {tuple(row[:5]): row[5:] for row in json.loads(result.stdout)}
 
-    def dump(option: str) -> str:
-        disassembler = str(Path(tool("nvdisasm")).parent)
-        environment = {"PATH": f"{disassembler}:/usr/bin:/bin"}
-        command = [tool("cuobjdump"), option, str(cubin)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-    resources = dict(re.findall(r"Function (\w+):\s*\n\s*(.*)", dump("-res-usage")))
-    facts = {row[:5]: row[5:] for row in core.cuda_kernels()}
+def disassemble(library: Path, *options: str) -> str:
+    environment = {"PATH": f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin"}
+    command = [tool("cuobjdump"), *options, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def architectures_of(library: Path) -> list[str]:
+    return sorted(set(re.findall(r"\.sm_(\w+)\.cubin", disassemble(library, "-lelf"))), key=int)
+
+
+def read_kernels(library: Path, facts: dict[tuple, list], arch: str) -> list[Kernel]:
+    only = ("-arch", f"sm_{arch}")
+    resources = dict(re.findall(r"Function (\w+):\s*\n\s*(.*)", disassemble(library, *only, "-res-usage")))
     kernels = []
-    for function in dump("-sass").split("Function : ")[1:]:
+    for function in disassemble(library, *only, "-sass").split("Function : ")[1:]:
         name = function.split(None, 1)[0]
-        dims = re.search(r"Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", name)
-        if dims is None or "decode_kernel" not in name:
+        shape = re.search(r"(__half|__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", name)
+        if shape is None or "decode_kernel" not in name:
             continue
         usage = dict(re.findall(r"(\w+):(\d+)", resources[name]))
-        head_dim, head_dim_v, row_tiles, element_bytes = map(int, dims.groups())
+        dtype = {"__half": "float16", "__nv_bfloat16": "bfloat16"}[shape[1]]
+        head_dim, head_dim_v, row_tiles, element_bytes = map(int, shape.groups()[1:])
         rows, quantised = 16 * row_tiles, element_bytes == 1
         threads, shared_bytes, in_flight = facts[(dtype, head_dim, head_dim_v, rows, quantised)]
         counts = {key: len(re.findall(rf"\b{key}\b", function)) for key in (*WANTED, *SPILLS)}
@@ -121,23 +136,25 @@ def compile_kernels(nvcc: str, arch: str, dtype: str, folder: Path) -> list[Kern
                 threads,
             )
         )
-    if len(kernels) != sum(key[0] == dtype for key in facts):
-        sys.exit(f"cuda-check: {cubin.name} has {len(kernels)} kernels, the table of {dtype} others")
-    return sorted(kernels, key=lambda k: (k.quantised, k.head_dim, k.head_dim_v, k.rows))
+    if len(kernels) != len(facts):
+        sys.exit(f"cuda-check: sm_{arch} has {len(kernels)} kernels, the core's table {len(facts)}")
+    return sorted(kernels, key=lambda k: (k.dtype, k.quantised, k.head_dim, k.head_dim_v, k.rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_check", description=__doc__)
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    arguments = parser.parse_args()
-    toolkit = _build.cuda_toolkit()
-    if toolkit is None or not core.cuda_kernels():
-        sys.exit("cuda-check: needs a CUDA toolkit and a core built with it (LEAN_ATTENTION_CUDA=1)")
-    jobs = [(arch, dtype) for arch in arguments.arch for dtype in ("float16", "bfloat16")]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        results = pool.map(
-            lambda job: compile_kernels(str(toolkit / "bin" / "nvcc"), *job, Path(folder)), jobs
-        )
+    parser.add_argument("library", type=Path, help="a core built with CUDA: lean_attention/_C.*.so")
+    library = parser.parse_args().library
+    if not library.is_file():
+        sys.exit(f"cuda-check: there is no {library}")
+    facts = kernel_facts(library)
+    if not facts:
+        sys.exit(f"cuda-check: {library} is built without CUDA; build one with LEAN_ATTENTION_CUDA=1")
+    architectures = architectures_of(library)
+    if unknown := [arch for arch in architectures if arch not in SHARED_KB]:
+        sys.exit(f"cuda-check: what an SM of {', '.join(unknown)} has is not known; add it to SHARED_KB")
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda arch: read_kernels(library, facts, arch), architectures)
         kernels = [kernel for result in results for kernel in result]
     table = Table(title="CUDA kernels as compiled (nothing was run)")
     names = (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,9 +31,11 @@ COMPILE_FLAGS = [
 ]
 
 
-# Compute capabilities that an ahead-of-time build has machine code for, where TORCH_CUDA_ARCH_LIST does not
-# say: Ampere, Ada, Hopper, Blackwell. The last one's PTX serves what comes after.
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+# Compute capabilities that an ahead-of-time build has machine code for, where nobody names others: Ampere,
+# Ada, Hopper, Blackwell. It runs on later chips of the same major version too; PTX, which the driver
+# compiles, serves what comes after. None ends in "a": such code runs on that chip alone.
+CUDA_ARCHITECTURES = "8.0;8.9;9.0;10.0+PTX;12.0+PTX"
+LEAST_COMPUTE_CAPABILITY = (8, 0)
 
 CUDA_FLAGS = [
     "-O3",
@@ -48,29 +53,77 @@ def sources(cuda: bool = False) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
-def cuda_toolkit() -> Path | None:
-    """The CUDA toolkit to build with: CUDA_HOME, else that of the nvcc on the PATH, else the usual place.
+class CudaBuild(NamedTuple):
+    """What the CUDA kernels are built with, and for what (as in TORCH_CUDA_ARCH_LIST)."""
 
-    LEAN_ATTENTION_CUDA=0 builds without CUDA, =1 insists on it.
+    toolkit: Path
+    architectures: str
 
-    Raises RuntimeError where LEAN_ATTENTION_CUDA=1 and there is none.
+
+def cuda_build() -> CudaBuild | None:
+    """How an ahead-of-time build builds the CUDA kernels; None: it leaves them out.
+
+    LEAN_ATTENTION_CUDA says what is wanted: 0 is no CUDA, 1 insists on it, "visible" takes the GPUs that
+    this machine shows and no others, so that a development build compiles nothing that cannot run here.
+    Unset, CUDA is built wherever there is a toolkit. TORCH_CUDA_ARCH_LIST names the architectures, and asks
+    for CUDA.
+
+    Raises RuntimeError where LEAN_ATTENTION_CUDA is 1 and there is no toolkit, ValueError where it is
+    something else.
     """
     wanted = os.environ.get("LEAN_ATTENTION_CUDA", "")
+    if wanted not in ("", "0", "1", "visible"):
+        raise ValueError(f"LEAN_ATTENTION_CUDA is {wanted!r}; it must be 0, 1 or visible")
     if wanted == "0":
         return None
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if wanted == "visible" and not architectures:
+        architectures = visible_architectures()
+        if not architectures:
+            return None
+    toolkit = cuda_toolkit()
+    if toolkit is None:
+        if wanted == "1":
+            places = ", ".join(map(str, cuda_places()))
+            raise RuntimeError(
+                "LEAN_ATTENTION_CUDA is 1, and no CUDA toolkit (bin/nvcc and lib64/libcudart_static.a) is in "
+                f"any of {places}; set CUDA_HOME"
+            )
+        return None
+    return CudaBuild(toolkit, architectures or CUDA_ARCHITECTURES)
+
+
+def visible_architectures() -> str:
+    """Those of the GPUs that nvidia-smi shows and the kernels run on, as TORCH_CUDA_ARCH_LIST has them."""
+    try:
+        shown = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if shown.returncode != 0:
+        return ""
+    found = {tuple(map(int, pair)) for pair in re.findall(r"^\s*(\d+)\.(\d+)\s*$", shown.stdout, flags=re.M)}
+    usable = sorted(capability for capability in found if capability >= LEAST_COMPUTE_CAPABILITY)
+    return ";".join(f"{major}.{minor}" for major, minor in usable)
+
+
+def cuda_places() -> list[Path]:
+    """Where a CUDA toolkit may be: CUDA_HOME, beside the nvcc on the PATH, the usual places."""
     places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if nvcc := shutil.which("nvcc"):
         places.append(Path(nvcc).resolve().parent.parent)
-    places += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
-    for place in places:
+    return [*places, Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+
+
+def cuda_toolkit() -> Path | None:
+    """The first CUDA toolkit that is there."""
+    for place in cuda_places():
         if (place / "bin" / "nvcc").is_file() and (place / "lib64" / "libcudart_static.a").is_file():
             return place
-    if wanted == "1":
-        tried = ", ".join(map(str, places))
-        raise RuntimeError(
-            "lean_attention: LEAN_ATTENTION_CUDA=1, and no CUDA toolkit (bin/nvcc and "
-            f"lib64/libcudart_static.a) is in any of {tried}; set CUDA_HOME"
-        )
     return None
 
 

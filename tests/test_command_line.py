@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lean_attention
+from lean_attention.generation import cache_argument
 from lean_attention.picture import fixed_split, stream_k
 
 
@@ -39,6 +40,18 @@ def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
     ):
         assert text in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Warning" not in result.stderr
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it() -> None:
+    class Before(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class Since(torch.nn.Module):
+        def forward(self, input_ids, cache=None, **kwargs): ...
+
+    assert cache_argument(Before()) == "past_key_values"
+    assert cache_argument(Since()) == "cache"
 
 
 def test_info_names_versions_and_the_forced_instruction_set() -> None:

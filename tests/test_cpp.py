@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-EXPORT = Path(__file__).resolve().parent.parent / "examples" / "cpp" / "export.py"
+import pytest
+
+from lean_attention._core import core
+from tests import checkout
 
 
+@pytest.mark.slow
 def test_an_exported_layer_runs_without_python(tmp_path: Path) -> None:
-    made = subprocess.run([sys.executable, str(EXPORT), str(tmp_path)], capture_output=True, text=True)
+    checkout.copy(tmp_path, "lean_attention", "csrc", "examples")
+    shutil.copy(core.__file__, tmp_path / "lean_attention")
+    paths = {"PYTHONPATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    export = [sys.executable, str(tmp_path / "examples" / "cpp" / "export.py"), str(tmp_path / "layer")]
+    made = subprocess.run(export, capture_output=True, text=True, env={**os.environ, **paths})
     assert made.returncode == 0, made.stderr
     command = made.stdout.strip().splitlines()[-1].split()
+    assert all(part.startswith(str(tmp_path)) for part in command)
     linked = subprocess.run(["ldd", command[0], command[1]], capture_output=True, text=True).stdout
     assert "libtorch" in linked and "libpython" not in linked and "libtorch_python" not in linked
     result = subprocess.run(command, capture_output=True, text=True)

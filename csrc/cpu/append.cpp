@@ -1,3 +1,11 @@
+// Products are rounded before they are added, also where the compiler could fuse the two: on all machines
+// rows are rotated to the same bits.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include "append.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -12,6 +20,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles/tile_sets.h"
 #include "quantise.h"
 
 namespace lean::cpu {
@@ -128,30 +137,53 @@ struct Numbers {
   static float divide(float a, float b) { return a / b; }
 };
 
-template <DType kDType>
-void quantise(const float* __restrict values, int64_t dims, uint8_t* __restrict to, float* scale) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < dims; ++i) largest = std::max(largest, magnitude_bits(values[i]));
-  const float divisor = *scale = scale_of_row<Numbers>(kDType, largest);
-  if (!(divisor > 0.0f)) {
-    std::fill_n(to, dims, filling_of(kDType, divisor));
-    return;
-  }
-  for (int64_t i = 0; i < dims; ++i) to[i] = quantised<Numbers, kDType>(values[i], divisor);
-}
-
 // `values` has room for the row.
 template <class T, DType kCacheDType>
-void quantise_row(const AppendParams& p, const NewToken& t, const NewRow& row, float* values) {
+void quantise_row(const AppendParams& p, const NewToken& t, const NewRow& row, float* __restrict values) {
   for_each_element<Numbers, T>(p, t, row, 0, 1,
                                [values](int64_t i, T x) { values[i] = Numbers::to_float(x); });
-  quantise<kCacheDType>(values, row.dims, static_cast<uint8_t*>(row.to), row.scale);
+  const int64_t dims = row.dims;
+  int32_t largest = 0;
+  for (int64_t i = 0; i < dims; ++i) largest = std::max(largest, magnitude_bits(values[i]));
+  const float scale = *row.scale = scale_of_row<Numbers>(kCacheDType, largest);
+  uint8_t* const __restrict to = static_cast<uint8_t*>(row.to);
+  if (scale > 0.0f) {
+    for (int64_t i = 0; i < dims; ++i) to[i] = quantised<Numbers, kCacheDType>(values[i], scale);
+  } else {
+    std::fill_n(to, dims, filling_of(kCacheDType, scale));
+  }
+}
+
+#if defined(LEAN_X86)
+// The same with vectors of 8.
+template <class T, DType kCacheDType>
+__attribute__((target("avx2"), flatten)) void quantise_row_avx2(const AppendParams& p, const NewToken& t,
+                                                                const NewRow& row, float* values) {
+  quantise_row<T, kCacheDType>(p, t, row, values);
+}
+#endif
+
+using QuantiseRow = void (*)(const AppendParams&, const NewToken&, const NewRow&, float*);
+
+// Null where rows of T are only copied.
+template <class T, DType kCacheDType>
+QuantiseRow quantise_row_routine() {
+  if constexpr (sizeof(T) > 1) {
+#if defined(LEAN_X86)
+    const std::string chosen = tile_routine(DType::float32, DType::float32).instruction_set;
+    if (chosen != "portable") return &quantise_row_avx2<T, kCacheDType>;
+#endif
+    return &quantise_row<T, kCacheDType>;
+  } else {
+    return nullptr;
+  }
 }
 
 // kCacheDType: what rows are quantised to, if they are.
 template <class T, DType kCacheDType>
 void append_all(const AppendParams& p) {
   const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.head_dim * sizeof(T);
+  const QuantiseRow quantise = p.quantises() ? quantise_row_routine<T, kCacheDType>() : nullptr;
   const int64_t parts = std::clamp<int64_t>(tokens * bytes / kMinBytesPerThread, 1, num_threads());
   parallel_for(parts, [&](int64_t part) {
     std::vector<float> values(p.quantises() ? std::max(p.head_dim, p.head_dim_v) : 0);
@@ -161,7 +193,7 @@ void append_all(const AppendParams& p) {
       for (int64_t i = 0; i < p.rows_per_token(); ++i) {
         const NewRow row = new_row(p, t, i);
         if (row.scale != nullptr) {
-          quantise_row<T, kCacheDType>(p, t, row, values.data());
+          quantise(p, t, row, values.data());
         } else {
           append_row<Numbers, T>(p, t, row, 0, 1);
         }

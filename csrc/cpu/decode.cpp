@@ -345,7 +345,10 @@ class Decode {
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
     RunQueue runs(cache_rows_, run_tokens_, !widens_, chunk, upcoming);
-    const bool scores_abreast = runs.has_whole_tokens() && !widens_ && rows <= routine_.max_rows_abreast;
+    // A run has the row scales of one head.
+    const bool scaled = cache_rows_.scaled(kKeys) || cache_rows_.scaled(kValues);
+    const bool scores_abreast =
+        runs.has_whole_tokens() && !widens_ && !scaled && rows <= routine_.max_rows_abreast;
     const TileState* tiles[kMaxAbreast];
     for (int64_t i = 0; i < chunk.heads; ++i) tiles[i] = &works[i].tile;
     RowView views[kMaxRows];

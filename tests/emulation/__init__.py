@@ -1,6 +1,6 @@
 """The CUDA kernels on an emulated device: their own sources, compiled for the host.
 
-:func:`load` builds them once into torch's extension cache (about a minute) and registers
+:func:`load` builds them into build/ (about a minute, the first time) and registers
 ``torch.ops.lean_attn_emulated``, which takes CPU tensors and runs them through the CUDA backend.
 LEAN_ATTENTION_EMULATION_SANITIZE=1 builds with AddressSanitizer and UBSan; `make sanitize` does, and preloads
 what they need.
@@ -13,27 +13,48 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+from lean_attention import _build
+
 HERE = Path(__file__).resolve().parent
+NAME = "lean_attention_emulated"
+
+# Where False (pytest --quick), a test that needs the emulated device is skipped unless it is built already.
+may_build = True
+
+
+def sanitized() -> bool:
+    return os.environ.get("LEAN_ATTENTION_EMULATION_SANITIZE") == "1"
+
+
+def build_directory() -> Path:
+    return _build.ROOT / "build" / ("emulated_sanitized" if sanitized() else "emulated")
+
+
+def is_built() -> bool:
+    """And no source has changed since."""
+    library = build_directory() / f"{NAME}.so"
+    sources = [Path(_build.__file__), *HERE.glob("*.*"), *(_build.ROOT / "csrc").rglob("*.*")]
+    return library.exists() and all(file.stat().st_mtime < library.stat().st_mtime for file in sources)
 
 
 @functools.cache
 def load() -> ModuleType:
     from torch.utils import cpp_extension
 
-    from lean_attention import _build
-
-    sanitize = os.environ.get("LEAN_ATTENTION_EMULATION_SANITIZE") == "1"
+    if not may_build and not is_built():
+        pytest.skip("the emulated device is not built; make test builds it")
     flags = [flag for flag in _build.COMPILE_FLAGS if flag != "-O3"]
     flags += ["-O1", "-g1", "-DLEAN_EMULATED", "-Wno-unknown-pragmas"]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
-    name = "lean_attention_emulated"
-    directory = cpp_extension._get_build_directory(name + "_sanitized" * sanitize, verbose=False)
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitized() else []
+    build_directory().mkdir(parents=True, exist_ok=True)
     sources = [_build.ROOT / source for source in _build.sources() if not source.endswith("bindings.cpp")]
     return cpp_extension.load(
-        name=name,
+        name=NAME,
         sources=[str(source) for source in [*sources, *sorted(HERE.glob("*.cpp"))]],
         extra_cflags=flags + sanitizers,
         extra_ldflags=sanitizers,
         extra_include_paths=[*_build.include_dirs(), str(HERE)],
-        build_directory=directory,
+        build_directory=str(build_directory()),
     )

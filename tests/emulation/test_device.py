@@ -76,6 +76,7 @@ def test_shuffles(distance: int) -> None:
 
 def test_an_old_gpu_is_named() -> None:
     """In a process of its own: what is known of a device is kept."""
+    load()  # here, where it may be skipped
     code = (
         "import torch; from tests.emulation import load; load().configure(seed=1, capability=75); "
         "q = torch.zeros(1, 1, 1, 64).half(); torch.ops.lean_attn_emulated.decode(q, q, q)"

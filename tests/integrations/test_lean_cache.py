@@ -144,7 +144,7 @@ def test_quantised_caches_hold_what_a_dynamic_cache_holds(kv_cache: str, record_
 
 
 @pytest.mark.parametrize("kv_cache", QUANTISED)
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss", "bloom", "diffllama"])
 @torch.no_grad()
 def test_attention_reads_quantised_caches_as_eager_does(
     kind: str, kv_cache: str, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +165,8 @@ def test_attention_reads_quantised_caches_as_eager_does(
         logits.append(torch.stack(results))
     # A difference of rounding can round a number to its neighbour when it is stored.
     assert (logits[0] - logits[1]).abs().max() <= 1e-2 * logits[0].abs().max()
-    assert len(calls) >= 2 * 5 * SMALL["num_hidden_layers"] or kind == "bloom"
+    if kind not in ("bloom", "diffllama"):  # attention of its own; values that are transformed first
+        assert len(calls) >= 2 * 5 * SMALL["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("kv_cache", QUANTISED)

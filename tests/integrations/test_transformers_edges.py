@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -207,6 +208,33 @@ def test_masks_are_broadcast_as_by_sdpa(monkeypatch: pytest.MonkeyPatch) -> None
         )
 
 
+@torch.no_grad()
+def test_masks_of_floats_that_say_seen_or_not_run_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), torch.randint(2, 128, (2, 9))
+    mask = torch.zeros(1, 1, 9, 9).masked_fill(
+        torch.ones(9, 9).triu(1).bool(), torch.finfo(torch.float32).min
+    )
+    want = logits_of(model, "eager", input_ids=ids, attention_mask=mask)
+    calls = count_decodes(monkeypatch)
+    got = logits_of(model, NAME, input_ids=ids, attention_mask=mask)
+    assert calls
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "gpt_oss", "bigbird_pegasus", "llama"])
+@torch.no_grad()
+def test_models_that_are_given_the_name_when_they_are_made(kind: str) -> None:
+    """transformers then asks nobody whether the family takes an implementation by name, or bool masks."""
+    model = make_model(kind)
+    named = type(model)._from_config(copy.deepcopy(model.config), attn_implementation=NAME).eval()
+    named.load_state_dict(model.state_dict())
+    assert named.config._attn_implementation == NAME
+    for inputs in (left_padded((40, 40)), left_padded((40, 9))):
+        seen = inputs["attention_mask"].bool()
+        want, got = model(**inputs).logits[seen], named(**inputs).logits[seen]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 # 5. Autocast.
 
 
@@ -288,7 +316,7 @@ def test_a_reason_is_the_same_at_every_step(said: list[str]) -> None:
     model, inputs = make_model("llama"), left_padded((9, 5))
     use(model, NAME)
     cache = transformers.DynamicCache(config=model.config)
-    for step in range(4):  # a float mask, which grows
-        mask = torch.zeros(2, 1, 1, step + 1)
+    for step in range(4):  # a mask of biases, which grows
+        mask = torch.rand(2, 1, 1, step + 1)
         model(**{"input_ids": inputs["input_ids"][:, :1], "attention_mask": mask, CACHE: cache})
     assert len(said) > 1 and len(set(said)) == 1

@@ -59,8 +59,17 @@ SPARSE = {
 GEMMA2 = {**SMALL, **MODELS["gemma2"], "query_pre_attn_scalar": 16}
 OTHERS = {
     "bert": {},
+    "bigbird_pegasus": {
+        "d_model": 64,
+        "decoder_layers": 4,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 96,
+        "is_encoder_decoder": False,
+    },
     "bloom": {"n_layer": 4, "n_head": 4},
+    "mpt": {"d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 128},
     "deepseek_v32": SPARSE,
+    "diffllama": {},
     "glm_moe_dsa": SPARSE,
     "inkling2_text": {
         "unpadded_vocab_size": 128,

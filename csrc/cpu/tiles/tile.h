@@ -108,8 +108,8 @@ struct TileRoutine {
   void (*score)(const TileState& state, const Run& run, const RowView* views, const RowsAhead& ahead,
                 const void* next_q);
   // The same for `heads` tiles of as many rows, in the order of addresses: their rows of a token adjoin.
-  // `run` has the first one's and as many tokens as it can hold, or half as many. accumulate_abreast is for
-  // kMaxRowsAdded rows at most.
+  // `run` has the first one's and as many tokens as it can hold, or half as many, and no scales.
+  // accumulate_abreast is for kMaxRowsAdded rows at most.
   void (*score_abreast)(const TileState* const* states, int heads, const Run& run, const RowView* views,
                         const RowsAhead& ahead);
   void (*accumulate)(const TileState& state, const Run& run, const RowsAhead& ahead);

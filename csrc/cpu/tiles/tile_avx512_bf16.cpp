@@ -198,16 +198,12 @@ class QuantisedFormat : public Bf16Format {
   const __m512i low0_, low1_, high0_, high1_;
 };
 
-// fp16 queries over them: queries and weights are sums of two bf16 numbers, which hold 16 bits (fp16 has 11).
+// fp16 queries over fp8: queries and weights are sums of two bf16 numbers, which hold 16 bits (fp16 has 11).
 // That takes as many products as fp32 would, but no conversions. (Infinite numbers of e5m2 make NaN, because
 // the low part may be 0.)
-template <bool int8>
-struct TwiceQuantisedFormat : QuantisedFormat<int8> {
-  using Base = QuantisedFormat<int8>;
+struct TwiceFp8Format : QuantisedFormat<false> {
+  using Base = QuantisedFormat<false>;
   using Base::Base;
-  using typename Base::Chunk;
-  using typename Base::F;
-  using typename Base::Step;
   using Tensor = Half;
   using Query = uint32_t;                 // the high parts of a chunk, then the low ones
   using Weight = uint64_t;                // the high parts of two tokens, then the low ones
@@ -240,7 +236,7 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
     Base::store_twice(to + 32, join(a.low, b.low));
   }
   static QueryParts load_query(const Query* q) {
-    const auto* parts = reinterpret_cast<const typename Base::Query*>(q);
+    const auto* parts = reinterpret_cast<const Base::Query*>(q);
     return {Base::load_query(parts), Base::load_query(parts + 64)};
   }
   static F dot(F sum, Chunk k, QueryParts q) { return Base::dot(Base::dot(sum, k, q.low), k, q.high); }
@@ -249,7 +245,7 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
   static void store_weights(float* scores, int i, F a, F b) {
     // Words 0, 16, 1, 17, ... of two vectors.
     const __m512i mix = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i permutation = Base::template pair_order<period>();
+    const __m512i permutation = pair_order<period>();
     const Parts x = split(a), y = split(b);
     const __m512i high = _mm512_permutexvar_epi16(permutation, join(x.high, y.high));
     const __m512i low = _mm512_permutexvar_epi16(permutation, join(x.low, y.low));
@@ -258,7 +254,7 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
                         _mm512_permutex2var_epi32(high, _mm512_add_epi32(mix, _mm512_set1_epi32(8)), low));
   }
   static void accumulate(F& a, F& b, const Weight* weight, const Weight*, Step v) {
-    const auto* parts = reinterpret_cast<const typename Base::Weight*>(weight);
+    const auto* parts = reinterpret_cast<const Base::Weight*>(weight);
     Base::accumulate(a, b, parts + 1, parts + 1, v);
     Base::accumulate(a, b, parts, parts, v);
   }
@@ -273,8 +269,7 @@ struct TwiceQuantisedFormat : QuantisedFormat<int8> {
 const TileRoutine bfloat16 = Tile<BFloat16, Bf16Format>::routine_as_is("avx512_bf16");
 const TileRoutine bfloat16_over_fp8 = Tile<uint8_t, QuantisedFormat<false>>::routine_as_is("avx512_bf16");
 const TileRoutine bfloat16_over_int8 = Tile<uint8_t, QuantisedFormat<true>>::routine_as_is("avx512_bf16");
-const TileRoutine float16_over_fp8 = Tile<uint8_t, TwiceQuantisedFormat<false>>::routine_as_is("avx512_bf16");
-const TileRoutine float16_over_int8 = Tile<uint8_t, TwiceQuantisedFormat<true>>::routine_as_is("avx512_bf16");
+const TileRoutine float16_over_fp8 = Tile<uint8_t, TwiceFp8Format>::routine_as_is("avx512_bf16");
 }  // namespace lean::cpu::avx512_bf16
 LEAN_TARGET_END
 #endif

@@ -16,6 +16,8 @@ struct InstructionSet {
   // Over quantised rows as they are.
   const TileRoutine* over_fp8[3] = {};
   const TileRoutine* over_int8[3] = {};
+  // Whether the next set is faster over int8, so that this one is for where it is asked for by its name.
+  bool (*slower_over_int8)() = [] { return false; };
 
   const TileRoutine* routine(DType dtype, DType cache_dtype) const {
     const int i = static_cast<int>(dtype);
@@ -37,19 +39,25 @@ const InstructionSet kInstructionSets[] = {
      },
      {nullptr, nullptr, &avx512_bf16::bfloat16},
      {nullptr, &avx512_bf16::float16_over_fp8, &avx512_bf16::bfloat16_over_fp8},
-     {nullptr, &avx512_bf16::float16_over_int8, &avx512_bf16::bfloat16_over_int8}},
+     {nullptr, nullptr, &avx512_bf16::bfloat16_over_int8},
+     // Intel's cores start one of its bf16 dot products every other cycle, but two fp32 products in each.
+     [] { return __builtin_cpu_is("intel") != 0; }},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      },
-     {&avx512::float32, &avx512::float16, &avx512::bfloat16}},
+     {&avx512::float32, &avx512::float16, &avx512::bfloat16},
+     {},
+     {&avx512::float32_over_int8, &avx512::float16_over_int8, &avx512::bfloat16_over_int8}},
     {"avx2",
      [] {
        // Every processor with AVX2 and FMA has F16C.
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
-     {&avx2::float32, &avx2::float16, &avx2::bfloat16}},
+     {&avx2::float32, &avx2::float16, &avx2::bfloat16},
+     {},
+     {&avx2::float32_over_int8, &avx2::float16_over_int8, &avx2::bfloat16_over_int8}},
 #endif
     {"portable", [] { return true; }, {&portable::float32, &portable::float16, &portable::bfloat16}},
 };
@@ -74,6 +82,7 @@ const TileRoutine& tile_routine(DType dtype, DType cache_dtype, const std::strin
       }
       allowed = true;
     }
+    if (at_most.empty() && cache_dtype == DType::int8 && set.slower_over_int8()) continue;
     const TileRoutine* routine = set.routine(dtype, cache_dtype);
     if (allowed && routine != nullptr && set.runnable()) return *routine;
   }

@@ -51,13 +51,13 @@ constexpr DType dtype_of(BFloat16) {
 
 #if defined(LEAN_X86)
 namespace avx512_bf16 {
-extern const TileRoutine bfloat16, bfloat16_over_fp8, bfloat16_over_int8, float16_over_fp8, float16_over_int8;
+extern const TileRoutine bfloat16, bfloat16_over_fp8, bfloat16_over_int8, float16_over_fp8;
 }
 namespace avx512 {
-extern const TileRoutine float32, float16, bfloat16;
+extern const TileRoutine float32, float16, bfloat16, float32_over_int8, float16_over_int8, bfloat16_over_int8;
 }
 namespace avx2 {
-extern const TileRoutine float32, float16, bfloat16;
+extern const TileRoutine float32, float16, bfloat16, float32_over_int8, float16_over_int8, bfloat16_over_int8;
 }
 #endif
 namespace portable {

@@ -21,7 +21,13 @@ from transformers.utils import logging
 
 import lean_attention
 from lean_attention.integrations.transformers import continuous_batching
-from lean_attention.integrations.transformers.masks import block_mask, float_mask, visible_in_pass
+from lean_attention.integrations.transformers.masks import (
+    as_bool,
+    block_mask,
+    float_mask,
+    own_mask,
+    visible_in_pass,
+)
 from lean_attention.integrations.transformers.options import special_options, why_not
 from lean_attention.integrations.transformers.prefill import op_is_faster
 from lean_attention.integrations.transformers.quantised_layers import QuantisedStates, decode_quantised
@@ -71,7 +77,7 @@ def register(prefill: str | None = None) -> None:
             raise ValueError(f"register: prefill is {prefill!r}; it must be one of {', '.join(names)}")
         _prefill, _prefill_is_measured = chosen, prefill == AUTO
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, own_mask)
     continuous_batching.register()
 
 
@@ -113,6 +119,8 @@ def attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else bool(causal)
     special = special_options(options)
+    if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
+        attention_mask = as_bool(module, attention_mask)
     if special & SELECTIONS:
         attention_mask, special = with_selection(module, query, key, attention_mask, options, special, causal)
     # Without a mask every token is seen; by more than one query token, in their order, as a prefill means it.
@@ -154,8 +162,7 @@ def attention(
         out = decode_quantised(query, key, value, visible, **scores)
         if out is not None:
             return out, None
-    if isinstance(key, QuantisedStates):
-        key, value = key.dequantised(), value.dequantised()
+    key, value = (x.dequantised() if isinstance(x, QuantisedStates) else x for x in (key, value))
     if plain_prefill and causal:
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # an empty static cache is longer
     out, _ = lean_attention.decode(

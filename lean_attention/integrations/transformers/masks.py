@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 # Numbers of a mask that are compared at a time.
 MASK_NUMBERS_AT_ONCE = 1 << 22
@@ -24,13 +28,40 @@ class Visible:
 
 
 @dataclass
-class _Pass:
-    """What a mask said when a layer of a forward pass asked."""
+class _Remembered:
+    """What was found out of a mask when a layer of a forward pass asked."""
 
     config: object
     layer: int
-    shape: tuple[int, ...]
-    visible: Visible | None
+    key: object
+    found: object
+
+
+def _in_pass(module: torch.nn.Module, mask: Tensor, key: object, find: Callable[[], object]) -> object:
+    """What `find` gives for a mask, looked for once for all layers of a forward pass.
+
+    A mask may be a buffer that the caller fills anew for every pass, and under inference mode a tensor does
+    not count its changes. So what is remembered lasts from one layer to a later one of the same model.
+
+    Args:
+        module: the attention layer that asks.
+        key: what else the result depends on.
+    """
+    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+    known = getattr(mask, "_lean_attention_pass", None)
+    if (
+        known is not None
+        and layer is not None
+        and layer > known.layer
+        and config is known.config
+        and key == known.key
+    ):
+        known.layer = layer
+        return known.found
+    found = find()
+    if layer is not None:
+        mask._lean_attention_pass = _Remembered(config, layer, key, found)
+    return found
 
 
 def visible_in_pass(
@@ -42,9 +73,6 @@ def visible_in_pass(
 ) -> Visible | None:
     """`visible_tokens` of a mask, looked at once for all layers of a forward pass.
 
-    A mask may be a buffer that the caller fills anew for every pass, and under inference mode a tensor does
-    not count its changes. So what is remembered lasts from one layer to a later one of the same model.
-
     Args:
         module: the attention layer that asks.
         mask: bool, ``[batch or 1, 1, q_len or 1, tokens or more]``.
@@ -53,21 +81,54 @@ def visible_in_pass(
     """
     if torch.compiler.is_compiling():
         return visible_tokens(_fitted(mask, shape), sliding_window, causal)
-    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-    known = getattr(mask, "_lean_attention_pass", None)
-    if (
-        known is not None
-        and layer is not None
-        and layer > known.layer
-        and config is known.config
-        and shape == known.shape
-    ):
-        known.layer = layer
-        return known.visible
-    visible = visible_tokens(_fitted(mask, shape))
-    if layer is not None:
-        mask._lean_attention_pass = _Pass(config, layer, shape, visible)
-    return visible
+    return _in_pass(module, mask, shape, lambda: visible_tokens(_fitted(mask, shape)))
+
+
+def own_mask(*args, config: PreTrainedConfig | None = None, **options) -> Tensor | None:
+    """The mask function of this package's attention: bool as sdpa's, or floats as eager attention's.
+
+    A family that does not support sdpa may do with its masks what only floats allow. (transformers checks
+    that for "sdpa", and not for a name that was registered.)
+    """
+    make = sdpa_mask if config is None or supports_sdpa(type(config)) else eager_mask
+    return make(*args, config=config, **options)
+
+
+@torch.compiler.assume_constant_result
+def supports_sdpa(config_class: type) -> bool:
+    """Whether some model of a family takes masks of sdpa's kind."""
+    if config_class not in _SUPPORTS_SDPA:
+        module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+        models = (
+            [
+                each
+                for each in vars(module).values()
+                if isinstance(each, type)
+                and issubclass(each, PreTrainedModel)
+                and each.__module__ == module.__name__
+            ]
+            if module
+            else []
+        )
+        _SUPPORTS_SDPA[config_class] = not models or any(model._supports_sdpa for model in models)
+    return _SUPPORTS_SDPA[config_class]
+
+
+_SUPPORTS_SDPA: dict[type, bool] = {}
+
+
+def as_bool(module: torch.nn.Module, mask: Tensor) -> Tensor:
+    """A mask of floats that says seen or not (0, or the least number) as one of bools; others as they are."""
+    if torch.compiler.is_compiling():
+        # Nothing may depend on its contents; but this package made those of these families.
+        return mask if supports_sdpa(type(module.config)) else mask == 0
+
+    def find() -> Tensor:
+        seen = mask == 0
+        unseen = mask <= torch.finfo(mask.dtype).min
+        return seen if bool((seen | unseen).all()) else mask
+
+    return _in_pass(module, mask, "as_bool", find)
 
 
 def _fitted(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:

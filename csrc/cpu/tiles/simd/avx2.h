@@ -105,7 +105,12 @@ struct Simd {
   static Pair load_halves(const BFloat16* lower, const BFloat16* upper) {
     return split(_mm256_set_m128i(load_128(upper), load_128(lower)), BFloat16{});
   }
-  // Converts rows of a quantised cache.
+  static Pair load_halves(const int8_t* lower, const int8_t* upper) {
+    const __m128i x = _mm_unpacklo_epi32(load_64(lower), load_64(upper));  // their first 4, their last 4
+    return {widen_int8(x), widen_int8(_mm_unpackhi_epi64(x, x))};
+  }
+
+  // Converts rows of fp8.
   template <class T>
   class Widener {
    public:
@@ -114,8 +119,7 @@ struct Simd {
     void operator()(const uint8_t* row, int columns, T* to) const {
       for (int column = 0; column < columns; column += 8) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + column));
-        store_exact(to + column, from_ == DType::int8 ? _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
-                                                      : widen_fp8(_mm_cvtepu8_epi16(bytes)));
+        store_exact(to + column, widen_fp8(_mm_cvtepu8_epi16(bytes)));
       }
     }
 
@@ -157,6 +161,22 @@ struct Simd {
     if (columns == 16) store(p + 8, b);
   }
 
+  static Pair load_pair(const int8_t* p) { return {widen_int8(load_64(p)), widen_int8(load_64(p + 8))}; }
+  static Pair load_pair_tail(const int8_t* p, int) { return {widen_int8(load_64(p)), zero()}; }
+
+  // a0, b0, a1, b1, ... in two vectors, and back.
+  static Pair interleave(Pair x) {
+    const F low = _mm256_unpacklo_ps(x.a, x.b), high = _mm256_unpackhi_ps(x.a, x.b);
+    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  }
+  static Pair deinterleave(Pair x) {
+    const auto in_order = [](F y) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(y), _MM_SHUFFLE(3, 1, 2, 0)));
+    };
+    return {in_order(_mm256_shuffle_ps(x.a, x.b, _MM_SHUFFLE(2, 0, 2, 0))),
+            in_order(_mm256_shuffle_ps(x.a, x.b, _MM_SHUFFLE(3, 1, 3, 1)))};
+  }
+
   template <class T>
   static Pair load_pair(const T* p) {
     return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
@@ -180,6 +200,8 @@ struct Simd {
   static __m128i load_128(const T* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }
+  static __m128i load_64(const int8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+  static F widen_int8(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
   static Pair split(__m256i x, Half) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
   }

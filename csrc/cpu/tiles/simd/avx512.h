@@ -136,12 +136,19 @@ struct Simd {
   static Pair load_halves(const BFloat16* lower, const BFloat16* upper) {
     return split(join_halves(load_256(lower), load_256(upper)), BFloat16{});
   }
+  static Pair load_halves(const int8_t* lower, const int8_t* upper) {
+    const __m128i x = load_128(lower), y = load_128(upper);
+    return {widen_int8(_mm_unpacklo_epi64(x, y)), widen_int8(_mm_unpackhi_epi64(x, y))};
+  }
   // With 16 columns a tail is always 8.
   static Pair load_halves_tail(const float* lower, const float* upper, int) {
     return {join_halves(_mm256_loadu_ps(lower), _mm256_loadu_ps(upper)), zero()};
   }
   static Pair load_halves_tail(const Half* lower, const Half* upper, int) {
     return {_mm512_cvtph_ps(_mm256_set_m128i(load_128(upper), load_128(lower))), zero()};
+  }
+  static Pair load_halves_tail(const int8_t* lower, const int8_t* upper, int) {
+    return {widen_int8(_mm_unpacklo_epi64(load_64(lower), load_64(upper))), zero()};
   }
   static Pair load_halves_tail(const BFloat16* lower, const BFloat16* upper, int) {
     const __m256i x = _mm256_zextsi128_si256(load_128(lower)), y = _mm256_zextsi128_si256(load_128(upper));
@@ -164,6 +171,12 @@ struct Simd {
     return {_mm512_cvtph_ps(load_256(p)), _mm512_cvtph_ps(load_256(p + 16))};
   }
   static Pair load_pair(const BFloat16* p) { return split(_mm512_loadu_si512(p), BFloat16{}); }
+  static Pair load_pair(const int8_t* p) { return {widen_int8(load_128(p)), widen_int8(load_128(p + 16))}; }
+  static Pair load_pair_tail(const int8_t* p, int columns) {
+    const __mmask32 mask = tail_mask(columns);
+    return {widen_int8(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), p)),
+            widen_int8(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask >> 16), p + 16))};
+  }
   template <class T>
   static Pair load_pair_tail(const T* p, int columns) {
     return split(_mm512_maskz_loadu_epi16(tail_mask(columns), p), T{});
@@ -173,14 +186,25 @@ struct Simd {
     _mm512_mask_storeu_epi16(p, tail_mask(columns), join(a, b, T{}));
   }
 
-  // Converts rows of a quantised cache. fp8 is sign and magnitude: the magnitude is looked up in the first
-  // half of the table.
+  // a0, b0, a1, b1, ... in two vectors, and back.
+  static Pair interleave(Pair x) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    return {_mm512_permutex2var_ps(x.a, low, x.b), _mm512_permutex2var_ps(x.a, high, x.b)};
+  }
+  static Pair deinterleave(Pair x) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_ps(x.a, even, x.b), _mm512_permutex2var_ps(x.a, odd, x.b)};
+  }
+
+  // Converts rows of fp8, which is sign and magnitude: the magnitude is looked up in the first half of the
+  // table.
   template <class T>
   class Widener {
    public:
-    Widener(DType from, const WideningTable& table)
-        : int8_(from == DType::int8),
-          t0_(_mm512_load_si512(table.values)),
+    Widener(DType, const WideningTable& table)
+        : t0_(_mm512_load_si512(table.values)),
           t1_(_mm512_load_si512(table.values + 32)),
           t2_(_mm512_load_si512(table.values + 64)),
           t3_(_mm512_load_si512(table.values + 96)) {}
@@ -198,11 +222,6 @@ struct Simd {
    private:
     // To the table's format.
     __m512i widen(__m256i bytes) const {
-      if (int8_) {
-        return narrow_exact(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
-                            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1))),
-                            T{});
-      }
       const __m512i i = _mm512_cvtepu8_epi16(bytes);
       const __m512i x = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(i, _mm512_set1_epi16(0x40)),
                                                 _mm512_permutex2var_epi16(t0_, i, t1_),
@@ -210,7 +229,6 @@ struct Simd {
       return _mm512_ternarylogic_epi32(x, _mm512_slli_epi16(i, 8), _mm512_set1_epi16(-0x8000), 0xf8);
     }
 
-    const bool int8_;
     const __m512i t0_, t1_, t2_, t3_;
   };
 
@@ -231,6 +249,8 @@ struct Simd {
   static __mmask32 tail_mask(int columns) { return static_cast<__mmask32>((uint64_t{1} << columns) - 1); }
 
  private:
+  static __m128i load_64(const int8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+  static F widen_int8(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
   static Pair split(__m512i x, Half) {
     return {_mm512_cvtph_ps(_mm512_castsi512_si256(x)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))};
   }
@@ -238,15 +258,6 @@ struct Simd {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
-  // Floats that bf16 (fp16) holds exactly, in their order.
-  template <class T>
-  static __m512i narrow_exact(F a, F b, T) {
-    const auto upper = [](F x) {
-      return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));
-    };
-    return join_halves(upper(a), upper(b));
-  }
-  static __m512i narrow_exact(F a, F b, Half) { return join(a, b, Half{}); }
   template <class T>
   static void store_widened(T* to, __m512i x) {
     _mm512_storeu_si512(to, x);
