@@ -252,6 +252,8 @@ def examine(family: str, tell: Callable[[str], None]) -> dict:
         try:
             tokens, logits = run(eager, cache, kind)
             off = difference(run(eager, cache, kind, tokens)[1], logits)
+        except Unsupported as reason:
+            return str(reason)
         except Exception as error:
             traceback.print_exc()
             return f"eager fails: {few_words(error)}"
