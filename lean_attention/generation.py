@@ -109,8 +109,10 @@ def generate(
             sys.exit(f"generate: {name!r} is not a file")
         else:
             tokenizer, lm = load(str(gguf.resolve().parent), dtype, gguf.name)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of many kinds, where a file holds something else
+        if gguf is None and not isinstance(error, (OSError, ValueError, ImportError)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if gguf is not None:
             where = "is not a model that transformers can read"
         else:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import lean_attention
-from lean_attention.generation import cache_argument
 from lean_attention.picture import fixed_split, stream_k
 
 
@@ -35,23 +34,16 @@ def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
         "bfloat16, 8 query heads, 2 KV heads",
         "8 from 15 to 2,000",
         "FlashDecoding (8 splits)",
-        "48 tokens, greedy, the same with both",
+        "48 tokens, greedy",
+        "this package, default cache",
+        "accelerate",
+        "DEMO_ARGS=--text",
         str(picture),
     ):
         assert text in result.stdout
+    assert result.stdout.count("the same") == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Warning" not in result.stderr
-
-
-def test_the_cache_goes_by_the_name_that_the_model_has_for_it() -> None:
-    class Before(torch.nn.Module):
-        def forward(self, input_ids, past_key_values=None): ...
-
-    class Since(torch.nn.Module):
-        def forward(self, input_ids, cache=None, **kwargs): ...
-
-    assert cache_argument(Before()) == "past_key_values"
-    assert cache_argument(Since()) == "cache"
 
 
 def test_info_names_versions_and_the_forced_instruction_set() -> None:
@@ -96,8 +88,18 @@ def test_the_picture_shows_all_the_work() -> None:
             assert all(a.end <= b.begin for a, b in itertools.pairwise(bars))
 
 
-@pytest.mark.parametrize("attention", ["lean_attention", "sdpa"])
-def test_generate_streams_text_from_a_local_model(tmp_path: Path, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "lean_attention, cache auto"),
+        (("--kv-cache", "int8"), "lean_attention, cache int8"),
+        (("--kv-cache", "transformers"), "lean_attention, cache transformers"),
+        (("--attn", "sdpa"), "sdpa, cache transformers"),
+    ],
+)
+def test_generate_streams_text_from_a_local_model(
+    tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {
@@ -113,10 +115,11 @@ def test_generate_streams_text_from_a_local_model(tmp_path: Path, attention: str
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     arguments = ("--model", str(tmp_path), "--prompt", "the cat sat", "--max-new-tokens", "5")
-    result = run("generate", *arguments, "--attn", attention)
+    result = run("generate", *arguments, *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the cat sat")
-    assert "[5 tokens after 3 in " in result.stderr and f"with {attention} on" in result.stderr
+    assert "[prompt: 3 tokens, " in result.stderr and "new: 5 tokens, " in result.stderr
+    assert said in result.stderr
 
 
 def test_generate_says_that_a_model_cannot_be_had() -> None:
@@ -124,4 +127,14 @@ def test_generate_says_that_a_model_cannot_be_had() -> None:
     result = run("generate", "--model", "nobody/nothing", "--prompt", "x", HF_HUB_OFFLINE="1")
     assert result.returncode != 0
     assert "generate: 'nobody/nothing' is neither a directory with a model nor to be had" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_says_that_a_file_cannot_be_read(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = run("generate", "--gguf", str(tmp_path / "none.gguf"), "--prompt", "x")
+    assert result.returncode != 0 and "none.gguf' is not a file" in result.stderr
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF?")
+    result = run("generate", "--gguf", str(tmp_path / "bad.gguf"), "--prompt", "x")
+    assert result.returncode != 0 and "is not a model that transformers can read" in result.stderr
     assert "Traceback" not in result.stderr

@@ -70,10 +70,13 @@ def test_the_compilers_page_runs() -> None:
 
 def test_the_transformers_page_runs() -> None:
     pytest.importorskip("transformers")
-    generate, generate_batch = code_blocks(TRANSFORMERS)
+    *one_model, generate_batch = code_blocks(TRANSFORMERS)
     names: dict = {}
-    exec(generate, names)
+    for block in one_model:
+        exec(block, names)
     assert names["tokens"].shape == (2, 15)
+    assert names["cache"].get_seq_length() == 5
+    assert names["model"].config._attn_implementation == "lean_attention"
     names = {}
     exec(generate_batch, names)
     assert [len(tokens) for tokens in names["tokens"]] == [10, 10]
