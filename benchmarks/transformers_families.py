@@ -50,8 +50,6 @@ OUTPUT = Path(__file__).parent / "results" / "transformers_families.txt"
 NEW_TOKENS = 14
 # Tokens to choose from: no family has a special one here.
 ORDINARY = range(10, 100)
-# Largest difference of logits, as a share of the largest logit.
-TOLERANCE = 1e-3
 MEMORY_BYTES = 6 << 30
 
 
@@ -59,11 +57,11 @@ class Unsupported(Exception):
     """Why a family has no such cache."""
 
 
-def lean_cache(model: PreTrainedModel, config: PretrainedConfig) -> dict:
+def lean_cache(model: PreTrainedModel, config: PretrainedConfig, kv_cache: str) -> dict:
     takes = integration.CACHE_PARAMETER in inspect.signature(model.forward).parameters
     if not takes or not model._supports_default_dynamic_cache():
         raise Unsupported("no dynamic cache")
-    return {integration.CACHE_PARAMETER: integration.LeanCache(config)}
+    return {integration.CACHE_PARAMETER: integration.LeanCache(config, kv_cache=kv_cache)}
 
 
 # Options of `generate` for a cache, given the model and its text config. Static caches are for compiled
@@ -71,10 +69,14 @@ def lean_cache(model: PreTrainedModel, config: PretrainedConfig) -> dict:
 CACHES: dict[str, Callable[[PreTrainedModel, PretrainedConfig], dict]] = {
     "dynamic": lambda model, config: {},
     "static": lambda model, config: {"cache_implementation": "static", "disable_compile": True},
-    "lean": lean_cache,
+    "lean": lambda model, config: lean_cache(model, config, "auto"),
+    "lean, int8": lambda model, config: lean_cache(model, config, "int8"),
 }
-# The cache that eager attention has, where it is another.
+# The cache that eager attention has, where it is another. It reads an int8 cache as it is stored.
 EAGER_CACHES = {"lean": "dynamic"}
+# Largest difference of logits, as a share of the largest logit. A number that is rounded up by one and down
+# by the other differs by a 127th of a token's largest.
+TOLERANCES = dict.fromkeys(CACHES, 1e-3) | {"lean, int8": 2e-2}
 # Lengths of the prompts of a batch. All are longer than the windows, chunks and top-k of the tiny models, and
 # the first and last are prefills to the integration, the middle one are steps of few tokens.
 PROMPTS = {
@@ -250,16 +252,18 @@ def examine(family: str, tell: Callable[[str], None]) -> dict:
         try:
             tokens, logits = run(eager, cache, kind)
             off = difference(run(eager, cache, kind, tokens)[1], logits)
+        except Unsupported as reason:
+            return str(reason)
         except Exception as error:
             traceback.print_exc()
             return f"eager fails: {few_words(error)}"
         if logits.isnan().any():
             return "eager gives NaN"
-        return (tokens, logits) if off <= TOLERANCE else f"eager differs from itself by {off:.1g}"
+        return (tokens, logits) if off <= TOLERANCES[cache] else f"eager differs from itself by {off:.1g}"
 
     def compared(cache, kind) -> str:
         nonlocal sdpa, worst
-        eager_cache = EAGER_CACHES.get(cache, cache)
+        eager_cache, tolerance = EAGER_CACHES.get(cache, cache), TOLERANCES[cache]
         if isinstance(want := wanted(eager_cache, kind), str):
             return want
         tokens, want = want
@@ -272,19 +276,19 @@ def examine(family: str, tell: Callable[[str], None]) -> dict:
         except Exception as error:
             traceback.print_exc()
             return f"fails: {few_words(error)}"
-        if (off := difference(got, want)) <= TOLERANCE:
+        if (off := difference(got, want)) <= tolerance:
             if "same" not in cells and seen.calls:
                 with watched(Seen(), spoilt=True):
-                    if difference(run(ours, cache, kind, tokens)[1], want) < 10 * TOLERANCE:
+                    if difference(run(ours, cache, kind, tokens)[1], want) < 10 * tolerance:
                         notes.append("the logits hardly depend on attention")
             return "same"
         with suppress(Exception):
-            if difference(run(eager, eager_cache, kind, tokens, pad=ORDINARY[-1])[1], want) > TOLERANCE:
+            if difference(run(eager, eager_cache, kind, tokens, pad=ORDINARY[-1])[1], want) > tolerance:
                 return "padding leaks"
         worst = max(worst, (off, f"by {off:.2g}, {first_other_token(got, want)}"))
         with suppress(Exception):  # not every family has sdpa
             sdpa = sdpa or named(eager, "sdpa")
-            if difference(got, run(sdpa, eager_cache, kind, tokens)[1]) <= TOLERANCE:
+            if difference(got, run(sdpa, eager_cache, kind, tokens)[1]) <= tolerance:
                 return "as sdpa"
         return "differs"
 
@@ -422,11 +426,12 @@ def written(results: dict[str, dict]) -> str:
     """The results as text."""
     width = max(map(len, results), default=0)
     lengths = ", ".join(f"{kind} {lengths}" for kind, lengths in PROMPTS.items())
+    allowed = [f"{tolerance:g} ({cache})" for cache, tolerance in TOLERANCES.items()]
     lines = [
         f"Every causal-LM family of transformers {transformers.__version__}, a tiny random model in float32:",
         f"greedy generation with {integration.NAME!r} against eager attention, {NEW_TOKENS} tokens.",
         f"Caches: {', '.join(CACHES)}. Prompts: {lengths}.",
-        f"Logits may differ by {TOLERANCE:g} of the largest.",
+        f"Logits may differ by {', '.join(allowed)} of the largest.",
         "",
         *(f"{outcome:14} {meaning}" for outcome, meaning in OUTCOMES.items()),
         "",
