@@ -52,8 +52,8 @@ def text_prompt(tokenizer, tokens: int) -> torch.Tensor:
 def generation_table(title: str, results: dict[str, Generation]) -> Table:
     first = next(iter(results.values()))
     table = Table(title=title)
-    table.add_column("attention and cache")
-    for column in ("first token s", "tokens/s", "in attention", "in the cache", "tokens"):
+    table.add_column("attention and cache", no_wrap=True)
+    for column in ("first s", "tokens/s", "attention", "cache", "tokens"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         differs = next(
@@ -65,7 +65,7 @@ def generation_table(title: str, results: dict[str, Generation]) -> Table:
             f"{result.tokens_per_second:.1f}",
             f"{result.share(result.seconds_in_attention):.0%}",
             f"{result.share(result.seconds_in_cache):.0%}",
-            "the same" if differs is None else f"differ from {differs + 1}",
+            "the same" if differs is None else f"differ at {differs + 1}",
         )
     return table
 
@@ -111,7 +111,7 @@ def long_contenders() -> list[Contender]:
 
     default, ours, *lean = contenders("auto", "int8")
     static = Contender(
-        "this package, StaticCache",
+        "lean_attention, StaticCache",
         "lean_attention",
         lambda config: StaticCache(config=config, max_cache_len=max(LONG_CONTEXTS) + 2 * LONG_STEPS),
     )
@@ -156,7 +156,7 @@ def long_table(console: Console) -> Table:
         title=f"a Llama of {config.num_hidden_layers} layers, {config.num_attention_heads} query and "
         f"{config.num_key_value_heads} KV heads of {config.head_dim}, bf16:\nms per token"
     )
-    table.add_column("attention and cache")
+    table.add_column("attention and cache", no_wrap=True)
     columns = {}
     for context in LONG_CONTEXTS:
         # Five caches, and what growing one takes.

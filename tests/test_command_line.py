@@ -35,7 +35,7 @@ def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
         "8 from 15 to 2,000",
         "FlashDecoding (8 splits)",
         "48 tokens, greedy",
-        "this package, default cache",
+        "lean_attention, DynamicCache",
         "accelerate",
         "DEMO_ARGS=--text",
         str(picture),
