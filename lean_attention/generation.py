@@ -208,7 +208,7 @@ def contenders(*kv_caches: str) -> list[Contender]:
     names = {"auto": "accelerate"}
     return [
         Contender("sdpa, DynamicCache", "sdpa", default),
-        Contender("lean_attention, DynamicCache", "lean_attention", default),
+        Contender("ours, DynamicCache", "lean_attention", default),
         *(
             Contender(names.get(kv_cache, f"accelerate, {kv_cache}"), "lean_attention", lean(kv_cache))
             for kv_cache in kv_caches

@@ -54,7 +54,7 @@ def generation_table(title: str, results: dict[str, Generation]) -> Table:
     table = Table(title=title)
     table.add_column("attention and cache", no_wrap=True)
     for column in ("first s", "tokens/s", "attention", "cache", "tokens"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, result in results.items():
         differs = next(
             (i for i, (a, b) in enumerate(zip(result.tokens, first.tokens, strict=True)) if a != b), None
@@ -65,7 +65,7 @@ def generation_table(title: str, results: dict[str, Generation]) -> Table:
             f"{result.tokens_per_second:.1f}",
             f"{result.share(result.seconds_in_attention):.0%}",
             f"{result.share(result.seconds_in_cache):.0%}",
-            "the same" if differs is None else f"differ at {differs + 1}",
+            "same" if differs is None else f"differ at {differs + 1}",
         )
     return table
 
@@ -111,7 +111,7 @@ def long_contenders() -> list[Contender]:
 
     default, ours, *lean = contenders("auto", "int8")
     static = Contender(
-        "lean_attention, StaticCache",
+        "ours, StaticCache",
         "lean_attention",
         lambda config: StaticCache(config=config, max_cache_len=max(LONG_CONTEXTS) + 2 * LONG_STEPS),
     )
