@@ -94,7 +94,9 @@ def test_an_unknown_option_of_a_module_without_eager_attention_is_an_error() -> 
 # 2. The prefill implementation.
 
 
-@pytest.mark.parametrize("prefill", ["flex_attention", "eager", "sdpa", "auto"])
+@pytest.mark.parametrize(
+    "prefill", [pytest.param("flex_attention", marks=pytest.mark.slow), "eager", "sdpa", "auto"]
+)
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 9)])
 @torch.no_grad()
@@ -297,6 +299,7 @@ def test_gradients_are_those_of_eager(kind: str, training: bool) -> None:
 # 7. Compiled forward passes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert", "gemma2"])
 @torch.no_grad()
 def test_compiled_passes_with_right_padding(kind: str) -> None:
