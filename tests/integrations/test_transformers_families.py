@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_line_a_family_and_a_summary(tmp_path: Path) -> None:
     output = tmp_path / "new" / "families.txt"
     arguments = ["--only", "llama|doge", "--output", str(output)]
