@@ -15,6 +15,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 CUDA_CHECK_ARCHITECTURES ?= $(TORCH_CUDA_ARCH_LIST)
+# Processes that the tests run in.
+TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 8 ? n : 8 )))
 
 CONSTRAINTS := third_party/constraints.txt
 TORCH ?= $(shell grep '^torch==' $(CONSTRAINTS))
@@ -25,6 +27,8 @@ SOURCES := setup.py pyproject.toml lean_attention/_build.py lean_attention/_vers
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 INTEGRATION_TESTS := $(addprefix tests/,test_torch_library.py test_flash.py test_readme.py integrations)
+
+PYTEST = python -m pytest -n $(TEST_JOBS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Bytecode is compiled when a module is first imported, which most are not: half of an installation's time.
@@ -40,13 +44,13 @@ timed = status=0; $(1) || status=$$?; \
 .PHONY: test demo check bench sanitize cuda-check test-newest test-oldest lint format clean
 
 test: $(VENV)/installed
-	@$(call timed,$(BIN)/python -m pytest $(TEST_ARGS))
+	@$(call timed,$(BIN)/$(PYTEST) $(TEST_ARGS))
 
 demo: $(VENV)/installed $(if $(findstring --text,$(DEMO_ARGS)),$(VENV)/text-model)
 	@$(call timed,$(BIN)/python -m lean_attention demo $(DEMO_ARGS))
 
 check: $(VENV)/installed
-	@$(call timed,$(BIN)/python -m pytest --quick $(TEST_ARGS))
+	@$(call timed,$(BIN)/$(PYTEST) --quick $(TEST_ARGS))
 
 bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks.cpu_decode $(BENCH_ARGS)
@@ -56,7 +60,7 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
 	  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  LEAN_ATTENTION_EMULATION_SANITIZE=1 \
-	  $(BIN)/python -m pytest -m "not gpu" tests/emulation tests/test_cuda.py $(TEST_ARGS)
+	  $(BIN)/$(PYTEST) -m "not gpu" tests/emulation tests/test_cuda.py $(TEST_ARGS)
 
 # Of a core with CUDA of its own: the installed one has what this machine can run.
 cuda-check: $(VENV)/installed third_party/cuda-check-requirements.txt
@@ -77,7 +81,7 @@ test-newest test-oldest: test-%: build/wheel
 	@$(PYTHON) -m venv .venv-$*
 	@$(call pip_install,.venv-$*/bin) --upgrade --upgrade-strategy eager $(VERSIONS) \
 	  "$$(echo build/wheel/*.whl)[test]"
-	@result=passed; .venv-$*/bin/python -m pytest $(INTEGRATION_TESTS) $(TEST_ARGS) || result=failed; \
+	@result=passed; .venv-$*/bin/$(PYTEST) $(INTEGRATION_TESTS) $(TEST_ARGS) || result=failed; \
 	echo "$@: $$result with $$(.venv-$*/bin/python -m tests.versions)"; test $$result = passed
 
 lint: $(VENV)/installed

@@ -132,8 +132,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
         run(shape, arguments.max_tokens, arguments.ctas, arguments.picture, arguments.context)
 
 
-def main() -> None:
-    arguments = parser().parse_args()
+def main(command_line: list[str] | None = None) -> None:
+    arguments = parser().parse_args(command_line)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lean_attention
+from lean_attention.__main__ import main
 from lean_attention.picture import fixed_split, stream_k
 
 
@@ -65,16 +66,25 @@ def test_info_names_versions_and_the_forced_instruction_set() -> None:
         (("demo", "--head-dim", "20"), "--head-dim 20 is not a multiple of 8 up to 512"),
     ],
 )
-def test_bad_command_lines(arguments: tuple[str, ...], message: str) -> None:
-    result = run(*arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_command_lines(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("info", "--help")])
-def test_help(arguments: tuple[str, ...]) -> None:
-    result = run(*arguments)
+@pytest.mark.parametrize("command", ["demo", "info", "generate"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_help_of_the_program() -> None:
+    result = run("--help")
     assert result.returncode == 0
     assert "usage: python -m lean_attention" in result.stdout
 

@@ -25,10 +25,21 @@ def test_any_combination(case: FeatureCase) -> None:
     assert_same(str(case), arguments, *lean_attention.decode(**arguments))
 
 
-@pytest.mark.parametrize("alibi", ["", "heads"])
-@pytest.mark.parametrize("quantised", [None, torch.int8])
-@pytest.mark.parametrize("cache", ["tokens_first", "slots", "pool", "paged", "paged_heads_first"])
-@pytest.mark.parametrize("kv_heads", [3, 10])
+@pytest.mark.parametrize(
+    ("kv_heads", "cache", "quantised", "alibi"),
+    [
+        (10, "tokens_first", None, ""),
+        (3, "tokens_first", torch.int8, "heads"),
+        (3, "slots", None, "heads"),
+        (10, "slots", torch.int8, ""),
+        (3, "pool", None, ""),
+        (10, "pool", torch.int8, "heads"),
+        (10, "paged", None, "heads"),
+        (3, "paged", torch.int8, ""),
+        (3, "paged_heads_first", None, "heads"),
+        (10, "paged_heads_first", torch.int8, ""),
+    ],
+)
 def test_heads_abreast(kv_heads: int, cache: str, quantised: torch.dtype | None, alibi: str) -> None:
     """Contexts so long that a CPU takes several heads through them together, in ranges that are merged; the
     tokens of a run out of order where no row needs to know a token's place."""

@@ -8,6 +8,7 @@ what they need.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 from pathlib import Path
@@ -50,11 +51,16 @@ def load() -> ModuleType:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitized() else []
     build_directory().mkdir(parents=True, exist_ok=True)
     sources = [_build.ROOT / source for source in _build.sources() if not source.endswith("bindings.cpp")]
-    return cpp_extension.load(
-        name=NAME,
-        sources=[str(source) for source in [*sources, *sorted(HERE.glob("*.cpp"))]],
-        extra_cflags=flags + sanitizers,
-        extra_ldflags=sanitizers,
-        extra_include_paths=[*_build.include_dirs(), str(HERE)],
-        build_directory=str(build_directory()),
-    )
+    with open(build_directory() / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends, however it ends
+        (build_directory() / "lock").unlink(
+            missing_ok=True
+        )  # torch's own, which a killed build leaves behind
+        return cpp_extension.load(
+            name=NAME,
+            sources=[str(source) for source in [*sources, *sorted(HERE.glob("*.cpp"))]],
+            extra_cflags=flags + sanitizers,
+            extra_ldflags=sanitizers,
+            extra_include_paths=[*_build.include_dirs(), str(HERE)],
+            build_directory=str(build_directory()),
+        )
