@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_decode            a subset, about three minutes on two cores
     python -m benchmarks.cpu_decode --full     the grid; an interrupted run continues with --resume
 
-Prints a table and what its rows say together, and writes a JSON file and a plot.
-`python -m benchmarks.report` prints such a file again.
+Prints a table and what its rows say together, and writes it beside a JSON file and a plot, by default into
+build/benchmarks. `python -m benchmarks.report` prints such a JSON file again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import peers
-from benchmarks.harness import Case, run_study
-from benchmarks.report import draw, print_study, write_study
+from benchmarks.harness import OUTPUTS, Case, run_study
+from benchmarks.report import draw, print_study, write_text
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = {
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--output",
         type=Path,
-        default=Path("benchmarks/results/cpu_decode.json"),
+        default=OUTPUTS / "cpu_decode.json",
         help="JSON file; the tables and the plot go beside it",
     )
     result.add_argument("--list", action="store_true", help="print the cases' ids and stop")
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_study(study, console)
     picture, tables = options.output.with_suffix(".png"), options.output.with_suffix(".txt")
     draw(study, picture)
-    write_study(study, tables)
+    write_text(print_study, study, tables)
     console.print(f"written: {options.output}, {tables}, {picture}", soft_wrap=True)
 
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 import lean_attention
-from benchmarks.harness import Case, Inputs, run_study
+from benchmarks.harness import OUTPUTS, Case, Inputs, run_study
 from benchmarks.peers import LeanAttention
-from benchmarks.report import draw, print_tables
+from benchmarks.report import draw, print_tables, write_text
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="time for each feature of a case (default 1)"
     )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/features.json"))
+    parser.add_argument("--output", type=Path, default=OUTPUTS / "features.json")
     options = parser.parse_args(arguments)
     if options.seconds <= 0:
         parser.error(f"--seconds {options.seconds} is not positive")
@@ -123,9 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
         CASES, [LeanAttention(), *FEATURES], options.output, seconds=options.seconds, least_sets=4
     )
     print_tables(study, console)
-    picture = options.output.with_suffix(".png")
+    picture, tables = options.output.with_suffix(".png"), options.output.with_suffix(".txt")
     draw(study, picture)
-    console.print(f"written: {options.output}, {picture}", soft_wrap=True)
+    write_text(print_tables, study, tables)
+    console.print(f"written: {options.output}, {tables}, {picture}", soft_wrap=True)
 
 
 if __name__ == "__main__":

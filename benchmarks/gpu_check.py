@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 import lean_attention
+from benchmarks.harness import OUTPUTS
 from lean_attention import reference
 from lean_attention._core import core
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gpu_check.json"
+RESULTS = OUTPUTS / "gpu_check.json"
 
 
 def run(command: list[str], seconds: int) -> dict:

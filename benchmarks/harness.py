@@ -1,7 +1,7 @@
 """The benchmark harness: a study is a list of cases and a list of contenders, and this does the rest.
 
-All contenders of a case and its limits (read bandwidth, products, our loops in cache, our reads without
-them) are measured interleaved, round after round, so that a noisy machine disturbs them alike. What is
+All contenders of a case and its limits (read bandwidth, rate of products, our loops in cache, our op without
+arithmetic) are measured interleaved, round after round, so that a noisy machine disturbs them alike. What is
 compared is how fast K and V are read: bytes in use over seconds.
 """
 
@@ -31,14 +31,16 @@ import lean_attention
 from lean_attention._core import core
 from lean_attention.limits import product_rate, read_seconds
 
+# Where studies are written, which git ignores; what is worth keeping is copied as text to benchmarks/results.
+OUTPUTS = Path("build/benchmarks")
 PROBE_BYTES = 2**28
-# K and V of one page that stays in a core's second cache level, and what a call reads of it.
+# K and V of one page that stays in a core's L2, and what a call reads of it.
 PAGE_BYTES, IN_CACHE_BYTES = 2**17, 2**25
 OURS = "lean_attention"
 # Facts in which all cases of a study must agree.
 COMPARABLE = ("format", "cpu", "cores", "threads", "forced_instruction_set", "packages")
-# Of the JSON file.
-FORMAT = 3
+# The layout of the JSON file.
+FORMAT = 4
 # What a contender may be off by from fp32: outputs are averages of standard normal values.
 MAX_ERROR = 0.05
 
@@ -235,7 +237,7 @@ def measure_case(
         results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
     tick(f"{case.id}: measuring")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    bandwidths, product_rates, cached_rates, rates_of_reads_alone = [], [], [], []
+    bandwidths, product_rates, cached_rates, read_only_rates = [], [], [], []
     read_cached = prepare_in_cache(case)
     for name, prepared in calls.items():  # one call to estimate, not counted
         begin = time.perf_counter()
@@ -243,7 +245,7 @@ def measure_case(
         results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
     turns, order = itertools.count(), random.Random(case.id)
 
-    def read_alone() -> float:
+    def read_only() -> float:
         each = inputs[next(turns) % sets]
         begin = time.perf_counter()
         torch.ops.lean_attn.read_caches(each.q, each.k_cache, each.v_cache, each.seq_lens)
@@ -262,7 +264,7 @@ def measure_case(
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
             product_rates.append(product_rate(case.dtype))
             cached_rates.append(read_cached())
-            rates_of_reads_alone.append(read_alone())
+            read_only_rates.append(read_only())
         # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the
         # threads asleep or awake, and the sets differ by their places in memory.
         for name in order.sample(list(calls), len(calls)):
@@ -290,7 +292,7 @@ def measure_case(
         "lens": list(case.lens),
         "read_gb_per_second": statistics.median(bandwidths) / 1e9,
         "in_cache_gb_per_second": statistics.median(cached_rates) / 1e9,
-        "reads_alone_gb_per_second": statistics.median(rates_of_reads_alone) / 1e9,
+        "read_only_gb_per_second": statistics.median(read_only_rates) / 1e9,
         "products": case.products,
         "giga_products_per_second": statistics.median(product_rates) / 1e9,
         "contenders": results,

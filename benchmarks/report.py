@@ -1,6 +1,6 @@
 """What a study found: a table and a plot of its cases, and what they say together.
 
-    python -m benchmarks.report benchmarks/results/cpu_decode.json
+    python -m benchmarks.report build/benchmarks/cpu_decode.json
 
 Prints a written study again.
 """
@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich import box
@@ -24,9 +24,9 @@ from rich.table import Table
 
 from benchmarks.harness import FORMAT, OURS
 
-# Smaller caches stay in the processor's own, in part, and are no part of the summary.
+# Smaller caches stay in the processor's own, in part, so the summary leaves them out.
 LEAST_BYTES = 64e6
-# How many times as fast as memory the loops are in cache, at least: the summary's classes.
+# The summary's classes: how many times as fast as memory the loops are in cache, at least.
 LEADS = (0.0, 1.0, 1.5, 2.0)
 
 
@@ -37,7 +37,7 @@ def bound_of(case: dict) -> tuple[float, str]:
     """
     products = case["kv_bytes"] / case["products"] * case["giga_products_per_second"]
     read = case["read_gb_per_second"]
-    return (products, "products") if products < read else (read, "read")
+    return (products, "compute") if products < read else (read, "read")
 
 
 def share_of_read(case: dict, name: str) -> float:
@@ -62,21 +62,34 @@ def table_of(title: str, first: str, others: Iterable[str]) -> Table:
     return table
 
 
+def print_machine(facts: dict, console: Console) -> None:
+    """What the figures below were measured with."""
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    forced = facts["forced_instruction_set"]
+    console.print(
+        f"{facts['date']}; {packages}; {facts['compiler']}; "
+        f"{'forced to ' + forced if forced else facts['instruction_sets'].split()[0]}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
 def print_tables(study: dict, console: Console) -> None:
     """A row a case: in one table our GB/s and shares, in the other how many times faster than each other.
 
     What bounds a case is the longer of two floors: reading K and V once, and multiplying with them. The
-    column "in cache" is how fast our loops read K and V that never leave the second cache level, "alone" how
-    fast the op reads K and V if it computes nothing.
+    column "in cache" is how fast our loops read K and V that never leave L2, "read only" how fast the op
+    reads K and V if it computes nothing.
     """
     names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
     others = [name for name in names if name != OURS]
     facts = study["machine"]
+    print_machine(facts, console)
     machine = f"{facts['cpu']} (family/model {facts['cpu_family_model']}), {facts['threads']} threads"
     rates = table_of(
         f"{machine}: GB/s of K and V",
         "case",
-        ("MB", "read", "alone", "in cache", "ours", "share", "of the bound"),
+        ("MB", "read", "read only", "in cache", "ours", "share", "of the bound"),
     )
     ratios = table_of("Times as fast as", "case", others)
     for case_id, case in study["cases"].items():
@@ -86,7 +99,7 @@ def print_tables(study: dict, console: Console) -> None:
             case_id,
             f"{case['kv_bytes'] / 1e6:.0f}",
             f"{case['read_gb_per_second']:.1f}",
-            f"{case['reads_alone_gb_per_second']:.1f}" if "reads_alone_gb_per_second" in case else "-",
+            f"{case['read_only_gb_per_second']:.1f}" if "read_only_gb_per_second" in case else "-",
             f"{case['in_cache_gb_per_second']:.1f}",
             f"{rate:.1f}",
             f"{share_of_read(case, OURS):.0%}",
@@ -126,10 +139,10 @@ def draw(study: dict, path: Path) -> None:
             axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     limits = {
-        f"bound of {OURS}: products": [
+        f"{OURS} is compute-bound here": [
             (bound_of(case)[0] / case["read_gb_per_second"], row)
             for row, case in enumerate(cases.values())
-            if bound_of(case)[1] == "products"
+            if bound_of(case)[1] == "compute"
         ],
         f"{OURS} in cache, where memory is faster": [
             (case["in_cache_gb_per_second"] / case["read_gb_per_second"], row)
@@ -170,7 +183,7 @@ def print_summary(study: dict, console: Console) -> None:
         if case["kv_bytes"] < LEAST_BYTES:
             continue
         read, in_cache = case["read_gb_per_second"], case["in_cache_gb_per_second"]
-        reachable = min(case.get("reads_alone_gb_per_second", read), in_cache)
+        reachable = min(case.get("read_only_gb_per_second", read), in_cache)
         share = share_of_read(case, OURS)
         by_kind.setdefault(kind_of(case_id), []).append((share, rate / reachable))
         by_lead.setdefault(max(lead for lead in LEADS if in_cache >= lead * read), []).append(share)
@@ -180,8 +193,8 @@ def print_summary(study: dict, console: Console) -> None:
 
     if by_kind:
         table = table_of(
-            "64 MB and more: shares of the read bandwidth, of the lower of alone and in cache",
-            "dtype, layout, group",
+            "64 MB and more: shares of the read bandwidth, of the lower of read only and in cache",
+            "dtype, layout, query heads per KV head",
             ("cases", "median", "least", "of the lower", "least"),
         )
         for kind, shares in sorted(by_kind.items()):
@@ -209,20 +222,20 @@ def print_study(study: dict, console: Console) -> None:
     print_summary(study, console)
 
 
-def write_study(study: dict, path: Path) -> None:
-    """What print_study prints, as text."""
+def write_text(show: Callable[[dict, Console], None], study: dict, path: Path) -> None:
+    """What `show` prints of a study, as a text file."""
     printed = io.StringIO()
-    print_study(study, Console(file=printed, width=100))
+    show(study, Console(file=printed, width=100))
     path.write_text("".join(line.rstrip() + "\n" for line in printed.getvalue().splitlines()))
 
 
 def kind_of(case_id: str) -> tuple[str, str, str]:
-    """dtype, layout and class of group size of a case, by its id."""
+    """dtype, layout and class of query heads per KV head of a case, by its id."""
     parts = re.match(r"(\w+)-h(\d+)-kv(\d+)-", case_id)
     if parts is None:
         raise ValueError(f"{case_id!r} is no case's id")
     dtype, group = parts[1], int(parts[2]) // int(parts[3])
-    layout = "tokens first" if case_id.endswith("-tokens_first") else "heads first"
+    layout = "NHD" if case_id.endswith("-tokens_first") else "HND"
     return dtype, layout, "1 to 4" if group <= 4 else "5 to 8" if group <= 8 else "over 8"
 
 

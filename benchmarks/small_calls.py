@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.harness import Case, Contender, Inputs, commit, machine_facts
+from benchmarks.harness import OUTPUTS, Case, Contender, Inputs, commit, machine_facts
 from benchmarks.peers import LeanAttention, Sdpa
-from benchmarks.report import print_whole, table_of
+from benchmarks.report import print_machine, print_whole, table_of, write_text
 
-TOKENS, KV_HEADS, HEAD_DIM = 128, 4, 128  # at most 512 KB, which fit the second cache level
+TOKENS, KV_HEADS, HEAD_DIM = 128, 4, 128  # at most 512 KB, which fit L2
 CASES = [(dtype, group) for dtype in (torch.bfloat16, torch.float16, torch.float32) for group in (1, 4, 8)]
 
 
@@ -68,6 +68,21 @@ def measure(dtype: torch.dtype, group: int, seconds: float) -> dict[str, float]:
     }
 
 
+def print_study(study: dict, console: Console) -> None:
+    """A row a case; "more" is what a call takes beside its arithmetic."""
+    facts = study["machine"]
+    print_machine(facts, console)
+    cpu = f"{facts['cpu']} (family/model {facts['cpu_family_model']})"
+    table = table_of(
+        f"{cpu}: microseconds for {study['tokens']} tokens",
+        "query heads per KV head",
+        ("arithmetic", "1 thread", "more", f"{facts['threads']} threads", "more", "torch's SDPA"),
+    )
+    for name, result in study["cases"].items():
+        table.add_row(name, *(f"{us:.1f}" for us in result.values()))
+    print_whole(table, console)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.small_calls",
@@ -75,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each case (default 2)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/small_calls.json"))
+    parser.add_argument("--output", type=Path, default=OUTPUTS / "small_calls.json")
     options = parser.parse_args(arguments)
     if options.seconds <= 0:
         parser.error(f"--seconds {options.seconds} is not positive")
@@ -83,20 +98,15 @@ def main(arguments: list[str] | None = None) -> None:
     study: dict = {"machine": machine_facts(), "commit": commit(), "tokens": TOKENS, "cases": {}}
     with torch.inference_mode():
         for dtype, group in track(CASES, "measuring", console=console):
-            name = f"{str(dtype).removeprefix('torch.')}, group {group}"
+            name = f"{str(dtype).removeprefix('torch.')}, {group}"
             study["cases"][name] = measure(dtype, group, options.seconds / 2)
 
-    table = table_of(
-        f"{TOKENS} tokens, microseconds (threads: {torch.get_num_threads()})",
-        "case",
-        ("arithmetic", "1 thread", "more", "all threads", "more", "torch's SDPA"),
-    )
-    for name, result in study["cases"].items():
-        table.add_row(name, *(f"{us:.1f}" for us in result.values()))
-    print_whole(table, console)
+    print_study(study, console)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(study, indent=1) + "\n")
-    console.print(f"written: {options.output}", soft_wrap=True)
+    tables = options.output.with_suffix(".txt")
+    write_text(print_study, study, tables)
+    console.print(f"written: {options.output}, {tables}", soft_wrap=True)
 
 
 if __name__ == "__main__":
