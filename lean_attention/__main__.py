@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--context", type=positive, default=6000, metavar="N", help="prompt of the generation at the end"
     )
     demo.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
-    demo.add_argument("--ctas", type=positive, default=48, metavar="N", help="grid of the picture")
+    demo.add_argument(
+        "--ctas", type=positive, default=264, metavar="N", help="grid of the picture; an H200 has 2 * 132"
+    )
     demo.add_argument(
         "--picture", type=Path, default=Path("demo-output/schedule.png"), metavar="PATH", help="PNG to write"
     )

@@ -218,6 +218,6 @@ def draw(schedule: Schedule, picture: Path, console: Console) -> None:
         result.add_column(column, justify="right")
     for name, panel in panels.items():
         busy = schedule.total_tiles / (panel.makespan * schedule.num_ctas)
-        result.add_row(name, f"{panel.makespan:.0f}", f"{busy:.0%}", f"{panel.partials}")
+        result.add_row(name, f"{panel.makespan:g}", f"{busy:.0%}", f"{panel.partials}")
     console.print(result)
     console.print(f"picture of the schedule: {picture.resolve()}", soft_wrap=True)

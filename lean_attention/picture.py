@@ -9,6 +9,9 @@ from pathlib import Path
 
 from lean_attention.schedule import Schedule
 
+# What merging one partial state takes in the picture, in LeanTiles: an assumption, for all schedules alike.
+MERGE_TILES = 0.25
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -26,81 +29,134 @@ class Panel:
 
     bars: list[Bar]
     partials: int  # partial states that are written to memory and merged
+    merges: list[Bar]  # empty where merging takes no time
 
     @property
     def makespan(self) -> float:
         """LeanTiles until the last CTA is done."""
-        return max(bar.end for bar in self.bars)
+        return max(bar.end for bar in (*self.bars, *self.merges))
 
 
-def stream_k(schedule: Schedule) -> Panel:
-    """Every CTA's lean range."""
-    bars, clock = [], [0] * schedule.num_ctas
-    segments = schedule.segments()
-    for segment in segments:
+def stream_k(schedule: Schedule, merge_tiles: float = 0.0) -> Panel:
+    """Every CTA's lean range. A host block merges its peers when they have published, in the same kernel.
+
+    Args:
+        merge_tiles: how long merging one partial state takes, in LeanTiles.
+    """
+    bars, merges, clock = [], [], [0.0] * schedule.num_ctas
+    published = [0.0] * schedule.num_ctas
+    hosts = []
+    for segment in schedule.segments():
         begin = clock[segment.cta]
         clock[segment.cta] += segment.end_tile - segment.first_tile
         bars.append(Bar(segment.cta, begin, clock[segment.cta], segment.sequence))
-    return Panel(bars, sum(not segment.is_host for segment in segments))
+        if not segment.is_host:
+            published[segment.cta] = clock[segment.cta]
+        elif segment.last_peer > segment.host:
+            hosts.append(segment)
+    # A host's last segment is the one that others continue, so it merges when its own range is done.
+    for segment in hosts if merge_tiles else ():
+        now = clock[segment.cta]
+        for peer in range(segment.host + 1, segment.last_peer + 1):
+            now = max(now, published[peer])
+            merges.append(Bar(segment.cta, now, now + merge_tiles, segment.sequence))
+            now += merge_tiles
+    return Panel(bars, sum(segment.last_peer - segment.host for segment in hosts), merges)
 
 
-def fixed_split(schedule: Schedule, splits: int) -> Panel:
+def fixed_split(schedule: Schedule, splits: int, merge_tiles: float = 0.0) -> Panel:
     """Every output tile cut into the same count of pieces, each given to the slot that is free first.
 
-    One split is FlashAttention-2's grid, over batch and heads only; more are FlashDecoding's.
+    One split is FlashAttention-2's grid, over batch and heads only; more are FlashDecoding's. A second kernel
+    merges their partial states, one CTA for each output tile; it begins when the last piece is done.
     """
     free = [(0.0, cta) for cta in range(schedule.num_ctas)]
-    bars = []
+    bars: list[Bar] = []
+    pieces: list[tuple[int, int]] = []  # of each output tile: its sequence, how many partial states
     for sequence, length in enumerate(schedule.seq_lens):
         tiles = max(1, -(-length // schedule.tile_tokens))
         for _ in range(schedule.num_kv_heads):
+            before = len(bars)
             for split in range(splits):
                 work = (split + 1) * tiles // splits - split * tiles // splits
                 if work:
                     begin, cta = heapq.heappop(free)
                     bars.append(Bar(cta, begin, begin + work, sequence))
                     heapq.heappush(free, (begin + work, cta))
-    return Panel(bars, len(bars) if splits > 1 else 0)
+            pieces.append((sequence, len(bars) - before))
+    merges = []
+    if splits > 1 and merge_tiles:
+        launch = max(bar.end for bar in bars)
+        free = [(launch, cta) for cta in range(schedule.num_ctas)]
+        for sequence, count in pieces:
+            begin, cta = heapq.heappop(free)
+            merges.append(Bar(cta, begin, begin + count * merge_tiles, sequence))
+            heapq.heappush(free, (merges[-1].end, cta))
+    return Panel(bars, len(bars) if splits > 1 else 0, merges)
 
 
-def draw_schedules(schedule: Schedule, path: Path, splits: Sequence[int] = (1, 8)) -> dict[str, Panel]:
-    """Draws stream-K beside fixed splits of the same batch and returns what it drew, by name.
+def splits_that_fill(schedule: Schedule) -> int:
+    """The most pieces per output tile that the grid holds at once, but two at least."""
+    output_tiles = max(1, len(schedule.seq_lens) * schedule.num_kv_heads)
+    return max(2, schedule.num_ctas // output_tiles)
 
-    A model: every LeanTile takes the same time on every slot, and merging takes none.
+
+def draw_schedules(schedule: Schedule, path: Path) -> dict[str, Panel]:
+    """Draws stream-K beside two fixed splits of the same batch and returns what it drew, by name.
+
+    The splits are FlashAttention-2's, by batch and KV head alone, and FlashDecoding's into as many pieces as
+    fill the grid. A model: every LeanTile takes the same time on every slot.
     """
+    from matplotlib.collections import PatchCollection
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 
-    panels = {"LeanAttention (stream-K)": stream_k(schedule)}
-    for count in splits:
-        name = "FlashAttention-2 (batch x heads)" if count == 1 else f"FlashDecoding ({count} splits)"
-        panels[name] = fixed_split(schedule, count)
-    longest = max(panel.makespan for panel in panels.values())
+    splits = splits_that_fill(schedule)
+    panels = {
+        "LeanAttention (stream-K)": stream_k(schedule, MERGE_TILES),
+        f"FlashDecoding ({splits} splits)": fixed_split(schedule, splits, MERGE_TILES),
+        "FlashAttention-2 (batch x heads)": fixed_split(schedule, 1, MERGE_TILES),
+    }
+    # The slowest panel is cut off where the second one ends, or the others would be too small to see.
+    end = 1.1 * sorted(panel.makespan for panel in panels.values())[1]
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
     colour = {s: f"C{s % 10}" for s in range(len(schedule.seq_lens))}
+
+    # White gaps tell the CTAs of small grids apart; in large ones they would hide the bars.
+    small = schedule.num_ctas <= 64
+    line = {"edgecolor": "white", "linewidth": 0.3} if small else {"linewidth": 0}
+    height = 0.86 if small else 1.0
+
+    def rectangles(bars: Sequence[Bar]) -> list[Rectangle]:
+        return [Rectangle((bar.begin, bar.cta - height / 2), bar.end - bar.begin, height) for bar in bars]
+
     for axis, (name, panel) in zip(axes, panels.items(), strict=True):
-        axis.barh(
-            [bar.cta for bar in panel.bars],
-            [bar.end - bar.begin for bar in panel.bars],
-            left=[bar.begin for bar in panel.bars],
-            height=0.86,
-            color=[colour[bar.sequence] for bar in panel.bars],
-            edgecolor="white",
-            linewidth=0.3,
+        bars = PatchCollection(
+            rectangles(panel.bars), facecolor=[colour[bar.sequence] for bar in panel.bars], **line
         )
+        axis.add_collection(bars)
+        axis.add_collection(PatchCollection(rectangles(panel.merges), facecolor="black", linewidth=0))
         busy = schedule.total_tiles / (panel.makespan * schedule.num_ctas)
-        numbers = f"{panel.makespan:.0f} LeanTiles long, {busy:.0%} busy, {panel.partials} partial states"
+        numbers = f"{panel.makespan:g} LeanTiles long, {busy:.0%} busy, {panel.partials} partial states"
         axis.set_title(f"{name}\n{numbers}", fontsize=9)
-        axis.axvline(panel.makespan, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xlim(0, 1.03 * longest)
+        if panel.makespan <= end:
+            axis.axvline(panel.makespan, color="black", linewidth=0.8, linestyle=":")
+        else:
+            axis.text(
+                0.97, 0.5, f"goes on to {panel.makespan:g} \u2192", transform=axis.transAxes, ha="right"
+            )
+        axis.set_xlim(0, end)
         axis.set_facecolor("#eeeeee")
         axis.set_xlabel("time (LeanTiles)")
+    axes[0].set_ylim(schedule.num_ctas, -1)
     axes[0].set_ylabel("CTA")
-    axes[0].invert_yaxis()
     figure.legend(
-        handles=[Patch(color=colour[s], label=f"{n:,}") for s, n in enumerate(schedule.seq_lens)],
+        handles=[
+            *(Patch(color=colour[s], label=f"{n:,}") for s, n in enumerate(schedule.seq_lens)),
+            Patch(color="black", label="merging"),
+        ],
         title="tokens",
         loc="outside right center",
     )

@@ -6,6 +6,8 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 import lean_attention
 from lean_attention.__main__ import main
-from lean_attention.picture import fixed_split, stream_k
+from lean_attention.picture import Panel, fixed_split, stream_k
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -34,7 +36,7 @@ def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
     for text in (
         "bfloat16, 8 query heads, 2 KV heads",
         "8 from 15 to 2,000",
-        "FlashDecoding (8 splits)",
+        "FlashDecoding (16 splits)",
         "48 tokens, greedy",
         "ours, DynamicCache",
         "accelerate",
@@ -96,6 +98,20 @@ def test_the_picture_shows_all_the_work() -> None:
         for cta in range(7):
             bars = [bar for bar in panel.bars if bar.cta == cta]
             assert all(a.end <= b.begin for a, b in itertools.pairwise(bars))
+
+
+@pytest.mark.parametrize("lens", [[1000, 70, 0, 5000], [65536], [1] * 9])
+@pytest.mark.parametrize("panel_of", [stream_k, partial(fixed_split, splits=4)])
+def test_the_picture_shows_all_merging(lens: list[int], panel_of: Callable[..., Panel]) -> None:
+    schedule = lean_attention.Schedule(lens, num_kv_heads=3, num_ctas=7)
+    panel = panel_of(schedule, merge_tiles=0.25)
+    assert sum(bar.end - bar.begin for bar in panel.merges) == 0.25 * panel.partials
+    assert not panel_of(schedule).merges
+    for cta in range(7):  # a CTA computes or merges, not both at once
+        bars = sorted((bar.begin, bar.end) for bar in (*panel.bars, *panel.merges) if bar.cta == cta)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(bars))
+    if panel_of is not stream_k and panel.merges:  # the second kernel
+        assert min(bar.begin for bar in panel.merges) == max(bar.end for bar in panel.bars)
 
 
 @pytest.mark.parametrize(
