@@ -17,7 +17,7 @@ from torch import Tensor
 import lean_attention
 from lean_attention import reference
 from lean_attention.limits import read_bandwidth
-from lean_attention.picture import draw_schedules
+from lean_attention.picture import MERGE_TILES, best_split, draw_schedules, fixed_split
 from lean_attention.schedule import Schedule
 
 RAGGED = (64, 41, 23, 14, 9, 5, 2, 0.5)  # shares of the longest sequence, in 64ths
@@ -212,6 +212,8 @@ def generate(context: int, console: Console) -> None:
 
 def draw(schedule: Schedule, picture: Path, console: Console) -> None:
     panels = draw_schedules(schedule, picture)
+    best = best_split(schedule)
+    panels[f"FlashDecoding ({best} splits, best)"] = fixed_split(schedule, best, MERGE_TILES)
     result = Table(title=f"the ragged batch on a grid of {schedule.num_ctas} CTAs (a model, not measured)")
     result.add_column("schedule")
     for column in ("LeanTiles long", "busy", "partial states"):
@@ -220,4 +222,7 @@ def draw(schedule: Schedule, picture: Path, console: Console) -> None:
         busy = schedule.total_tiles / (panel.makespan * schedule.num_ctas)
         result.add_row(name, f"{panel.makespan:g}", f"{busy:.0%}", f"{panel.partials}")
     console.print(result)
+    console.print(
+        f"Merging a partial state counts as {MERGE_TILES} LeanTiles. best: of 2 to 64 splits, by hindsight."
+    )
     console.print(f"picture of the schedule: {picture.resolve()}", soft_wrap=True)

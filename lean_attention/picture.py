@@ -101,6 +101,11 @@ def splits_that_fill(schedule: Schedule) -> int:
     return max(2, schedule.num_ctas // output_tiles)
 
 
+def best_split(schedule: Schedule) -> int:
+    """The power of two up to 64 that is fastest for this batch, which only hindsight tells."""
+    return min((2**i for i in range(1, 7)), key=lambda n: fixed_split(schedule, n, MERGE_TILES).makespan)
+
+
 def draw_schedules(schedule: Schedule, path: Path) -> dict[str, Panel]:
     """Draws stream-K beside two fixed splits of the same batch and returns what it drew, by name.
 

@@ -37,6 +37,7 @@ def test_demo_prints_a_table_and_draws_the_schedule(tmp_path: Path) -> None:
         "bfloat16, 8 query heads, 2 KV heads",
         "8 from 15 to 2,000",
         "FlashDecoding (16 splits)",
+        " splits, best)",
         "48 tokens, greedy",
         "ours, DynamicCache",
         "accelerate",
