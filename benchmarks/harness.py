@@ -1,8 +1,8 @@
 """The benchmark harness: a study is a list of cases and a list of contenders, and this does the rest.
 
-All contenders of a case and its limits (read bandwidth, rate of products, our loops in cache, our op without
-arithmetic) are measured interleaved, round after round, so that a noisy machine disturbs them alike. What is
-compared is how fast K and V are read: bytes in use over seconds.
+All contenders of a case and its roofline (read bandwidth, products, our loops in cache, reading only) are
+measured interleaved, round after round, so that a noisy machine disturbs them alike. What is compared is how
+fast K and V are read: bytes in use over seconds.
 """
 
 from __future__ import annotations
@@ -258,9 +258,9 @@ def measure_case(
         call()
         return time.perf_counter() - begin
 
-    limits_rounds = results[OURS]["rounds"] if OURS in calls else 8
+    roofline_rounds = results[OURS]["rounds"] if OURS in calls else 8
     for round_ in range(max(results[name]["rounds"] for name in calls)):
-        if round_ < limits_rounds:
+        if round_ < roofline_rounds:
             bandwidths.append(PROBE_BYTES / read_seconds(probe))
             product_rates.append(product_rate(case.dtype))
             cached_rates.append(read_cached())

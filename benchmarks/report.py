@@ -33,7 +33,7 @@ LEADS = (0.0, 1.0, 1.5, 2.0)
 def bound_of(case: dict) -> tuple[float, str]:
     """GB/s that this package can reach by the rates measured with the case, and which of them it is.
 
-    It can come out faster where a part of the caches is in the last cache level.
+    It can come out faster where a part of the caches is in the last-level cache.
     """
     products = case["kv_bytes"] / case["products"] * case["giga_products_per_second"]
     read = case["read_gb_per_second"]
@@ -138,7 +138,7 @@ def draw(study: dict, path: Path) -> None:
             marker = "o" if name == OURS else "x+v^sd*"[i % 7]
             axis.scatter(*zip(*points, strict=True), label=name, marker=marker, s=36 if name == OURS else 22)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-    limits = {
+    bounds = {
         f"{OURS} is compute-bound here": [
             (bound_of(case)[0] / case["read_gb_per_second"], row)
             for row, case in enumerate(cases.values())
@@ -150,7 +150,7 @@ def draw(study: dict, path: Path) -> None:
             if case["in_cache_gb_per_second"] < case["read_gb_per_second"]
         ],
     }
-    for (label, points), color in zip(limits.items(), ("black", "tab:blue"), strict=True):
+    for (label, points), color in zip(bounds.items(), ("black", "tab:blue"), strict=True):
         if points:
             axis.scatter(*zip(*points, strict=True), label=label, marker="|", s=80, color=color)
     axis.set_yticks(range(len(cases)), list(cases), fontsize=7)
