@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""What the README and the pages show is what happens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import lean_attention
 from lean_attention import reference
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/results/README.md"])
 README = (ROOT / "README.md").read_text()
 FEATURES = (ROOT / "docs" / "features.md").read_text()
 COMPILERS = (ROOT / "docs" / "compilers.md").read_text()
@@ -82,8 +83,47 @@ def test_the_transformers_page_runs() -> None:
     assert [len(tokens) for tokens in names["tokens"]] == [10, 10]
 
 
-def test_the_files_that_it_names_exist() -> None:
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link.partition("#")[0]).exists(), link
+def test_the_other_calls_of_the_readme_run() -> None:
+    transformers = pytest.importorskip("transformers")
+    calls = [block for block in BLOCKS if "class DecodeAttention" not in block and ">>>" not in block]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    names: dict = {
+        "lean_attention": lean_attention,
+        "q": torch.randn(2, 1, 8, 64),
+        "k_new": torch.randn(2, 1, 2, 64),
+        "v_new": torch.randn(2, 1, 2, 64),
+        "k_cache": torch.randn(2, 30, 2, 64),
+        "v_cache": torch.randn(2, 30, 2, 64),
+        "k_pages": torch.randn(6, 16, 2, 64),
+        "v_pages": torch.randn(6, 16, 2, 64),
+        "seq_lens": torch.tensor([7, 0], dtype=torch.int32),
+        "block_table": torch.tensor([[5, 1], [0, 3]], dtype=torch.int32),
+        "model": transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes)),
+    }
+    for block in calls:
+        exec(block, names)
+    assert names["out"].shape == (2, 1, 8, 64)
+    assert names["model"].config._attn_implementation == "lean_attention"
+
+
+def anchors(page: str) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page, flags=re.M)
+    return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_pages_stay_short() -> None:
+    words = {page.name: len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")}
+    assert max(words.values()) <= 1000, words
+    assert sum(words.values()) <= 6000, words
+    assert len(README.splitlines()) <= 130
