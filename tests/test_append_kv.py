@@ -577,6 +577,7 @@ def test_opcheck_of_quantised_caches() -> None:  # int8: opcheck multiplies, whi
     torch.library.opcheck(torch.ops.lean_attn.append_kv.default, (), arguments)
 
 
+@pytest.mark.slow
 def test_compiles_with_the_decode_step() -> None:
     def step(k_cache, v_cache, k, v, q, seq_lens, block_table, cos, sin):
         q = q.clone()
@@ -596,6 +597,7 @@ def test_compiles_with_the_decode_step() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_compiles_with_the_decode_step_over_quantised_caches() -> None:
     def step(k_cache, v_cache, k_scale, v_scale, k, v, q, seq_lens):
         lean_attention.append_kv(k_cache, v_cache, k, v, seq_lens, k_scale=k_scale, v_scale=v_scale)

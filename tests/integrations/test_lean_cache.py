@@ -397,6 +397,7 @@ def test_families_with_attention_of_their_own_get_the_cache_and_are_told(said: l
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_compiled_step_is_right() -> None:
     torch.compiler.reset()
     model = accelerate(make_model("llama"))

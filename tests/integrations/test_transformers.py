@@ -98,6 +98,7 @@ def test_static_cache_compiles() -> None:
     assert torch.equal(got.sequences, want.sequences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 @torch.no_grad()
 def test_compiled_steps_of_several_tokens_have_no_graph_break(kind: str) -> None:
