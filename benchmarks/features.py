@@ -51,7 +51,7 @@ class Feature:
 
 
 def paged(block_size: int) -> Feature:
-    """Shuffled pages in the case's layout: heads first is [blocks, heads, block, dim]."""
+    """Shuffled pages in the case's layout: heads first (HND) is [blocks, heads, block, dim]."""
 
     def change(case: Case, plain: dict) -> dict:
         blocks = case.lens[0] // block_size

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import lean_attention
 from lean_attention._core import core
-from lean_attention.limits import product_rate, read_seconds
+from lean_attention.roofline import fma_rate, read_bandwidth_of
 
 # Where studies are written, which git ignores; what is worth keeping is copied as text to benchmarks/results.
 OUTPUTS = Path("build/benchmarks")
@@ -54,7 +54,7 @@ class Case:
     heads: int
     kv_heads: int
     head_dim: int
-    layout: str = "heads_first"  # or tokens_first: how the caches lie in memory
+    layout: str = "heads_first"  # HND; or tokens_first, NHD: how the caches lie in memory
     name: str = ""  # of ragged batches
 
     @property
@@ -237,7 +237,7 @@ def measure_case(
         results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
     tick(f"{case.id}: measuring")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    bandwidths, product_rates, cached_rates, read_only_rates = [], [], [], []
+    bandwidths, fma_rates, cached_rates, read_only_rates = [], [], [], []
     read_cached = prepare_in_cache(case)
     for name, prepared in calls.items():  # one call to estimate, not counted
         begin = time.perf_counter()
@@ -248,7 +248,7 @@ def measure_case(
     def read_only() -> float:
         each = inputs[next(turns) % sets]
         begin = time.perf_counter()
-        torch.ops.lean_attn.read_caches(each.q, each.k_cache, each.v_cache, each.seq_lens)
+        torch.ops.lean_attn.read_only(each.q, each.k_cache, each.v_cache, each.seq_lens)
         return case.kv_bytes / (time.perf_counter() - begin)
 
     def seconds_of(name: str) -> float:
@@ -261,8 +261,8 @@ def measure_case(
     roofline_rounds = results[OURS]["rounds"] if OURS in calls else 8
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < roofline_rounds:
-            bandwidths.append(PROBE_BYTES / read_seconds(probe))
-            product_rates.append(product_rate(case.dtype))
+            bandwidths.append(read_bandwidth_of(probe))
+            fma_rates.append(fma_rate(case.dtype))
             cached_rates.append(read_cached())
             read_only_rates.append(read_only())
         # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the
@@ -294,7 +294,7 @@ def measure_case(
         "in_cache_gb_per_second": statistics.median(cached_rates) / 1e9,
         "read_only_gb_per_second": statistics.median(read_only_rates) / 1e9,
         "products": case.products,
-        "giga_products_per_second": statistics.median(product_rates) / 1e9,
+        "giga_products_per_second": statistics.median(fma_rates) / 1e9,
         "contenders": results,
     }
 

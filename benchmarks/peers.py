@@ -20,7 +20,7 @@ class LeanAttention:
 
 
 class FixedSplit:
-    """FlashAttention-2's split by batch and head (1) or FlashDecoding's (more), on our tile routines."""
+    """FlashAttention-2's split by batch and head (1) or FlashDecoding's (more), on our tile kernels."""
 
     def __init__(self, splits: int) -> None:
         self.splits = splits

@@ -75,7 +75,7 @@ LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t tok
   if (p.seq_lens[t.sequence] < 0 || t.position >= p.capacity()) return t;
   const int64_t index = p.block_table ? t.position / p.block_size : 0;
   t.slot = t.position - index * p.block_size;
-  const int64_t block = p.given_block(t.sequence, 0, index);
+  const int64_t block = p.raw_block(t.sequence, 0, index);
   t.block = p.is_block(block) ? block : -1;
   return t;
 }

@@ -66,7 +66,7 @@ struct Argument {
            what);
     }
   }
-  // Of one dimension, as many as `want`.
+  // The tensor has one dimension, of size `want`.
   void is_list_of(const char* layout, int64_t want, const char* what) const {
     has_shape(layout, 1);
     has_size(0, want, what);
@@ -89,8 +89,9 @@ struct Argument {
            " in its last dimension; it must be contiguous there");
     }
   }
-  // Of at most four dimensions, and written: no two elements may be one in memory. Each dimension has to step
-  // over all that the denser ones span, as it does in every view of a tensor but expanded ones and windows.
+  // The tensor, of at most four dimensions, is written: no two elements may be one in memory. Each dimension
+  // has to step over all that the denser ones span, as it does in every view of a tensor but expanded ones
+  // and windows.
   void has_memory_of_its_own() const {
     if (tensor.numel() == 0) return;
     std::array<std::pair<int64_t, int64_t>, 4> steps;  // stride and size
@@ -125,7 +126,7 @@ inline std::optional<DType> quantised_dtype_of(const Tensor& tensor) {
   }
 }
 
-// Where a sequence lies is said once.
+// A call says once where a sequence lies.
 inline void refuse_slots_beside_pages(const char* op, bool slots, bool pages) {
   if (slots && pages) {
     fail(op,

@@ -7,10 +7,10 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/kernels/tile_kernel.h"
 #include "cpu/lean_ranges.h"
-#include "cpu/limits.h"
-#include "cpu/tiles/tile.h"
-#include "cuda/decode.h"
+#include "cpu/roofline.h"
+#include "cuda/backend.h"
 #include "schedule.h"
 #include "softmax_state.h"
 
@@ -135,22 +135,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &lean::cpu::runnable_instruction_sets);
   m.def("chosen_instruction_set", [](const std::string& dtype) {
     const lean::DType type = lean::dtype_named(dtype);
-    return std::string(lean::cpu::tile_routine(type, type).instruction_set);
+    return std::string(lean::cpu::tile_kernel(type, type).instruction_set);
   });
   m.def(
-      "stream_read",
+      "read_loop",
       [](uintptr_t address, int64_t bytes) {
-        return lean::cpu::stream_read(reinterpret_cast<const void*>(address), bytes);
+        return lean::cpu::read_loop(reinterpret_cast<const void*>(address), bytes);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
-      "multiply",
+      "fma_loop",
       [](const std::string& dtype, int64_t rounds) {
-        return lean::cpu::multiply(lean::dtype_named(dtype), rounds);
+        return lean::cpu::fma_loop(lean::dtype_named(dtype), rounds);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("cuda_kernels", &lean::cuda_kernels);
-  // Of the current device, which is `device`.
+  // The error of `device`, which must be the current one.
   m.def("take_cuda_error", [](int device) {
 #if defined(LEAN_WITH_CUDA)
     return lean::cuda::take_error(device);

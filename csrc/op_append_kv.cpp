@@ -3,8 +3,8 @@
 
 #include "append.h"
 #include "arguments.h"
-#include "cpu/decode.h"
-#include "cuda/decode.h"
+#include "cpu/backend.h"
+#include "cuda/backend.h"
 #include "dispatch.h"
 #include "ops.h"
 

@@ -7,8 +7,8 @@
 #include <cmath>
 
 #include "arguments.h"
-#include "cpu/decode.h"
-#include "cuda/decode.h"
+#include "cpu/backend.h"
+#include "cuda/backend.h"
 #include "dispatch.h"
 #include "ops.h"
 
@@ -56,7 +56,7 @@ class DecodeCall {
     p_.num_ctas = o_.num_ctas;
   }
 
-  // With the caller's outputs in place.
+  // Takes the caller's outputs.
   const DecodeParams& with_outputs(const Tensor& given_out, const Tensor& given_lse) {
     const bool packed = p_.cu_seqlens_q != nullptr;
     const Argument out_arg{"decode", "out", given_out}, lse_arg{"decode", "lse", given_lse};
@@ -89,7 +89,7 @@ class DecodeCall {
     return p_;
   }
 
-  // With fresh outputs in place.
+  // Makes fresh outputs.
   const DecodeParams& with_outputs() {
     const bool packed = p_.cu_seqlens_q != nullptr;
     const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.head_dim_v;
@@ -439,9 +439,9 @@ std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_c
                 [&](const DecodeParams& params) { cpu::decode_fixed_split(params, splits); });
 }
 
-std::tuple<Tensor, Tensor> read_caches(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                       const OptionalTensor& seq_lens) {
-  return on_cpu(q, k_cache, v_cache, seq_lens, cpu::read_caches);
+std::tuple<Tensor, Tensor> read_only(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                     const OptionalTensor& seq_lens) {
+  return on_cpu(q, k_cache, v_cache, seq_lens, cpu::read_only);
 }
 
 }  // namespace lean

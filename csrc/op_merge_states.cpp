@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "arguments.h"
-#include "cpu/decode.h"
-#include "cuda/decode.h"
+#include "cpu/backend.h"
+#include "cuda/backend.h"
 #include "dispatch.h"
 #include "ops.h"
 

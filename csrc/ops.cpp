@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(LEAN_LIBRARY, m) {
       "decode_fixed_split(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None, *, int splits=1) "
       "-> (Tensor out, Tensor lse)");
   m.def(
-      "read_caches(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None) -> (Tensor out, Tensor "
+      "read_only(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? seq_lens=None) -> (Tensor out, Tensor "
       "lse)");
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor seq_lens, "
@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(LEAN_LIBRARY, CPU, m) {
   m.impl("decode", TORCH_BOX(&lean::decode));
   m.impl("decode_out", TORCH_BOX(&lean::decode_out));
   m.impl("decode_fixed_split", TORCH_BOX(&lean::decode_fixed_split));
-  m.impl("read_caches", TORCH_BOX(&lean::read_caches));
+  m.impl("read_only", TORCH_BOX(&lean::read_only));
   m.impl("append_kv", TORCH_BOX(&lean::append_kv));
   m.impl("merge_states", TORCH_BOX(&lean::merge_states));
 }

@@ -33,8 +33,8 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
 
 std::tuple<Tensor, Tensor> decode_fixed_split(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const OptionalTensor& seq_lens, int64_t splits);
-std::tuple<Tensor, Tensor> read_caches(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                       const OptionalTensor& seq_lens);
+std::tuple<Tensor, Tensor> read_only(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                     const OptionalTensor& seq_lens);
 
 std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                                         double base);

@@ -47,7 +47,7 @@ struct CacheBlocks {
   // Tokens that a sequence may have.
   LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
   // What the caller's numbers say, which may be no block.
-  LEAN_HOST_DEVICE constexpr int64_t given_block(int64_t b, int64_t kv_head, int64_t index) const {
+  LEAN_HOST_DEVICE constexpr int64_t raw_block(int64_t b, int64_t kv_head, int64_t index) const {
     return block_table       ? block_table[b * table_batch_stride + kv_head * table_head_stride + index]
            : cache_batch_idx ? cache_batch_idx[b]
                              : b;
@@ -115,22 +115,22 @@ struct DecodeParams : CacheBlocks {
 
   // What a caller's numbers say, and what is made of them: brought into range, so that nothing outside a
   // tensor is read or written.
-  LEAN_HOST_DEVICE constexpr int64_t given_tokens(int64_t b, int64_t kv_head) const {
+  LEAN_HOST_DEVICE constexpr int64_t raw_seq_len(int64_t b, int64_t kv_head) const {
     return seq_lens ? seq_lens[b * seq_lens_batch_stride + kv_head * seq_lens_head_stride] : capacity();
   }
-  LEAN_HOST_DEVICE constexpr int64_t given_leftpad(int64_t b) const {
+  LEAN_HOST_DEVICE constexpr int64_t raw_leftpad(int64_t b) const {
     return cache_leftpad ? cache_leftpad[b] : 0;
   }
   LEAN_HOST_DEVICE constexpr int64_t first_query(int64_t b) const {
-    return cu_seqlens_q ? greater(0, lesser(cu_seqlens_q[b], query_tokens)) : 0;
+    return cu_seqlens_q ? max(0, min(cu_seqlens_q[b], query_tokens)) : 0;
   }
-  LEAN_HOST_DEVICE constexpr SequenceLength length_at(int64_t b, int64_t kv_head) const {
-    return {greater(0, lesser(given_tokens(b, kv_head), capacity())), greater(0, given_leftpad(b)),
-            cu_seqlens_q ? greater(0, first_query(b + 1) - first_query(b)) : query_tokens};
+  LEAN_HOST_DEVICE constexpr SequenceLength clamped_length(int64_t b, int64_t kv_head) const {
+    return {max(0, min(raw_seq_len(b, kv_head), capacity())), max(0, raw_leftpad(b)),
+            cu_seqlens_q ? max(0, first_query(b + 1) - first_query(b)) : query_tokens};
   }
-  LEAN_HOST_DEVICE constexpr SequenceLength length_of(int64_t sequence) const {
-    return lengths_per_head ? length_at(sequence / num_kv_heads, sequence % num_kv_heads)
-                            : length_at(sequence, 0);
+  LEAN_HOST_DEVICE constexpr SequenceLength scheduled_length(int64_t sequence) const {
+    return lengths_per_head ? clamped_length(sequence / num_kv_heads, sequence % num_kv_heads)
+                            : clamped_length(sequence, 0);
   }
 };
 

@@ -20,7 +20,7 @@ LEAN_HOST_DEVICE constexpr uint8_t one_of(DType dtype) {
   return dtype == DType::int8 ? 1 : dtype == DType::float8_e4m3 ? 0x38 : 0x3c;
 }
 
-// Of |x|. They are in the order of the magnitudes, and from kInfinityBits on x is not finite.
+// The bits of |x|. They are in the order of the magnitudes, and from kInfinityBits on x is not finite.
 LEAN_HOST_DEVICE constexpr int32_t magnitude_bits(float x) {
   return std::bit_cast<int32_t>(x) & 0x7fffffff;
 }
@@ -61,7 +61,7 @@ LEAN_HOST_DEVICE uint8_t quantised(float x, float scale) {
     constexpr int32_t kSmallestNormal = (127 - kBias + 1) << 23;
     const int32_t magnitude =
         clamped(magnitude_bits(quotient), 0, std::bit_cast<int32_t>(largest_of(kDType)));
-    // Of the smallest normal number too are the steps of subnormal ones. One step too many is the next
+    // Steps of subnormal numbers are those of the smallest normal one. One step too many is the next
     // exponent's first.
     const int32_t exponent = clamped(magnitude & kInfinityBits, kSmallestNormal, kInfinityBits);
     const int32_t steps = steps_in(std::bit_cast<float>(magnitude), exponent - (kMantissaBits << 23));

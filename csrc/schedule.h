@@ -21,23 +21,9 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LEAN_HOST_DEVICE __host__ __device__
-#else
-#define LEAN_HOST_DEVICE
-#endif
+#include "integers.h"
 
 namespace lean {
-
-LEAN_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-LEAN_HOST_DEVICE constexpr int64_t lesser(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-LEAN_HOST_DEVICE constexpr int64_t greater(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
 
 // Tokens [begin, end) of a sequence.
 struct TokenSpan {
@@ -64,13 +50,13 @@ LEAN_HOST_DEVICE constexpr TokenSpan visible_tokens(const Visibility& v, Sequenc
                                                     int64_t first_query, int64_t last_query) {
   const int64_t offset = length.tokens - length.q_len;
   const int64_t begin =
-      v.window_left < 0 ? length.leftpad : greater(length.leftpad, offset + first_query - v.window_left);
+      v.window_left < 0 ? length.leftpad : max(length.leftpad, offset + first_query - v.window_left);
   const int64_t end =
-      v.window_right < 0 ? length.tokens : lesser(length.tokens, offset + last_query + v.window_right + 1);
-  return {begin, greater(begin, end)};
+      v.window_right < 0 ? length.tokens : min(length.tokens, offset + last_query + v.window_right + 1);
+  return {begin, max(begin, end)};
 }
 
-// The shape of the work, lengths aside. The query rows of a KV head (its `group` query heads times
+// The shape of the work, lengths saved. The query rows of a KV head (its `group` query heads times
 // q_len query tokens, token-major) are packed as rows and cut into row blocks; one row block of one
 // KV head of one sequence is an output tile. Where every KV head has a length of its own, each counts as a
 // sequence of one head.
@@ -85,7 +71,7 @@ struct Geometry {
     return ceil_div(group * q_len, rows_per_block);
   }
   LEAN_HOST_DEVICE constexpr int64_t block_rows(int64_t q_len, int64_t row_block) const {
-    return lesser(rows_per_block, group * q_len - row_block * rows_per_block);
+    return min(rows_per_block, group * q_len - row_block * rows_per_block);
   }
   // Tokens that any row of the block sees.
   LEAN_HOST_DEVICE constexpr TokenSpan block_span(SequenceLength length, int64_t row_block) const {
@@ -93,9 +79,9 @@ struct Geometry {
     return visible_tokens(visibility, length, first_row / group,
                           (first_row + block_rows(length.q_len, row_block) - 1) / group);
   }
-  // At least one LeanTile, so that an output tile that sees nothing still has an owner.
+  // There is at least one LeanTile, so that an output tile that sees nothing still has an owner.
   LEAN_HOST_DEVICE constexpr int64_t block_tiles(TokenSpan span) const {
-    return greater(1, ceil_div(span.end - span.begin, tile_tokens));
+    return max(1, ceil_div(span.end - span.begin, tile_tokens));
   }
   LEAN_HOST_DEVICE constexpr int64_t head_tiles(SequenceLength length) const {
     int64_t tiles = 0;
@@ -131,14 +117,14 @@ struct Grid {
  private:
   LEAN_HOST_DEVICE constexpr int64_t start(int64_t cta) const {
     const int64_t share = total_tiles / num_ctas, longer = total_tiles % num_ctas;
-    return cta * share + lesser(cta, longer);
+    return cta * share + min(cta, longer);
   }
 };
 
 // How many of `max_ctas` CTAs to use: a CTA that cannot get `min_tiles` LeanTiles costs more than
 // it saves.
 LEAN_HOST_DEVICE constexpr int64_t useful_ctas(int64_t total_tiles, int64_t max_ctas, int64_t min_tiles) {
-  return greater(1, lesser(max_ctas, total_tiles / min_tiles));
+  return max(1, min(max_ctas, total_tiles / min_tiles));
 }
 
 // The LeanTiles of one output tile that one CTA computes.
@@ -155,7 +141,7 @@ struct Segment {
   LEAN_HOST_DEVICE constexpr bool has_peers() const { return tiles.end < output_end; }
   LEAN_HOST_DEVICE constexpr TokenSpan tokens(int64_t tile_tokens) const {
     return {span.begin + (tiles.begin - output_begin) * tile_tokens,
-            lesser(span.end, span.begin + (tiles.end - output_begin) * tile_tokens)};
+            min(span.end, span.begin + (tiles.end - output_begin) * tile_tokens)};
   }
 };
 
@@ -186,7 +172,7 @@ class SegmentWalk {
     if (next_ >= end_) return false;
     const TokenSpan span = geometry_.block_span(length_, row_block_);
     const int64_t output_end = output_begin_ + geometry_.block_tiles(span);
-    const int64_t stop = lesser(end_, output_end);
+    const int64_t stop = min(end_, output_end);
     segment = {sequence_, kv_head_, row_block_, span, output_begin_, output_end, {next_, stop}};
     next_ = stop;
     if (stop == output_end) advance(output_end, length_of);

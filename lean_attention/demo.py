@@ -16,8 +16,8 @@ from torch import Tensor
 
 import lean_attention
 from lean_attention import reference
-from lean_attention.limits import read_bandwidth
 from lean_attention.picture import MERGE_TILES, best_split, draw_schedules, fixed_split
+from lean_attention.roofline import read_bandwidth
 from lean_attention.schedule import Schedule
 
 RAGGED = (64, 41, 23, 14, 9, 5, 2, 0.5)  # shares of the longest sequence, in 64ths

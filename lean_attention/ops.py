@@ -142,7 +142,7 @@ def decode(
                 return _call(_decode, *tensors, **options)
             # The usual call, with as little code as can be: after a cache was read none of it is in the
             # processor's caches, and takes ten times as long.
-            if _goes_through_all_layers():
+            if _needs_full_dispatch():
                 return _decode(*tensors)
             with torch._C._AutoDispatchBelowAutograd():
                 return _decode(*tensors)
@@ -158,7 +158,7 @@ def decode(
         raise
 
 
-def _goes_through_all_layers() -> bool:
+def _needs_full_dispatch() -> bool:
     """False where no gradient can be asked for and an op may be called below PyTorch's layer for gradients.
 
     That layer is Python, makes a gradient raise, and takes longer than a short decode. Inference mode has
@@ -169,7 +169,7 @@ def _goes_through_all_layers() -> bool:
 
 
 def _call(op, *tensors, **options):
-    if _goes_through_all_layers():
+    if _needs_full_dispatch():
         return op(*tensors, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*tensors, **options)
@@ -227,7 +227,7 @@ def _(q, k_cache, v_cache, out, lse, *_tensors, **_options):
 # For benchmarks only: decode by FlashAttention-2's and FlashDecoding's schedules, and what decode reads
 # without what it computes (outputs are 0, log-sum-exps -inf).
 @torch.library.register_fake("lean_attn::decode_fixed_split")
-@torch.library.register_fake("lean_attn::read_caches")
+@torch.library.register_fake("lean_attn::read_only")
 def _(q, k_cache, v_cache, seq_lens=None, **_options):
     return _fake_attention(q, k_cache, v_cache, False)
 
@@ -387,7 +387,7 @@ def _no_gradient(op_name: str):
 
 _no_gradient("decode")
 _no_gradient("decode_fixed_split")
-_no_gradient("read_caches")
+_no_gradient("read_only")
 _no_gradient("merge_states")
 
 _autocast.register()

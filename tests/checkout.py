@@ -10,15 +10,15 @@ IGNORED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
 
 
 def copy(to: Path, *folders: str) -> None:
-    """Without what was built.
+    """Copies folders, without what was built.
 
-    Of the CPU routines the copy has the portable ones alone: those for vector instructions take nine tenths
+    Of the CPU kernels the copy has the portable ones alone: those for vector instructions take nine tenths
     of the compiler's time, and building them again would show nothing more.
     """
     for folder in folders:
         shutil.copytree(ROOT / folder, to / folder, ignore=IGNORED)
     if "csrc" in folders:
-        header = to / "csrc" / "cpu" / "tiles" / "tile_sets.h"
+        header = to / "csrc" / "cpu" / "kernels" / "registry.h"
         condition, text = "#if defined(__x86_64__)", header.read_text()
         assert text.count(condition) == 1, f"{header.name} decides in another way what is compiled"
         header.write_text(text.replace(condition, "#if 0"))

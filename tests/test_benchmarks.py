@@ -25,8 +25,8 @@ from benchmarks.report import (
 )
 from lean_attention import Schedule
 from lean_attention._core import core
-from lean_attention.limits import product_rate
 from lean_attention.picture import fixed_split, stream_k
+from lean_attention.roofline import fma_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,10 +209,10 @@ def test_products_are_counted(instruction_set: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LEAN_ATTENTION_CPU", instruction_set)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        assert core.multiply(name, 30) == 3 * core.multiply(name, 10) > 0
-        assert product_rate(dtype, rounds=100) > 0
+        assert core.fma_loop(name, 30) == 3 * core.fma_loop(name, 10) > 0
+        assert fma_rate(dtype, rounds=100) > 0
     with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
-        core.multiply("int8", 1)
+        core.fma_loop("int8", 1)
 
 
 def test_small_calls_report_what_they_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def test_more_than_two_to_the_31_elements_by_strides() -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_long_contexts_keep_fp32_accuracy(kv_heads: int) -> None:
-    """512k tokens: plain left-to-right fp32 sums would lose three digits. A CPU takes two heads abreast."""
+    """512k tokens: plain left-to-right fp32 sums would lose three digits. A pass takes two heads."""
     case = Case(F32, lens=(2**19,), heads=kv_heads, kv_heads=kv_heads, head_dim=8)
     inputs = make_inputs(case)
     inputs["v_cache"] += 1  # sums that do not cancel
@@ -225,7 +225,7 @@ def test_reading_without_computing(dtype: torch.dtype, layout: str) -> None:
     """In place of the whole op, whatever rows' length, so that a benchmark may take one from the other."""
     case = Case(dtype, lens=(1500, 0, 129, 1), heads=8, kv_heads=2, head_dim=40, head_dim_v=8)
     inputs = make_inputs(case, layout)
-    out, lse = torch.ops.lean_attn.read_caches(**inputs)
+    out, lse = torch.ops.lean_attn.read_only(**inputs)
     want_out, want_lse = lean_attention.decode(**inputs)
     assert out.shape == want_out.shape and out.dtype == dtype
     assert lse.shape == want_lse.shape
@@ -235,13 +235,13 @@ def test_reading_without_computing(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_reading_quantised_caches_without_computing(dtype: torch.dtype) -> None:
     cache = torch.zeros(1, 64, 1, 64).to(torch.float8_e4m3fn)
-    out, lse = torch.ops.lean_attn.read_caches(torch.zeros(1, 1, 1, 64, dtype=dtype), cache, cache)
+    out, lse = torch.ops.lean_attn.read_only(torch.zeros(1, 1, 1, 64, dtype=dtype), cache, cache)
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
 @pytest.mark.parametrize("kv_heads", [13, 37])
 @pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
-def test_many_heads_abreast(layout: str, kv_heads: int) -> None:
+def test_many_heads_per_pass(layout: str, kv_heads: int) -> None:
     """Ranges that begin and end inside heads, with whole ones between, longer than one chunk of tokens."""
     case = Case(F32, lens=(9000, 70), heads=2 * kv_heads, kv_heads=kv_heads, head_dim=8)
     inputs = make_inputs(case, layout)
@@ -251,7 +251,7 @@ def test_many_heads_abreast(layout: str, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-def test_heads_of_every_width_abreast(dtype: torch.dtype, group: int, instruction_set: str) -> None:
+def test_heads_of_every_width_in_a_pass(dtype: torch.dtype, group: int, instruction_set: str) -> None:
     """Few query rows multiply K token by token with all heads, in whole runs; the last run is a short one."""
     for i, head_dim in enumerate((8, 16, 24, 32, 40, 64, 72, 88, 96, 128, 136, 256)):
         kv_heads = (2, 3, 8)[(i + group) % 3]

@@ -40,7 +40,7 @@ def test_any_combination(case: FeatureCase) -> None:
         (10, "paged_heads_first", torch.int8, ""),
     ],
 )
-def test_heads_abreast(kv_heads: int, cache: str, quantised: torch.dtype | None, alibi: str) -> None:
+def test_heads_per_pass(kv_heads: int, cache: str, quantised: torch.dtype | None, alibi: str) -> None:
     """Contexts so long that a CPU takes several heads through them together, in ranges that are merged; the
     tokens of a run out of order where no row needs to know a token's place."""
     case = FeatureCase(

@@ -126,7 +126,7 @@ def test_a_scale_that_is_not_a_number(dtype: torch.dtype, instruction_set: str) 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3])
-def test_heads_abreast(group: int, dtype: torch.dtype, instruction_set: str) -> None:
+def test_heads_per_pass(group: int, dtype: torch.dtype, instruction_set: str) -> None:
     """With one scale for all tokens, a head of few rows goes token by token with the others."""
     for kv_heads, head_dim in ((3, 40), (8, 128), (8, 8)):
         arguments = {

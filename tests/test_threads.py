@@ -49,7 +49,7 @@ def test_follows_torch_set_num_threads(threads: int) -> None:
 @pytest.mark.parametrize("tokens", [400, 3000])
 @pytest.mark.parametrize("num_ctas", [1, 3])
 def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int) -> None:
-    """Bitwise, for a given grid: also not by how many heads of a tokens-first cache go together."""
+    """Bitwise, for a given grid: also not by how many heads of an NHD (tokens first) cache one pass takes."""
     inputs = make_inputs(Case(torch.bfloat16, lens=(tokens,), heads=32, kv_heads=8, head_dim=64))
     results = []
     for threads in (1, 2, 5):
@@ -156,8 +156,8 @@ def test_the_interpreter_runs_on_while_it_decodes() -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33])
-def test_every_strip_of_every_instruction_set(head_dim: int, group: int, instruction_set: str) -> None:
-    """All counts of rows that the routines have code of their own for."""
+def test_every_microkernel_of_every_instruction_set(head_dim: int, group: int, instruction_set: str) -> None:
+    """All counts of rows that the kernels have code of their own for."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         case = Case(dtype, lens=(70, 200), heads=group, kv_heads=1, head_dim=head_dim)
         inputs = make_inputs(case)

@@ -32,7 +32,7 @@ def test_opcheck_what_benchmarks_compare_with() -> None:
         tensor.nan_to_num() for tensor in make_inputs(Case(torch.float32, lens=(70, 9))).values()
     )
     torch.library.opcheck(torch.ops.lean_attn.decode_fixed_split.default, arguments, {"splits": 3})
-    torch.library.opcheck(torch.ops.lean_attn.read_caches.default, arguments)
+    torch.library.opcheck(torch.ops.lean_attn.read_only.default, arguments)
 
 
 def test_opcheck_merge_states() -> None:

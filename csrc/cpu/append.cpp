@@ -18,15 +18,15 @@
 #include <unordered_map>
 #include <vector>
 
-#include "cpu/decode.h"
+#include "cpu/backend.h"
+#include "cpu/kernels/registry.h"
 #include "cpu/parallel.h"
-#include "cpu/tiles/tile_sets.h"
 #include "quantise.h"
 
 namespace lean::cpu {
 namespace {
 
-// Bytes below which another thread costs more than it brings.
+// With fewer bytes another thread costs more than it brings.
 constexpr int64_t kMinBytesPerThread = 256 * 1024;
 
 template <class... Parts>
@@ -90,14 +90,14 @@ class Destinations {
     const auto earlier = [](const TokenSpan& a, const TokenSpan& b) { return a.begin < b.begin; };
     const auto overlap = [](const TokenSpan& a, const TokenSpan& b) { return b.begin < a.end; };
     std::sort(runs_.begin(), runs_.end(), earlier);
-    if (std::adjacent_find(runs_.begin(), runs_.end(), overlap) != runs_.end()) complain();
+    if (std::adjacent_find(runs_.begin(), runs_.end(), overlap) != runs_.end()) report();
   }
 
  private:
   // Slots are numbered through all blocks.
   int64_t place_of(const NewToken& t) const { return t.block * p_.block_size + t.slot; }
 
-  [[noreturn]] void complain() const {
+  [[noreturn]] void report() const {
     std::unordered_map<int64_t, NewToken> taken;
     for (int64_t token = 0;; ++token) {
       const NewToken t = new_token(p_, token);
@@ -167,10 +167,10 @@ using QuantiseRow = void (*)(const AppendParams&, const NewToken&, const NewRow&
 
 // Null where rows of T are only copied.
 template <class T, DType kCacheDType>
-QuantiseRow quantise_row_routine() {
+QuantiseRow quantise_row_function() {
   if constexpr (sizeof(T) > 1) {
 #if defined(LEAN_X86)
-    const std::string chosen = tile_routine(DType::float32, DType::float32).instruction_set;
+    const std::string chosen = tile_kernel(DType::float32, DType::float32).instruction_set;
     if (chosen != "portable") return &quantise_row_avx2<T, kCacheDType>;
 #endif
     return &quantise_row<T, kCacheDType>;
@@ -183,7 +183,7 @@ QuantiseRow quantise_row_routine() {
 template <class T, DType kCacheDType>
 void append_all(const AppendParams& p) {
   const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.head_dim * sizeof(T);
-  const QuantiseRow quantise = p.quantises() ? quantise_row_routine<T, kCacheDType>() : nullptr;
+  const QuantiseRow quantise = p.quantises() ? quantise_row_function<T, kCacheDType>() : nullptr;
   const int64_t parts = std::clamp<int64_t>(tokens * bytes / kMinBytesPerThread, 1, num_threads());
   parallel_for(parts, [&](int64_t part) {
     std::vector<float> values(p.quantises() ? std::max(p.head_dim, p.head_dim_v) : 0);

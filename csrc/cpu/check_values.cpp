@@ -30,7 +30,7 @@ void check_query_counts(const DecodeParams& p) {
 }
 
 // "3", or "[3, 1]" where every KV head has its own.
-std::string place(int64_t b, int64_t kv_head, bool per_head) {
+std::string index_text(int64_t b, int64_t kv_head, bool per_head) {
   std::ostringstream text;
   text << b;
   if (per_head) text << ", " << kv_head;
@@ -53,8 +53,8 @@ void check_blocks(const DecodeParams& p, int64_t b, int64_t kv_head, TokenSpan s
   if (!bad) return;
   for (int64_t i = first; i < end; ++i) {
     if (!p.is_block(entries[i])) {
-      fail("decode: block_table[", place(b, kv_head, p.table_head_stride != 0), ", ", i, "] is ", entries[i],
-           "; it must be from 0 to ", p.num_blocks - 1, ", the blocks of the cache");
+      fail("decode: block_table[", index_text(b, kv_head, p.table_head_stride != 0), ", ", i, "] is ",
+           entries[i], "; it must be from 0 to ", p.num_blocks - 1, ", the blocks of the cache");
     }
   }
 }
@@ -64,21 +64,21 @@ void check_blocks(const DecodeParams& p, int64_t b, int64_t kv_head, TokenSpan s
 void check_values(const DecodeParams& p) {
   check_query_counts(p);
   for (int64_t b = 0; b < p.batch; ++b) {
-    if (p.given_leftpad(b) < 0) {
-      fail("decode: cache_leftpad[", b, "] is ", p.given_leftpad(b), "; it must be at least 0");
+    if (p.raw_leftpad(b) < 0) {
+      fail("decode: cache_leftpad[", b, "] is ", p.raw_leftpad(b), "; it must be at least 0");
     }
     const int64_t lengths = p.lengths_per_head ? p.num_kv_heads : 1;
     for (int64_t head = 0; head < lengths; ++head) {
-      const int64_t tokens = p.given_tokens(b, head);
+      const int64_t tokens = p.raw_seq_len(b, head);
       if (tokens < 0 || tokens > p.capacity()) {
-        fail("decode: seq_lens[", place(b, head, p.lengths_per_head), "] is ", tokens,
+        fail("decode: seq_lens[", index_text(b, head, p.lengths_per_head), "] is ", tokens,
              "; it must be from 0 to ", p.capacity(), ", the tokens that ",
              p.block_table ? "a row of block_table" : "the cache", " holds");
       }
     }
     const int64_t tables = p.table_head_stride != 0 || p.lengths_per_head ? p.num_kv_heads : 1;
     for (int64_t head = 0; head < tables; ++head) {
-      const SequenceLength length = p.length_at(b, head);
+      const SequenceLength length = p.clamped_length(b, head);
       if (length.q_len > 0)
         check_blocks(p, b, head, visible_tokens(p.visibility, length, 0, length.q_len - 1));
     }

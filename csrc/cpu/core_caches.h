@@ -1,4 +1,4 @@
-// The caches of a core, which hold what its thread reads next.
+// The caches of a core, and which of them it reads memory through.
 #pragma once
 
 #include <unistd.h>
@@ -11,30 +11,30 @@
 
 namespace lean::cpu {
 
-struct SecondLevel {
+struct L2Cache {
   int64_t bytes;
   int64_t ways;
 
-  // Whether rows that were asked for seldom push each other out before it is full.
+  // With 16 ways or more, prefetched lines survive until L2 is full; with 8, until it is half full.
   bool has_many_ways() const { return ways >= 16; }
 };
 
-// As the system tells; where it does not, a common one.
-inline const SecondLevel& second_level() {
-  static const SecondLevel level = [] {
-    SecondLevel told{0, 0};
+// The numbers are sysconf's; where it has none, an L2 of 1 MB and 8 ways is assumed.
+inline const L2Cache& l2_cache() {
+  static const L2Cache level = [] {
+    L2Cache told{0, 0};
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     told = {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_ASSOC)};
 #endif
-    return told.bytes > 0 ? told : SecondLevel{1024 * 1024, 8};
+    return told.bytes > 0 ? told : L2Cache{1024 * 1024, 8};
   }();
   return level;
 }
 
-// Whether a core reads memory fastest through its first level: what it asks for there, and shortly before it
-// is read. So does AMD's Zen 5 (family 1Ah). Its predecessor has more reads in flight in the second level,
-// for which rows are asked longer ahead than the first could hold them.
-inline bool reads_through_first_level() {
+// A core may read memory fastest if lines are prefetched into L1, shortly before they are read: AMD's Zen 5
+// (family 1Ah) does. Its predecessor has more reads in flight into L2, for which rows are prefetched longer
+// beforehand than L1 could hold them.
+inline bool prefetches_into_l1() {
 #if defined(__x86_64__)
   static const bool reads = [] {
     unsigned a, b, c, d;

@@ -9,22 +9,22 @@
 
 namespace lean::cpu {
 
-// Handed out from the last to the first.
+// The ranges of a call, which are handed out from the last to the first.
 class LeanRanges {
  public:
   LeanRanges() = default;
 
-  // As the schedule has them.
+  // Ranges as the schedule has them, one per CTA.
   static LeanRanges equal(const Grid& grid) {
     LeanRanges ranges;
     for (int64_t cta = 0; cta < grid.num_ctas; ++cta) ranges.begins_.push_back(grid.range(cta).end);
     return ranges;
   }
 
-  // For threads that need not be equally fast: their cores may be, or share their time with other programs.
-  // Each range is half of a thread's share of what is left, so that few are long and the threads end together
-  // (guided self-scheduling; Polychronopoulos and Kuck, 1987), but at least `least` LeanTiles, half of that
-  // the very last. Equal ones where that would leave threads without any.
+  // Ranges for threads that need not be equally fast: their cores may differ, or share their time with other
+  // programs. Each range is half of a thread's share of what is left, so that few are long and the threads
+  // end together (guided self-scheduling; Polychronopoulos and Kuck, 1987), but at least `least` LeanTiles,
+  // half of that the very last. Ranges are equal where that would leave threads without any.
   static LeanRanges guided(int64_t total_tiles, int64_t threads, int64_t least) {
     if (threads == 1 || total_tiles < 2 * threads * least) return equal({threads, total_tiles});
     LeanRanges ranges;
@@ -56,15 +56,15 @@ struct TakenSegment {
   int64_t number;
 };
 
-// The segments that a thread takes, one after another. It may look at the next before it is done with one, to
-// ask for what that reads; then the next is its own.
+// Hands a thread its segments, one after another. The thread may look at the next before it is done with one,
+// to prefetch what that reads; then the next is its own.
 template <class Take>
 class SegmentQueue {
  public:
   // `take(TakenSegment&)` takes another; false if none is left.
   explicit SegmentQueue(Take take) : take_(std::move(take)) {}
 
-  // To the first segment, then from each to the next; false at the end.
+  // Moves to the first segment, then from each to the next; false at the end.
   bool advance() {
     look_ahead();
     looked_ = false;
@@ -72,7 +72,7 @@ class SegmentQueue {
     return more_;
   }
   const TakenSegment& now() const { return now_; }
-  // Null if none is left.
+  // The segment after the current one; null if none is left.
   const TakenSegment* next() {
     look_ahead();
     return more_ ? &next_ : nullptr;

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cpu/decode.h"
+#include "cpu/backend.h"
 #include "cpu/parallel.h"
 #include "softmax_state.h"
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cuda/decode.h"
+#include "cuda/backend.h"
 #include "cuda/errors.h"
 #include "quantise.h"
 
@@ -19,21 +19,21 @@ struct AppendArguments {
   ErrorRecord* errors;
 };
 
-// By the threads of one CTA.
+// Called by the threads of one CTA.
 LEAN_DEVICE void check_counts(const AppendParams& p, ErrorRecord* errors) {
   if (hw::thread_index() == 0 && p.cu_seqlens[0] != 0) {
-    report(errors, Culprit::append_first_cu_seqlens, 0, 0, 0, p.cu_seqlens[0]);
+    report(errors, BadNumber::append_first_cu_seqlens, 0, 0, 0, p.cu_seqlens[0]);
   }
   for (int64_t b = hw::thread_index(); b < p.batch; b += kAppendThreads) {
     const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
-    if (end < begin || end > p.tokens) report(errors, Culprit::append_cu_seqlens, b, 0, 0, end);
+    if (end < begin || end > p.tokens) report(errors, BadNumber::append_cu_seqlens, b, 0, 0, end);
   }
 }
 
-// By the thread that has the first element of a token's first row.
+// Called by the thread that has the first element of a token's first row.
 LEAN_DEVICE void check_place(const AppendParams& p, const NewToken& t, ErrorRecord* errors) {
   if (t.block < 0 || (p.cos && t.position >= p.max_position)) {
-    report(errors, Culprit::append, t.sequence, 0, 0, t.position);
+    report(errors, BadNumber::append, t.sequence, 0, 0, t.position);
   }
 }
 
@@ -59,7 +59,7 @@ LEAN_DEVICE uint8_t quantised_to(DType dtype, float x, float scale) {
   return quantised<hw::Numbers, DType::float8_e5m2>(x, scale);
 }
 
-// By the lanes of one warp.
+// Called by the lanes of one warp.
 template <class T>
 LEAN_DEVICE void quantise_row(const AppendParams& p, const NewToken& t, const NewRow& row, int lane) {
   int32_t largest = 0;
@@ -73,7 +73,7 @@ LEAN_DEVICE void quantise_row(const AppendParams& p, const NewToken& t, const Ne
   }
   const float scale = scale_of_row<hw::Numbers>(p.cache_dtype, largest);
   if (lane == 0) *row.scale = scale;
-  // The row is still in the first cache level, and is rotated once more.
+  // The row is still in L1, and is rotated once more.
   uint8_t* const to = static_cast<uint8_t*>(row.to);
   for_each_element<hw::Numbers, T>(p, t, row, lane, hw::kWarpThreads, [&p, to, scale](int64_t i, T x) {
     to[i] = quantised_to(p.cache_dtype, hw::Numbers::to_float(x), scale);

@@ -46,20 +46,14 @@ struct Panels {
   static constexpr int count = (kDims + kMaxPanelDims - 1) / kMaxPanelDims;
   static constexpr int dims = kDims / count;
   using Rows = SharedRows<dims * kElementBytes / 2>;  // in the ring
-  using WideRows = SharedRows<dims>;                  // as they are multiplied
+  using DequantisedRows = SharedRows<dims>;           // as they are multiplied
   static constexpr int bytes = kStepTokens * Rows::row_bytes;
-  static constexpr int wide_bytes = kStepTokens * WideRows::row_bytes;
+  static constexpr int dequantised_bytes = kStepTokens * DequantisedRows::row_bytes;
   static_assert(count * dims == kDims);
 };
 
-constexpr int max_of(int a, int b) {
-  return a > b ? a : b;
-}
-constexpr int min_of(int a, int b) {
-  return a < b ? a : b;
-}
-
-// kElementBytes: of the caches. Those of 1 are quantised, and widened to T panel by panel.
+// kElementBytes is the size of an element of the caches. Those of 1 byte are quantised, and dequantised to T
+// panel by panel.
 template <class T_, int kHeadDim, int kHeadDimV, int kRowTiles, int kElementBytes = 2>
 struct Config {
   using T = T_;
@@ -81,8 +75,8 @@ struct Config {
   using KPanels = Panels<kHeadDim, kElementBytes>;
   using VPanels = Panels<warp_dim_v, kElementBytes>;
   static constexpr int panels = KPanels::count + VPanels::count;
-  static constexpr int slot_bytes = max_of(KPanels::bytes, VPanels::bytes);
-  static constexpr int slots = min_of(8, kRingBytes / (kWarps * slot_bytes));
+  static constexpr int slot_bytes = max(KPanels::bytes, VPanels::bytes);
+  static constexpr int slots = min(8, kRingBytes / (kWarps * slot_bytes));
   static constexpr int ring_bytes = slots * slot_bytes;  // of one warp
   static_assert(slots >= 3);
 
@@ -91,8 +85,8 @@ struct Config {
 
   using QRows = SharedRows<kHeadDim>;
   static constexpr int q_bytes = rows * QRows::row_bytes;
-  static constexpr int wide_bytes =
-      quantised ? max_of(KPanels::wide_bytes, VPanels::wide_bytes) : 0;  // of a warp
+  static constexpr int dequantised_bytes =
+      quantised ? max(KPanels::dequantised_bytes, VPanels::dequantised_bytes) : 0;  // of a warp
   static constexpr bool query_in_registers = kRowTiles * kHeadDim <= 128;
 
   static constexpr int partial_floats = rows * (kHeadDimV + 2);

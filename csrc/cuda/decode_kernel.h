@@ -27,7 +27,8 @@ struct DecodeArguments {
 
 template <class Config>
 constexpr int shared_bytes() {
-  return kWarps * (Config::ring_bytes + Config::wide_bytes) + Config::q_bytes + sizeof(SharedState<Config>);
+  return kWarps * (Config::ring_bytes + Config::dequantised_bytes) + Config::q_bytes +
+         sizeof(SharedState<Config>);
 }
 
 template <class Config>
@@ -50,12 +51,12 @@ class DecodeCta {
 
   LEAN_DEVICE void run() {
     if (!find_range()) return;
-    const auto length = [this](int64_t i) { return p_.length_of(i); };
+    const auto length = [this](int64_t i) { return p_.scheduled_length(i); };
     for (;;) {
       hw::sync_block();  // the last segment's state has been read
       if (thread_ == 0) {
         shared().more = walk().next(shared().segment, length);
-        if (shared().more) describe(p_.in_batch(shared().segment));
+        if (shared().more) load_segment(p_.in_batch(shared().segment));
       }
       hw::sync_block();
       if (!shared().more) return;
@@ -64,18 +65,21 @@ class DecodeCta {
   }
 
  private:
-  // ---- Shared memory: a ring per warp, the query rows, a widened panel per warp, the shared state. Computed
-  // where they are used: pointers kept would take registers.
+  // ---- Shared memory: a ring per warp, the query rows, a dequantised panel per warp, the shared state.
+  // Computed where they are used: pointers kept would take registers.
   LEAN_DEVICE char* ring() const { return hw::shared_memory() + warp_ * Config::ring_bytes; }
   LEAN_DEVICE char* query() const { return hw::shared_memory() + kWarps * Config::ring_bytes; }
-  LEAN_DEVICE char* wide() const { return query() + Config::q_bytes + warp_ * Config::wide_bytes; }
+  LEAN_DEVICE char* dequantised() const {
+    return query() + Config::q_bytes + warp_ * Config::dequantised_bytes;
+  }
   LEAN_DEVICE SharedState<Config>& shared() const {
-    return *reinterpret_cast<SharedState<Config>*>(query() + Config::q_bytes + kWarps * Config::wide_bytes);
+    return *reinterpret_cast<SharedState<Config>*>(query() + Config::q_bytes +
+                                                   kWarps * Config::dequantised_bytes);
   }
   LEAN_DEVICE SegmentWalk& walk() const { return *reinterpret_cast<SegmentWalk*>(shared().walk); }
 
-  LEAN_DEVICE void describe(const Segment& segment) {
-    const int64_t q_len = p_.length_at(segment.sequence, segment.kv_head).q_len;
+  LEAN_DEVICE void load_segment(const Segment& segment) {
+    const int64_t q_len = p_.clamped_length(segment.sequence, segment.kv_head).q_len;
     shared().segment = segment;
     shared().row_begin = static_cast<int>(segment.row_block) * Config::rows;
     shared().rows = static_cast<int>(geometry_.block_rows(q_len, segment.row_block));
@@ -90,8 +94,8 @@ class DecodeCta {
     const int64_t per_thread = ceil_div(sequences, kThreads), first = thread_ * per_thread;
     int64_t sum = 0, total = 0;
     if (ragged()) {
-      for (int64_t i = first; i < lesser(first + per_thread, sequences); ++i) {
-        sum += geometry_.sequence_tiles(p_.length_of(i));
+      for (int64_t i = first; i < min(first + per_thread, sequences); ++i) {
+        sum += geometry_.sequence_tiles(p_.scheduled_length(i));
       }
       for (int lanes = 1; lanes < hw::kWarpThreads; lanes *= 2) {
         const int64_t below = hw::shuffle_up(sum, lanes);
@@ -108,7 +112,7 @@ class DecodeCta {
         total += shared().warp_tiles[w];
       }
     } else {
-      total = sequences * geometry_.sequence_tiles(p_.length_of(0));
+      total = sequences * geometry_.sequence_tiles(p_.scheduled_length(0));
     }
     if (total == 0) return false;
     const Grid grid{useful_ctas(total, hw::num_ctas(), a_.min_tiles_per_cta), total};
@@ -119,7 +123,7 @@ class DecodeCta {
       shared().grid = grid;
       shared().cta = cta;
     }
-    find_sequence(grid.range(cta), first, lesser(first + per_thread, sequences), sum);
+    find_sequence(grid.range(cta), first, min(first + per_thread, sequences), sum);
     return true;
   }
 
@@ -128,14 +132,14 @@ class DecodeCta {
   LEAN_DEVICE void find_sequence(LeanRange range, int64_t first, int64_t end, int64_t end_tile) {
     const int64_t tile = range.begin;
     if (!ragged()) {
-      const int64_t tiles = geometry_.sequence_tiles(p_.length_of(0));
+      const int64_t tiles = geometry_.sequence_tiles(p_.scheduled_length(0));
       if (thread_ == 0) start_walk(range, tile / tiles, tile / tiles * tiles);
       return;
     }
     if (tile >= end_tile) return;
     int64_t begin_tile = end_tile;
     for (int64_t b = end - 1; b >= first; --b) {
-      begin_tile -= geometry_.sequence_tiles(p_.length_of(b));
+      begin_tile -= geometry_.sequence_tiles(p_.scheduled_length(b));
       if (begin_tile <= tile) {
         start_walk(range, b, begin_tile);
         return;
@@ -145,15 +149,15 @@ class DecodeCta {
 
   LEAN_DEVICE void start_walk(LeanRange range, int64_t sequence, int64_t sequence_begin) {
     walk() = SegmentWalk(geometry_, range, sequence, sequence_begin,
-                         [this](int64_t i) { return p_.length_of(i); });
+                         [this](int64_t i) { return p_.scheduled_length(i); });
   }
 
   // Sequences may differ in their LeanTiles.
   LEAN_DEVICE bool ragged() const { return p_.seq_lens || p_.cache_leftpad || p_.cu_seqlens_q; }
 
-  LEAN_DEVICE void complain(Culprit culprit, int64_t sequence, int64_t kv_head, int64_t index,
-                            int64_t value) const {
-    report(a_.errors, culprit, sequence, kv_head, index, value);
+  LEAN_DEVICE void report(BadNumber bad_number, int64_t sequence, int64_t kv_head, int64_t index,
+                          int64_t value) const {
+    lean::cuda::report(a_.errors, bad_number, sequence, kv_head, index, value);
   }
 
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
@@ -183,7 +187,7 @@ class DecodeCta {
   }
 
   LEAN_DEVICE void process(const Segment& segment) {
-    const SequenceLength length = p_.length_at(segment.sequence, segment.kv_head);
+    const SequenceLength length = p_.clamped_length(segment.sequence, segment.kv_head);
     const TokenSpan tokens = segment.tokens(Config::tile_tokens);
     tokens_ = static_cast<int>(tokens.end - tokens.begin);
     k_ = static_cast<const Element*>(p_.k_cache) + segment.kv_head * p_.k_head_stride;
@@ -231,7 +235,7 @@ class DecodeCta {
   // Tokens, relative to the segment's first, that each row sees and that all see.
   LEAN_DEVICE void find_row_spans(const SequenceLength& length) {
     const auto relative = [&](int64_t token) {
-      return static_cast<int>(greater(0, lesser(token - shared().first_token, tokens_)));
+      return static_cast<int>(max(0, min(token - shared().first_token, tokens_)));
     };
     const int64_t new_tokens = length.tokens - length.q_len;
     const int first = query_token(0), last = query_token(shared().rows - 1);
@@ -263,7 +267,7 @@ class DecodeCta {
                                   (first + own) * p_.tree_row_stride - (new_tokens - shared().first_token);
     // New tokens that the mask has no column for are not seen.
     const int64_t end = new_tokens + p_.tree_columns - shared().first_token;
-    shared().spans[thread_][1] = static_cast<int>(greater(0, lesser(shared().spans[thread_][1], end)));
+    shared().spans[thread_][1] = static_cast<int>(max(0, min(shared().spans[thread_][1], end)));
   }
 
   // ---- The ring. Items are panels in the order of use: the K panels of a step, then its V panels.
@@ -271,10 +275,10 @@ class DecodeCta {
   // The block of the sequence's tokens from index * block_size on; one out of range is another one.
   LEAN_DEVICE int64_t block_at(int64_t index) const {
     const Segment& segment = shared().segment;
-    const int64_t block = p_.given_block(segment.sequence, segment.kv_head, index);
+    const int64_t block = p_.raw_block(segment.sequence, segment.kv_head, index);
     if (p_.is_block(block)) return block;
-    complain(p_.block_table ? Culprit::block_table : Culprit::cache_batch_idx, segment.sequence,
-             segment.kv_head, index, block);
+    report(p_.block_table ? BadNumber::block_table : BadNumber::cache_batch_idx, segment.sequence,
+           segment.kv_head, index, block);
     return 0;
   }
 
@@ -284,7 +288,7 @@ class DecodeCta {
     int slot;
   };
   LEAN_DEVICE Place place_of(int token) const {
-    const uint32_t absolute = shared().first_token + min_of(token, tokens_ - 1);
+    const uint32_t absolute = shared().first_token + min(token, tokens_ - 1);
     const uint32_t block_size = static_cast<uint32_t>(p_.block_size), index = absolute / block_size;
     return {static_cast<int>(block_at(p_.block_table ? index : 0)),
             static_cast<int>(p_.block_table ? absolute - index * block_size : absolute)};
@@ -386,11 +390,11 @@ class DecodeCta {
     const char* panel = ring() + slot * Config::slot_bytes;
     if constexpr (Config::quantised) {
       if constexpr (kPanel < KPanels::count) {
-        widen_panel<KPanels>(panel);
+        dequantise_panel<KPanels>(panel);
       } else {
-        widen_panel<VPanels>(panel);
+        dequantise_panel<VPanels>(panel);
       }
-      return wide();
+      return dequantised();
     } else {
       return panel;
     }
@@ -398,7 +402,7 @@ class DecodeCta {
 
   // Converts a panel to T, unscaled. All lanes have read the one before.
   template <class Panels>
-  LEAN_DEVICE void widen_panel(const char* panel) {
+  LEAN_DEVICE void dequantise_panel(const char* panel) {
     constexpr int kChunks = Panels::Rows::chunks;
 #pragma unroll 1
     for (int i = 0; i < kStepTokens * kChunks / hw::kWarpThreads; ++i) {
@@ -407,20 +411,24 @@ class DecodeCta {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t low = narrow.words[half * 2], high = narrow.words[half * 2 + 1];
-        *reinterpret_cast<WordChunk*>(wide() + Panels::WideRows::offset(row, chunk * 2 + half)) = {
-            {widen_pair(low), widen_pair(low >> 16), widen_pair(high), widen_pair(high >> 16)}};
+        *reinterpret_cast<WordChunk*>(dequantised() +
+                                      Panels::DequantisedRows::offset(row, chunk * 2 + half)) = {
+            {dequantise_pair(low), dequantise_pair(low >> 16), dequantise_pair(high),
+             dequantise_pair(high >> 16)}};
       }
     }
     hw::sync_warp();
   }
 
   // The elements in the low half of a word.
-  LEAN_DEVICE uint32_t widen_pair(uint32_t pair) const { return hw::widen<T>(p_.cache_dtype, pair); }
+  LEAN_DEVICE uint32_t dequantise_pair(uint32_t pair) const {
+    return hw::dequantise<T>(p_.cache_dtype, pair);
+  }
 
   LEAN_DEVICE int first_of_step(int step) const {
     return (step * Config::token_warps + warp_ / Config::dim_warps) * kStepTokens;
   }
-  // Of the output's dims that this warp has.
+  // The first of the output's dims that this warp has.
   LEAN_DEVICE int first_dim_v() const {
     return Config::dim_warps == 1 ? 0 : warp_ % Config::dim_warps * Config::warp_dim_v;
   }
@@ -440,7 +448,7 @@ class DecodeCta {
       float scores[Config::row_tiles][2][4] = {};
       score_panels(scores, step, std::make_integer_sequence<int, KPanels::count>());
       uint32_t weights[Config::row_tiles][4];
-      soften(scores, weights, first_of_step(step));
+      online_softmax_step(scores, weights, first_of_step(step));
       value_panels(weights, step, std::make_integer_sequence<int, VPanels::count>());
     }
   }
@@ -477,7 +485,7 @@ class DecodeCta {
     for (int kk = 0; kk < kSteps; ++kk) {
       uint32_t b[4];  // tokens 0-7: dims 0-7, 8-15; tokens 8-15: dims 0-7, 8-15
       hw::load_matrices(
-          b, panel + KPanels::WideRows::offset(lane_ % 8 + lane_ / 16 * 8, kk * 2 + lane_ / 8 % 2));
+          b, panel + KPanels::DequantisedRows::offset(lane_ % 8 + lane_ / 16 * 8, kk * 2 + lane_ / 8 % 2));
 #pragma unroll
       for (int rt = 0; rt < Config::row_tiles; ++rt) {
         if constexpr (Config::query_in_registers) {
@@ -498,8 +506,8 @@ class DecodeCta {
 
   // One step of online softmax in base 2: scores become weights relative to the new maximum, rounded to T as
   // the A operand of P V; sums and outputs so far are brought to that maximum.
-  LEAN_DEVICE void soften(float (&scores)[Config::row_tiles][2][4], uint32_t (&weights)[Config::row_tiles][4],
-                          int first_token) {
+  LEAN_DEVICE void online_softmax_step(float (&scores)[Config::row_tiles][2][4],
+                                       uint32_t (&weights)[Config::row_tiles][4], int first_token) {
     const float scale = p_.scale * (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
     RowScales scales;
     if constexpr (Config::quantised) scales = scales_of(first_token);
@@ -528,7 +536,7 @@ class DecodeCta {
         maximum = fmaxf(maximum, hw::shuffle_xor(maximum, 2));
         SoftmaxState& state = state_[rt][half];
         const float m = fmaxf(state.m, maximum);
-        // Of a row that has seen nothing yet: any finite number, so that 2^(-inf - m) is 0 and not NaN.
+        // A row that has seen nothing yet takes any finite number, so that 2^(-inf - m) is 0 and not NaN.
         const float reference = m == kMinusInfinity ? 0.0f : m;
         factor[half] = exp2f(state.m - reference);
         float sum = 0.0f;
@@ -586,7 +594,8 @@ class DecodeCta {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       uint32_t b[4];  // dims 0-7: tokens 0-7, 8-15; dims 8-15: tokens 0-7, 8-15
-      hw::load_matrices_transposed(b, panel + VPanels::WideRows::offset(lane_ % 16, j * 2 + lane_ / 16));
+      hw::load_matrices_transposed(b,
+                                   panel + VPanels::DequantisedRows::offset(lane_ % 16, j * 2 + lane_ / 16));
 #pragma unroll
       for (int rt = 0; rt < Config::row_tiles; ++rt) {
         const int column = (kPanel * kPairs + j) * 2;
@@ -678,14 +687,14 @@ class DecodeCta {
       hw::store_shared_between_ctas(m + Config::rows + thread_, shared().l[0][thread_]);
     }
     hw::sync_block();
-    if (thread_ == 0) announce(a_.workspace, shared().cta);
+    if (thread_ == 0) publish_flag(a_.workspace, shared().cta);
   }
 
   // Merges the partial states of the CTAs after this one, up to last_peer, in ascending order, so that
   // results do not depend on who was faster, and writes the output tile.
   LEAN_DEVICE void write(const Segment& segment, int64_t last_peer) {
     for (int64_t peer = shared().cta + 1 + thread_; peer <= last_peer; peer += kThreads) {
-      await(a_.workspace, peer);
+      wait_flag(a_.workspace, peer);
     }
     hw::sync_block();
     const int64_t first_query = p_.first_query(segment.sequence);
@@ -751,7 +760,7 @@ class DecodeCta {
   const int warp_;
   const int lane_;
 
-  // Of the segment in hand.
+  // What follows is of the segment in hand.
   const Element* k_;  // row of its first token; in pages, that of the head in the first block
   const Element* v_;
   int tokens_;

@@ -34,8 +34,8 @@ struct Workspace {
   LEAN_DEVICE float* partial(int64_t cta) const { return partials + cta * partial_floats; }
 };
 
-// 0 for the first CTA of the launch to ask, then 1, and so on up to num_ctas - 1, each once. By one thread of
-// every CTA. Relaxed: the word's own modification order is all that is used.
+// 0 for the first CTA of the launch to prefetch_line, then 1, and so on up to num_ctas - 1, each once. By one
+// thread of every CTA. Relaxed: the word's own modification order is all that is used.
 LEAN_DEVICE int64_t take_ticket(const Workspace& w, int64_t num_ctas) {
   constexpr uint64_t kCount = (uint64_t{1} << kTicketBits) - 1;
   const uint64_t seen = hw::load_relaxed(w.ticket);
@@ -47,15 +47,15 @@ LEAN_DEVICE int64_t take_ticket(const Workspace& w, int64_t num_ctas) {
   return ticket;
 }
 
-// By one thread, after a block barrier that follows all threads' stores of the partial. The barrier orders
-// those stores before this one, and release makes both visible together to who acquires.
-LEAN_DEVICE void announce(const Workspace& w, int64_t cta) {
+// Called by one thread, after a block barrier that follows all threads' stores of the partial. The barrier
+// orders those stores before this one, and release makes both visible together to who acquires.
+LEAN_DEVICE void publish_flag(const Workspace& w, int64_t cta) {
   hw::store_release(w.flags + cta, w.nonce);
 }
 
-// By one thread, before a block barrier that precedes all threads' loads of the partial. Lowering the flag
-// needs no order: in this launch nobody raises it again, and the next one begins after this one.
-LEAN_DEVICE void await(const Workspace& w, int64_t cta) {
+// Called by one thread, before a block barrier that precedes all threads' loads of the partial. Lowering the
+// flag needs no order: in this launch nobody raises it again, and the next one begins after this one.
+LEAN_DEVICE void wait_flag(const Workspace& w, int64_t cta) {
   for (unsigned nanoseconds = 32; hw::load_acquire(w.flags + cta) != w.nonce;
        nanoseconds = nanoseconds < 512 ? nanoseconds * 2 : nanoseconds) {
     hw::pause(nanoseconds);

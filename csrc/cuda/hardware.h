@@ -157,7 +157,7 @@ struct Numbers {
 
 // Two elements of a quantised cache, the first in the low byte, as two of T. Exact: bf16 and fp16 hold all.
 template <class T>
-LEAN_DEVICE uint32_t widen(DType from, uint32_t pair) {
+LEAN_DEVICE uint32_t dequantise(DType from, uint32_t pair) {
   if (from == DType::int8) {
     return pack<T>(static_cast<float>(static_cast<int8_t>(pair & 0xff)),
                    static_cast<float>(static_cast<int8_t>(pair >> 8 & 0xff)));

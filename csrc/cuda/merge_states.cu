@@ -1,7 +1,7 @@
 // Merging normalised partial outputs by their log-sum-exps, a row per CTA and turn.
 #include <algorithm>
 
-#include "cuda/decode.h"
+#include "cuda/backend.h"
 #include "cuda/hardware.h"
 #include "softmax_state.h"
 

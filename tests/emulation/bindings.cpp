@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <array>
 
-#include "cuda/decode.h"
+#include "cuda/backend.h"
 #include "emulated_hardware.h"
 
 namespace py = pybind11;

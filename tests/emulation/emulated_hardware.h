@@ -125,7 +125,7 @@ inline float value_of(DType dtype, uint8_t bits) {
   return static_cast<int8_t>(bits);
 }
 template <class T>
-inline uint32_t widen(DType from, uint32_t pair) {
+inline uint32_t dequantise(DType from, uint32_t pair) {
   return pack<T>(value_of(from, static_cast<uint8_t>(pair)), value_of(from, static_cast<uint8_t>(pair >> 8)));
 }
 

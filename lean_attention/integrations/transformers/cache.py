@@ -26,10 +26,10 @@ KV_CACHES: dict[str, torch.dtype | None] = {
 class LeanCache(DynamicCache):
     """transformers' `DynamicCache` with layers that write new tokens behind the old ones.
 
-    Keys and values lie heads first, ``[batch, num_kv_heads, tokens, head_dim]``, at the beginning of tensors
-    that have room for an eighth more tokens, or 256. Layers of full and of sliding-window attention are of
-    this kind; others (linear, indexed, ...) stay transformers' own. Everything that a `DynamicCache` does
-    works: crop, beams, repeat, select, reset, assisted generation, deepcopy, pickle.
+    Keys and values lie heads first (HND), ``[batch, num_kv_heads, tokens, head_dim]``, at the beginning of
+    tensors that have room for an eighth more tokens, or 256. Layers of full and of sliding-window attention
+    are of this kind; others (linear, indexed, ...) stay transformers' own. Everything that a `DynamicCache`
+    does works: crop, beams, repeat, select, reset, assisted generation, deepcopy, pickle.
 
     A step writes into memory that the cache shares with tensors it gave out before. Copy a cache with
     `copy.deepcopy` (as for prefix reuse), not with `copy.copy`.

@@ -1,0 +1,98 @@
+// Chooses a tile kernel: the best that this machine can run, or the one that LEAN_ATTENTION_CPU names.
+#include "cpu/kernels/registry.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace lean::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*runnable)();
+  // The kernels by DType; null where a set has nothing to add to the next.
+  const TileKernel* kernels[3];
+  // The kernels that take quantised rows as they are, by q's DType.
+  const TileKernel* over_fp8[3] = {};
+  const TileKernel* over_int8[3] = {};
+  // The next set is faster over int8, so this one is taken only where it is named.
+  bool (*slower_over_int8)() = [] { return false; };
+
+  const TileKernel* kernel(DType dtype, DType cache_dtype) const {
+    const int i = static_cast<int>(dtype);
+    if (cache_dtype == dtype) return kernels[i];
+    const TileKernel* as_is = cache_dtype == DType::int8 ? over_int8[i] : over_fp8[i];
+    if (as_is != nullptr) return as_is;
+    return kernels[i] != nullptr && kernels[i]->dequantise != nullptr ? kernels[i] : nullptr;
+  }
+};
+
+// The best set comes first.
+const InstructionSet kInstructionSets[] = {
+#if defined(LEAN_X86)
+    {"avx512_bf16",
+     [] {
+       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vbmi");
+     },
+     {nullptr, nullptr, &avx512_bf16::bfloat16},
+     {nullptr, &avx512_bf16::float16_over_fp8, &avx512_bf16::bfloat16_over_fp8},
+     {nullptr, nullptr, &avx512_bf16::bfloat16_over_int8},
+     // Intel's cores start one of its bf16 dot products every other cycle, but two fp32 products in each.
+     [] { return __builtin_cpu_is("intel") != 0; }},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+     },
+     {&avx512::float32, &avx512::float16, &avx512::bfloat16},
+     {},
+     {&avx512::float32_over_int8, &avx512::float16_over_int8, &avx512::bfloat16_over_int8}},
+    {"avx2",
+     [] {
+       // Every processor with AVX2 and FMA has F16C.
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     },
+     {&avx2::float32, &avx2::float16, &avx2::bfloat16},
+     {},
+     {&avx2::float32_over_int8, &avx2::float16_over_int8, &avx2::bfloat16_over_int8}},
+#endif
+    {"portable", [] { return true; }, {&portable::float32, &portable::float16, &portable::bfloat16}},
+};
+
+}  // namespace
+
+std::string runnable_instruction_sets() {
+  std::string names;
+  for (const InstructionSet& set : kInstructionSets) {
+    if (set.runnable()) names += (names.empty() ? "" : " ") + std::string(set.name);
+  }
+  return names;
+}
+
+const TileKernel& tile_kernel(DType dtype, DType cache_dtype, const std::string& at_most) {
+  bool allowed = at_most.empty();
+  for (const InstructionSet& set : kInstructionSets) {
+    if (at_most == set.name) {
+      if (!set.runnable()) {
+        throw std::invalid_argument("LEAN_ATTENTION_CPU: this machine cannot run " + at_most +
+                                    " (it can run: " + runnable_instruction_sets() + ")");
+      }
+      allowed = true;
+    }
+    if (at_most.empty() && cache_dtype == DType::int8 && set.slower_over_int8()) continue;
+    const TileKernel* kernel = set.kernel(dtype, cache_dtype);
+    if (allowed && kernel != nullptr && set.runnable()) return *kernel;
+  }
+  throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
+                              " (this machine can run: " + runnable_instruction_sets() + ")");
+}
+
+const TileKernel& tile_kernel(DType dtype, DType cache_dtype) {
+  const char* forced = std::getenv("LEAN_ATTENTION_CPU");
+  return tile_kernel(dtype, cache_dtype, forced == nullptr ? "" : forced);
+}
+
+}  // namespace lean::cpu

@@ -1,0 +1,197 @@
+// Chooses a kernel and a grid, lays out the workspace, and launches.
+#include "cuda/backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+
+#include "cuda/fix_up.h"
+#include "cuda/kernels.h"
+
+namespace lean::cuda {
+namespace {
+
+// A CTA that gets fewer LeanTiles costs more than it saves. Not yet measured on a GPU.
+constexpr int64_t kMinTilesPerCta = 2;
+
+// The kernel that wastes least: rows beyond 16 in tiles of 32 where there are such, else in more row blocks.
+const Kernel& choose_kernel(const DecodeParams& p) {
+  // Packed queries count by their average, so that the choice depends on shapes alone.
+  const int64_t q_len = p.cu_seqlens_q ? ceil_div(p.query_tokens, max(1, p.batch)) : p.query_tokens;
+  const int64_t rows = p.group() * q_len;
+  const bool quantised = p.cache_dtype != p.dtype;
+  const Kernel* best = nullptr;
+  const auto padding = [&](const Kernel& k) { return k.head_dim + k.head_dim_v; };
+  for (const Kernel& k : kernels_of(p.dtype)) {
+    if (k.quantised != quantised || k.head_dim < p.head_dim || k.head_dim_v < p.head_dim_v) continue;
+    if (k.rows > kTileRows && rows <= kTileRows) continue;
+    if (best == nullptr || padding(k) < padding(*best) ||
+        (padding(k) == padding(*best) && k.rows > best->rows)) {
+      best = &k;
+    }
+  }
+  if (best == nullptr) {
+    std::ostringstream message;
+    message << "decode: no CUDA kernel for head_dim " << p.head_dim << " and head_dim_v " << p.head_dim_v
+            << (quantised ? " in quantised caches" : "");
+    throw std::invalid_argument(message.str());
+  }
+  return *best;
+}
+
+// CTAs of the kernel that the device holds at a time.
+int64_t resident_ctas(const Kernel& kernel, int device) {
+  if (device >= kMaxDevices) throw std::runtime_error("lean_attention: more devices than it knows");
+  std::atomic<int64_t>& cached = kernel.resident_ctas[device];
+  if (const int64_t known = cached.load(std::memory_order_relaxed)) return known;
+  const hw::DeviceFacts facts = hw::device_facts(device);
+  if (facts.capability < 80) {
+    std::ostringstream message;
+    message << "decode: cuda:" << device << " has compute capability " << facts.capability / 10 << "."
+            << facts.capability % 10 << "; the kernels need 8.0 (Ampere) or newer";
+    throw std::runtime_error(message.str());
+  }
+  const int64_t ctas = int64_t{facts.sms} * hw::ctas_per_sm(kernel.function, kThreads, kernel.shared_bytes);
+  if (ctas == 0) {
+    std::ostringstream message;
+    message << "decode: an SM of cuda:" << device << " cannot hold the kernel's " << kernel.shared_bytes
+            << " bytes of shared memory";
+    throw std::runtime_error(message.str());
+  }
+  cached.store(ctas, std::memory_order_relaxed);
+  return ctas;
+}
+
+// A number that no other launch of this process has, and that memory holds by chance only once in 2^44.
+uint64_t new_nonce() {
+  static std::atomic<uint64_t> counter = [] {
+    std::random_device random;
+    return (uint64_t{random()} << 32) | random();
+  }();
+  for (;;) {
+    const uint64_t nonce = counter.fetch_add(1, std::memory_order_relaxed) << kTicketBits;
+    if (nonce != 0) return nonce;
+  }
+}
+
+bool aligned_rows(const void* base, int64_t element_bytes, std::initializer_list<int64_t> strides) {
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
+  return std::all_of(strides.begin(), strides.end(),
+                     [&](int64_t stride) { return stride * element_bytes % 16 == 0; });
+}
+
+LEAN_DEVICE_VARIABLE ErrorRecord error_record;
+
+// LeanTiles that a call may have at most, by its shapes alone.
+int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
+  if (!p.cu_seqlens_q) {
+    return p.sequences() * geometry.sequence_tiles({p.capacity(), 0, p.query_tokens});
+  }
+  const int64_t row_blocks = p.query_tokens * p.group() / geometry.rows_per_block + p.batch;
+  return max(1, p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.capacity()}));
+}
+
+}  // namespace
+
+ErrorRecord* error_record_of(int device) {
+  static std::atomic<ErrorRecord*> records[kMaxDevices];
+  if (ErrorRecord* known = records[device].load(std::memory_order_relaxed)) return known;
+  ErrorRecord* found = hw::device_address(error_record);
+  records[device].store(found, std::memory_order_relaxed);
+  return found;
+}
+
+void decode(const DecodeParams& p, int device, void* stream, const std::function<void*(int64_t)>& allocate) {
+  const Kernel& kernel = choose_kernel(p);
+  // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
+  // lengths leave at once. A range per LeanTile is all that can be of use.
+  const int64_t most = most_tiles(p, p.geometry(kernel.rows, kernel.tile_tokens));
+  const int64_t resident = resident_ctas(kernel, device);  // also checks the device
+  const int64_t ctas =
+      p.num_ctas > 0 ? std::min(p.num_ctas, most) : useful_ctas(most, resident, kMinTilesPerCta);
+  if (ctas > kMaxCtas) {
+    std::ostringstream message;
+    message << "decode: num_ctas is " << p.num_ctas << "; on cuda it must be at most " << kMaxCtas;
+    throw std::invalid_argument(message.str());
+  }
+
+  const int64_t flags_at = 128, partials_at = round_up(flags_at + ctas * sizeof(uint64_t), 128);
+  const int64_t partial_floats = round_up(kernel.partial_floats, 32);
+  char* memory = static_cast<char*>(
+      hw::allocate_workspace(allocate, partials_at + ctas * partial_floats * sizeof(float)));
+  const Workspace workspace{
+      .ticket = reinterpret_cast<uint64_t*>(memory),
+      .flags = reinterpret_cast<uint64_t*>(memory + flags_at),
+      .partials = reinterpret_cast<float*>(memory + partials_at),
+      .partial_floats = partial_floats,
+      .nonce = new_nonce(),
+  };
+  const int64_t bytes = element_size(p.cache_dtype);
+  const bool aligned =
+      aligned_rows(p.k_cache, bytes, {p.k_block_stride, p.k_token_stride, p.k_head_stride, p.head_dim}) &&
+      aligned_rows(p.v_cache, bytes, {p.v_block_stride, p.v_token_stride, p.v_head_stride, p.head_dim_v});
+  hw::launch(
+      kernel.function,
+      DecodeArguments{p, workspace, error_record_of(device), p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
+      ctas, kThreads, kernel.shared_bytes, stream);
+}
+
+std::string take_error(int device) {
+  const ErrorRecord record = hw::take_value(error_record_of(device));
+  std::ostringstream message;
+  switch (record.bad_number) {
+    case BadNumber::none:
+      break;
+    case BadNumber::seq_lens:
+      message << "decode: seq_lens of sequence " << record.sequence << " (KV head " << record.kv_head
+              << ") was " << record.value << ", which is negative or more than the cache holds";
+      break;
+    case BadNumber::cache_leftpad:
+      message << "decode: cache_leftpad of sequence " << record.sequence << " was " << record.value
+              << ", which is negative";
+      break;
+    case BadNumber::cache_batch_idx:
+      message << "decode: cache_batch_idx of sequence " << record.sequence << " was " << record.value
+              << ", which is no slot of the cache";
+      break;
+    case BadNumber::cu_seqlens_q:
+      message << "decode: cu_seqlens_q of sequence " << record.sequence << " ended at " << record.value
+              << ", which is before its beginning, past the tokens of q or past the columns of tree_mask";
+      break;
+    case BadNumber::first_cu_seqlens_q:
+      message << "decode: cu_seqlens_q began with " << record.value << "; it must begin with 0";
+      break;
+    case BadNumber::append_cu_seqlens:
+      message << "append_kv: cu_seqlens of sequence " << record.sequence << " ended at " << record.value
+              << ", which is before its beginning or past the tokens of k";
+      break;
+    case BadNumber::append_first_cu_seqlens:
+      message << "append_kv: cu_seqlens began with " << record.value << "; it must begin with 0";
+      break;
+    case BadNumber::append:
+      message << "append_kv: a new token of sequence " << record.sequence << " would have gone to position "
+              << record.value << ", outside the cache or the rotary tables";
+      break;
+    case BadNumber::block_table:
+      message << "decode: block_table of sequence " << record.sequence << " (KV head " << record.kv_head
+              << ") had " << record.value << " at " << record.index << ", which is no block of the cache";
+      break;
+  }
+  if (record.reports > 1) message << " (the first of " << record.reports << " such)";
+  return message.str();
+}
+
+std::vector<KernelFacts> kernel_facts() {
+  std::vector<KernelFacts> facts;
+  for (const DType dtype : {DType::float16, DType::bfloat16}) {
+    for (const Kernel& k : kernels_of(dtype)) {
+      facts.push_back({dtype, k.head_dim, k.head_dim_v, k.rows, k.quantised, kThreads, k.shared_bytes,
+                       k.bytes_in_flight});
+    }
+  }
+  return facts;
+}
+
+}  // namespace lean::cuda

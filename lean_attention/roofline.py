@@ -1,0 +1,40 @@
+"""The roofline of decoding on a CPU: how fast it reads memory, and multiplies.
+
+Reads bound it once K and V leave the last-level cache.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from lean_attention._core import core
+
+
+def read_bandwidth_of(memory: torch.Tensor) -> float:
+    """Bytes per second of one read of a contiguous CPU tensor on all of torch's threads."""
+    nbytes = memory.numel() * memory.element_size() // 64 * 64
+    begin = time.perf_counter()
+    core.read_loop(memory.data_ptr(), nbytes)
+    return nbytes / (time.perf_counter() - begin)
+
+
+def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
+    """Bytes per second, the median of `repeats` reads of `nbytes` of fresh memory."""
+    memory = torch.ones(nbytes, dtype=torch.uint8)
+    read_bandwidth_of(memory)
+    return sorted(read_bandwidth_of(memory) for _ in range(repeats))[repeats // 2]
+
+
+def fma_rate(dtype: torch.dtype, rounds: int = 100_000) -> float:
+    """Products a second that all of torch's threads add up when they do nothing else.
+
+    With the instructions that `decode` uses for caches of `dtype` (float32, float16, bfloat16), from
+    registers; its conversions, loads and softmax come on top. `rounds` of some 16 instructions are timed.
+    """
+    name = str(dtype).removeprefix("torch.")
+    core.fma_loop(name, rounds // 4)  # wakes the threads
+    begin = time.perf_counter()
+    products = core.fma_loop(name, rounds)
+    return products / (time.perf_counter() - begin)
