@@ -21,6 +21,8 @@ _DEFAULTS = (None, True, -1, -1, 0.0, 0)
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
+# torch.compile before 2.13 has an op write a graph's input that begins inside its storage to another place.
+_COMPILER_LOSES_OFFSETS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 def decode(
@@ -168,6 +170,16 @@ def _needs_full_dispatch() -> bool:
     return _is_grad_enabled() or _is_compiling() or _is_inference_mode_enabled()
 
 
+def _refuse_lost_offsets(op_name: str, **written: Tensor | None) -> None:
+    """While PyTorch traces an op that writes these."""
+    for name, tensor in written.items():
+        if _COMPILER_LOSES_OFFSETS and tensor is not None and tensor.storage_offset() != 0:
+            raise ValueError(
+                f"{op_name}: {name} begins {tensor.storage_offset()} elements into its storage; before 2.13 "
+                "PyTorch's compiler would write it to another place: give it memory of its own"
+            )
+
+
 def _call(op, *tensors, **options):
     if _needs_full_dispatch():
         return op(*tensors, **options)
@@ -221,7 +233,7 @@ def _(
 
 @torch.library.register_fake("lean_attn::decode_out")
 def _(q, k_cache, v_cache, out, lse, *_tensors, **_options):
-    return None
+    _refuse_lost_offsets("decode", out=out, lse=lse)
 
 
 # For benchmarks only: decode by FlashAttention-2's and FlashDecoding's schedules, and what decode reads
@@ -342,8 +354,22 @@ def append_kv(
 
 
 @torch.library.register_fake("lean_attn::append_kv")
-def _(k_cache, v_cache, k, v, seq_lens, *_tensors, **_options):
-    return None
+def _(
+    k_cache,
+    v_cache,
+    k,
+    v,
+    seq_lens,
+    block_table=None,
+    cache_batch_idx=None,
+    cu_seqlens=None,
+    q=None,
+    *_rotary,
+    k_scale=None,
+    v_scale=None,
+    **_options,
+):
+    _refuse_lost_offsets("append_kv", k_cache=k_cache, v_cache=v_cache, q=q, k_scale=k_scale, v_scale=v_scale)
 
 
 def check_errors(device: torch.device | int | None = None) -> None:

@@ -106,14 +106,15 @@ def run_text(console: Console) -> None:
     console.print(long_table(console))
 
 
-def long_contenders() -> list[Contender]:
+def long_contenders(context: int) -> list[Contender]:
+    """For decoding after a context of so many tokens, which transformers' StaticCache must know before."""
     from transformers import StaticCache
 
     default, ours, *lean = contenders("auto", "int8")
     static = Contender(
         "ours, StaticCache",
         "lean_attention",
-        lambda config: StaticCache(config=config, max_cache_len=max(LONG_CONTEXTS) + 2 * LONG_STEPS),
+        lambda config: StaticCache(config=config, max_cache_len=context + 64),
     )
     return [default, ours, static, *lean]
 
@@ -164,9 +165,9 @@ def long_table(console: Console) -> Table:
             console.print(f"{context:,} tokens: left out, memory does not hold the caches")
             continue
         with console.status(f"decoding after {context:,} tokens"):
-            columns[context] = milliseconds_per_token(model, context, long_contenders(), LONG_STEPS)
+            columns[context] = milliseconds_per_token(model, context, long_contenders(context), LONG_STEPS)
         table.add_column(f"{context:,} tokens", justify="right")
-    for each in long_contenders():
+    for each in long_contenders(1):
         table.add_row(each.name, *(f"{column[each.name]:.0f}" for column in columns.values()))
     return table
 

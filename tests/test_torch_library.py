@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lean_attention
+from lean_attention import ops
 from tests.helpers import Case, assert_close, make_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -150,3 +151,20 @@ def test_threads_do_not_disturb_each_other() -> None:
         thread.join()
     for given, result in zip(inputs, results, strict=True):
         assert_close(case, given, *result)
+
+
+@pytest.mark.slow
+def test_compiled_into_a_cache_inside_another_tensor() -> None:
+    """PyTorch's compiler before 2.13 loses where it begins, and so the op refuses."""
+    pool, k, v = torch.randn(2, 2, 50, 2, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 16)
+    seq_lens = torch.tensor([3, 40], dtype=torch.int32)
+    before, want = pool.clone(), pool.clone()
+    lean_attention.append_kv(want[0], want[1], k, v, seq_lens)
+    compiled = torch.compile(lean_attention.append_kv)
+    if ops._COMPILER_LOSES_OFFSETS:
+        with pytest.raises(Exception, match="v_cache begins 3200 elements into its storage"):
+            compiled(pool[0], pool[1], k, v, seq_lens)
+        assert torch.equal(pool, before)
+    else:
+        compiled(pool[0], pool[1], k, v, seq_lens)
+        assert torch.equal(pool, want)

@@ -228,14 +228,13 @@ def block_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) ->
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return mask
     seen = _fitted(mask, (batch, q_len, tokens))
-    per_head = seen.shape[1] > 1
+    heads, of_all_heads = seen.shape[1], seen[:, 0]
+    if heads == 1:
+        return create_block_mask(
+            lambda b, h, q, k: of_all_heads[b, q, k], batch, None, q_len, tokens, device=query.device
+        )
     return create_block_mask(
-        lambda b, h, q, k: seen[b, h if per_head else 0, q, k],
-        batch,
-        seen.shape[1] if per_head else None,
-        q_len,
-        tokens,
-        device=query.device,
+        lambda b, h, q, k: seen[b, h, q, k], batch, heads, q_len, tokens, device=query.device
     )
 
 
