@@ -7,43 +7,41 @@
 
 namespace lean {
 
-// The scales of a quantised cache's rows.
-struct RowScales {
-  float* data;  // [num_blocks, block_size, num_kv_heads]
-  int64_t block_stride, token_stride, head_stride;
+// The rows of new tokens. With cu_seqlens tokens are packed, and the batch stride is 0.
+template <class Data>
+struct NewRowsOf {
+  Data* data;  // [batch, tokens, heads, dims] or [total, heads, dims], the last dimension contiguous
+  int64_t batch_stride, token_stride, head_stride;  // in elements
+
+  LEAN_HOST_DEVICE constexpr int64_t offset(int64_t sequence, int64_t token, int64_t head) const {
+    return sequence * batch_stride + token * token_stride + head * head_stride;
+  }
 };
 
-// Strides are in elements; the last dimensions are contiguous. With cu_seqlens the tokens of k, v and q are
-// packed, as in DecodeParams.
-struct AppendParams : CacheBlocks {
-  void* k_cache;              // [num_blocks, block_size, num_kv_heads, head_dim]
-  void* v_cache;              // [num_blocks, block_size, num_kv_heads, head_dim_v]
-  const void* k;              // [batch, tokens, num_kv_heads, head_dim] or [total, ...]
-  const void* v;              // [batch, tokens, num_kv_heads, head_dim_v] or [total, ...]
-  void* q;                    // [batch, tokens, num_heads, head_dim] or [total, ...], or null
+struct AppendParams {
+  WritableCacheView k_cache, v_cache;  // their scales are written where `dtype` is another than theirs
+  PageTable pages;
+  NewRowsOf<const void> k;    // [.., num_kv_heads, head_dim]
+  NewRowsOf<const void> v;    // [.., num_kv_heads, head_dim_v]
+  NewRowsOf<void> q;          // [.., num_heads, head_dim], or null
   const int32_t* seq_lens;    // [batch], tokens in the caches before
   const int32_t* cu_seqlens;  // [batch + 1] or null
   const void* cos;            // [max_position, rotary_dim / 2] or null
-  const void* sin;
-  RowScales k_scale, v_scale;  // written where cache_dtype is another than dtype
-  DType dtype;                 // of k, v and q
-  DType cache_dtype;           // the same, or what rows are quantised to
-  DType rotary_dtype;          // of cos and sin
-  bool interleaved;  // rotates elements 2i and 2i + 1 with each other, else i and i + rotary_dim / 2
+  const void* sin;            // the same
+  DType dtype;                // of k, v and q
+  DType rotary_dtype;         // of cos and sin
+  bool interleaved;           // rotates elements 2i and 2i + 1 with each other, else i and i + rotary_dim / 2
   int64_t batch;
   int64_t tokens;  // per sequence, or of all
-  int64_t num_heads, num_kv_heads, head_dim, head_dim_v;
+  int64_t num_heads, num_kv_heads;
   int64_t max_position, rotary_dim;
-  int64_t k_cache_block_stride, k_cache_token_stride, k_cache_head_stride;
-  int64_t v_cache_block_stride, v_cache_token_stride, v_cache_head_stride;
-  int64_t k_batch_stride, k_token_stride, k_head_stride;
-  int64_t v_batch_stride, v_token_stride, v_head_stride;
-  int64_t q_batch_stride, q_token_stride, q_head_stride;
   int64_t cos_stride, sin_stride;
 
-  LEAN_HOST_DEVICE constexpr int64_t rows_per_token() const { return 2 * num_kv_heads + (q ? num_heads : 0); }
+  LEAN_HOST_DEVICE constexpr int64_t rows_per_token() const {
+    return 2 * num_kv_heads + (q.data ? num_heads : 0);
+  }
   LEAN_HOST_DEVICE constexpr int64_t all_tokens() const { return cu_seqlens ? tokens : batch * tokens; }
-  LEAN_HOST_DEVICE constexpr bool quantises() const { return cache_dtype != dtype; }
+  LEAN_HOST_DEVICE constexpr bool quantises() const { return k_cache.dtype != dtype; }
 };
 
 // A new token: whose it is, and where it goes.
@@ -72,11 +70,11 @@ LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t tok
     t.index = in_sequence = token % p.tokens;
   }
   t.position = p.seq_lens[t.sequence] + in_sequence;
-  if (p.seq_lens[t.sequence] < 0 || t.position >= p.capacity()) return t;
-  const int64_t index = p.block_table ? t.position / p.block_size : 0;
-  t.slot = t.position - index * p.block_size;
-  const int64_t block = p.raw_block(t.sequence, 0, index);
-  t.block = p.is_block(block) ? block : -1;
+  if (p.seq_lens[t.sequence] < 0 || t.position >= p.pages.capacity()) return t;
+  const int64_t index = p.pages.block_table ? t.position / p.pages.block_size : 0;
+  t.slot = t.position - index * p.pages.block_size;
+  const int64_t block = p.pages.raw_block(t.sequence, 0, index);
+  t.block = p.pages.is_block(block) ? block : -1;
   return t;
 }
 
@@ -99,32 +97,22 @@ struct NewRow {
 };
 
 LEAN_HOST_DEVICE inline NewRow new_row(const AppendParams& p, const NewToken& t, int64_t row) {
-  const auto element = [&](const void* data, int64_t batch_stride, int64_t token_stride, int64_t head) {
-    const int64_t at = t.sequence * batch_stride + t.index * token_stride + head;
-    return static_cast<const char*>(data) + at * element_size(p.dtype);
+  const auto new_data = [&](const auto& rows, int64_t head) {
+    return static_cast<const char*>(rows.data) +
+           element_size(p.dtype) * rows.offset(t.sequence, t.index, head);
   };
-  const auto place = [&](void* data, int64_t block_stride, int64_t token_stride, int64_t head) -> void* {
-    const int64_t at = t.block * block_stride + t.slot * token_stride + head;
-    return t.block < 0 ? nullptr : static_cast<char*>(data) + at * element_size(p.cache_dtype);
-  };
-  const auto place_of_scale = [&](const RowScales& s, int64_t head) -> float* {
-    if (!p.quantises() || t.block < 0) return nullptr;
-    return s.data + (t.block * s.block_stride + t.slot * s.token_stride + head * s.head_stride);
+  const auto into_cache = [&](const void* from, const WritableCacheView& cache, int64_t head,
+                              int64_t pairs) -> NewRow {
+    if (t.block < 0) return {from, nullptr, nullptr, cache.dims, pairs};
+    return {from, cache.address(t.block, t.slot, head),
+            p.quantises() ? cache.scale.address(0, t.block, t.slot, head) : nullptr, cache.dims, pairs};
   };
   const int64_t pairs = p.cos != nullptr && t.position < p.max_position ? p.rotary_dim / 2 : 0;
-  if (row < p.num_kv_heads) {
-    return {element(p.k, p.k_batch_stride, p.k_token_stride, row * p.k_head_stride),
-            place(p.k_cache, p.k_cache_block_stride, p.k_cache_token_stride, row * p.k_cache_head_stride),
-            place_of_scale(p.k_scale, row), p.head_dim, pairs};
-  }
+  if (row < p.num_kv_heads) return into_cache(new_data(p.k, row), p.k_cache, row, pairs);
   row -= p.num_kv_heads;
-  if (row < p.num_kv_heads) {
-    return {element(p.v, p.v_batch_stride, p.v_token_stride, row * p.v_head_stride),
-            place(p.v_cache, p.v_cache_block_stride, p.v_cache_token_stride, row * p.v_cache_head_stride),
-            place_of_scale(p.v_scale, row), p.head_dim_v, 0};
-  }
+  if (row < p.num_kv_heads) return into_cache(new_data(p.v, row), p.v_cache, row, 0);
   row -= p.num_kv_heads;
-  const char* const q = element(p.q, p.q_batch_stride, p.q_token_stride, row * p.q_head_stride);
+  const char* const q = new_data(p.q, row);
   return {q, const_cast<char*>(q), nullptr, 2 * pairs, pairs};
 }
 

@@ -126,6 +126,17 @@ inline std::optional<DType> quantised_dtype_of(const Tensor& tensor) {
   }
 }
 
+template <class View, class Data>
+View cache_view(const Tensor& cache, DType dtype, Data* data) {
+  return {.data = data,
+          .dtype = dtype,
+          .dims = cache.size(3),
+          .block_stride = cache.stride(0),
+          .token_stride = cache.stride(1),
+          .head_stride = cache.stride(2),
+          .scale = {}};
+}
+
 // A call says once where a sequence lies.
 inline void refuse_slots_beside_pages(const char* op, bool slots, bool pages) {
   if (slots && pages) {

@@ -11,10 +11,6 @@
 namespace lean {
 namespace {
 
-struct Strides {
-  int64_t outer, token, head;
-};
-
 class AppendCall {
  public:
   AppendCall(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
@@ -34,39 +30,40 @@ class AppendCall {
     take_new("[batch, tokens, num_kv_heads, head_dim_v]", v_arg);
     const int64_t last = packed_ ? 2 : 3;
     p.num_kv_heads = k.size(last - 1);
-    p.head_dim = k.size(last);
-    p.head_dim_v = v.size(last);
     p.tokens = k.size(last - 2);
     for (int64_t dim = 0; dim < last; ++dim) v_arg.has_size(dim, k.size(dim), "like k");
     const auto quantised = quantised_dtype_of(k);
     p.dtype = quantised ? *quantised : dtype_of(k_);
-    p.cache_dtype = quantised ? p.dtype : quantised_dtype_of(k_cache).value_or(p.dtype);
+    const DType cache_dtype = quantised ? p.dtype : quantised_dtype_of(k_cache).value_or(p.dtype);
+    p.k_cache = cache_view<WritableCacheView>(k_cache, cache_dtype, k_cache.mutable_data_ptr());
+    p.v_cache = cache_view<WritableCacheView>(v_cache, cache_dtype, v_cache.mutable_data_ptr());
     v_arg.has_dtype(k.scalar_type(), ", like k");
-    p.num_blocks = k_cache.size(0);
-    p.block_size = k_cache.size(1);
-    if (paged && p.block_size == 0) fail("append_kv: k_cache has a block_size of 0; it must be at least 1");
+    p.pages.num_blocks = k_cache.size(0);
+    p.pages.block_size = k_cache.size(1);
+    if (paged && p.pages.block_size == 0)
+      fail("append_kv: k_cache has a block_size of 0; it must be at least 1");
     for (const Argument& cache : {k_cache_arg, v_cache_arg}) {
       if (p.quantises()) {
         cache.has_dtype(k_cache.scalar_type(), ", like k_cache");
       } else {
         cache.has_dtype(k.scalar_type(), ", like k");
       }
-      cache.has_size(0, p.num_blocks, "like k_cache");
-      cache.has_size(1, p.block_size, "like k_cache");
+      cache.has_size(0, p.pages.num_blocks, "like k_cache");
+      cache.has_size(1, p.pages.block_size, "like k_cache");
       cache.has_size(2, p.num_kv_heads, "the num_kv_heads of k");
       cache.has_contiguous_rows();
       cache.has_memory_of_its_own();
       cache.is_on_device_of(k_);
     }
-    k_cache_arg.has_size(3, p.head_dim, "the head_dim of k");
-    v_cache_arg.has_size(3, p.head_dim_v, "the head_dim of v");
+    k_cache_arg.has_size(3, k.size(last), "the head_dim of k");
+    v_cache_arg.has_size(3, v.size(last), "the head_dim of v");
     p.batch = packed_ ? cu_seqlens->numel() - 1 : k.size(0);
     if (p.batch < 0) fail("append_kv: cu_seqlens is empty; it must have batch + 1 entries");
 
     p.seq_lens = list("seq_lens", "[batch]", seq_lens, p.batch);
     if (packed_) p.cu_seqlens = list("cu_seqlens", "[batch + 1]", *cu_seqlens, p.batch + 1);
     refuse_slots_beside_pages("append_kv", cache_batch_idx.has_value(), paged);
-    p.max_blocks = 1;
+    p.pages.max_blocks = 1;
     if (paged) {
       const Argument table{"append_kv", "block_table", *block_table};
       table.has_shape("[batch, max_blocks]", 2);
@@ -74,31 +71,20 @@ class AppendCall {
       table.has_size(0, p.batch, "the batch size of k");
       table.has_contiguous_rows();
       table.is_on_device_of(k_);
-      p.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
-      p.max_blocks = block_table->size(1);
-      p.table_batch_stride = block_table->stride(0);
+      p.pages.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
+      p.pages.max_blocks = block_table->size(1);
+      p.pages.batch_stride = block_table->stride(0);
     } else if (cache_batch_idx) {
-      p.cache_batch_idx = list("cache_batch_idx", "[batch]", *cache_batch_idx, p.batch);
+      p.pages.cache_batch_idx = list("cache_batch_idx", "[batch]", *cache_batch_idx, p.batch);
     } else {
       k_cache_arg.has_size(0, p.batch, "the batch size of k");
     }
     take_rotary(q, rotary_cos, rotary_sin, interleaved);
-    p.k_scale = row_scales("k_scale", k_scale, k_cache_arg);
-    p.v_scale = row_scales("v_scale", v_scale, v_cache_arg);
-
-    p.k_cache = k_cache.mutable_data_ptr();
-    p.v_cache = v_cache.mutable_data_ptr();
-    p.k = k.const_data_ptr();
-    p.v = v.const_data_ptr();
+    p.k_cache.scale = row_scales("k_scale", k_scale, k_cache_arg);
+    p.v_cache.scale = row_scales("v_scale", v_scale, v_cache_arg);
+    p.k = new_rows(k, k.const_data_ptr());
+    p.v = new_rows(v, v.const_data_ptr());
     check_shared_memory();
-    p.k_cache_block_stride = k_cache.stride(0);
-    p.k_cache_token_stride = k_cache.stride(1);
-    p.k_cache_head_stride = k_cache.stride(2);
-    p.v_cache_block_stride = v_cache.stride(0);
-    p.v_cache_token_stride = v_cache.stride(1);
-    p.v_cache_head_stride = v_cache.stride(2);
-    set(strides(k), p.k_batch_stride, p.k_token_stride, p.k_head_stride);
-    set(strides(v), p.v_batch_stride, p.v_token_stride, p.v_head_stride);
   }
 
   AppendParams p{};
@@ -108,19 +94,19 @@ class AppendCall {
   // be one as well.
   void check_shared_memory() const {
     if (p.all_tokens() * p.rows_per_token() == 0) return;
-    if (p.k_cache != p.v_cache) {
-      if (p.quantises() && p.k_scale.data == p.v_scale.data) {
+    if (p.k_cache.data != p.v_cache.data) {
+      if (p.quantises() && p.k_cache.scale.data == p.v_cache.scale.data) {
         fail("append_kv: v_scale is k_scale's memory, and v_cache is not k_cache's; each needs its own");
       }
       return;
     }
-    if (p.k != p.v) {
+    if (p.k.data != p.v.data) {
       fail("append_kv: v_cache is k_cache's memory, and v is not k's; keys would be overwritten by values");
     }
     if (p.cos) fail("append_kv: v_cache is k_cache's memory; rotary_cos would rotate k, but not v");
-    if (p.quantises() && p.head_dim_v != p.head_dim) {
-      fail("append_kv: v_cache is k_cache's memory, and v has head_dim ", p.head_dim_v, ", k ", p.head_dim,
-           "; rows that are quantised together must be as long");
+    if (p.quantises() && p.v_cache.dims != p.k_cache.dims) {
+      fail("append_kv: v_cache is k_cache's memory, and v has head_dim ", p.v_cache.dims, ", k ",
+           p.k_cache.dims, "; rows that are quantised together must be as long");
     }
   }
 
@@ -164,9 +150,9 @@ class AppendCall {
     p.interleaved = interleaved;
     p.max_position = cos->size(0);
     p.rotary_dim = 2 * cos->size(1);
-    if (p.rotary_dim > p.head_dim) {
+    if (p.rotary_dim > p.k_cache.dims) {
       fail("append_kv: rotary_cos has shape ", shape_of(*cos), ", which rotates ", p.rotary_dim,
-           " dims; k has ", p.head_dim);
+           " dims; k has ", p.k_cache.dims);
     }
     if (!q) return;
     const Argument q_arg{"append_kv", "q", *q};
@@ -178,11 +164,10 @@ class AppendCall {
       if (dim != last - 1) q_arg.has_size(dim, k_.tensor.size(dim), "like k");
     }
     p.num_heads = q->size(last - 1);
-    p.q = q->mutable_data_ptr();
-    set(strides(*q), p.q_batch_stride, p.q_token_stride, p.q_head_stride);
+    p.q = new_rows(*q, q->mutable_data_ptr());
   }
 
-  RowScales row_scales(const char* name, const OptionalTensor& scales, const Argument& cache) const {
+  ScalesOf<float> row_scales(const char* name, const OptionalTensor& scales, const Argument& cache) const {
     const ScalarType new_dtype = k_.tensor.scalar_type(), dtype = cache.tensor.scalar_type();
     if (!scales) {
       if (!p.quantises()) return {};
@@ -199,8 +184,10 @@ class AppendCall {
     arg.has_dtype(ScalarType::Float, "");
     arg.is_on_device_of(k_);
     arg.has_memory_of_its_own();
-    return {static_cast<float*>(scales->mutable_data_ptr()), scales->stride(0), scales->stride(1),
-            scales->stride(2)};
+    return {.data = static_cast<float*>(scales->mutable_data_ptr()),
+            .block_stride = scales->stride(0),
+            .token_stride = scales->stride(1),
+            .head_stride = scales->stride(2)};
   }
 
   const int32_t* list(const char* name, const char* layout, const Tensor& tensor, int64_t size) {
@@ -212,14 +199,13 @@ class AppendCall {
     return static_cast<const int32_t*>(held_[num_held_++]->const_data_ptr());
   }
 
-  Strides strides(const Tensor& t) const {
+  template <class Data>
+  NewRowsOf<Data> new_rows(const Tensor& t, Data* data) const {
     const int64_t first = packed_ ? 0 : 1;
-    return {packed_ ? 0 : t.stride(0), t.stride(first), t.stride(first + 1)};
-  }
-  static void set(const Strides& s, int64_t& outer, int64_t& token, int64_t& head) {
-    outer = s.outer;
-    token = s.token;
-    head = s.head;
+    return {.data = data,
+            .batch_stride = packed_ ? 0 : t.stride(0),
+            .token_stride = t.stride(first),
+            .head_stride = t.stride(first + 1)};
   }
 
   const Argument k_;

@@ -50,8 +50,8 @@ class DecodeCall {
     take_blocks();
     take_score_changes();
     take_tree_mask();
-    p_.k_scale = scales("k_scale", o_.k_scale);
-    p_.v_scale = scales("v_scale", o_.v_scale);
+    p_.k.scale = scales("k_scale", o_.k_scale);
+    p_.v.scale = scales("v_scale", o_.v_scale);
     if (o_.num_ctas < 0) fail("decode: num_ctas is ", o_.num_ctas, "; it must be positive, or 0 to choose");
     p_.num_ctas = o_.num_ctas;
   }
@@ -70,7 +70,7 @@ class DecodeCall {
     if (!packed) lse_arg.has_size(0, p_.batch, "the batch size of q");
     out_arg.has_size(first, p_.query_tokens, "the query tokens of q");
     out_arg.has_size(first + 1, p_.num_heads, "the num_heads of q");
-    out_arg.has_size(first + 2, p_.head_dim_v, "the head_dim_v of v_cache");
+    out_arg.has_size(first + 2, p_.v.dims, "the head_dim_v of v_cache");
     lse_arg.has_size(first, p_.num_heads, "the num_heads of q");
     lse_arg.has_size(first + 1, p_.query_tokens, "the query tokens of q");
     out_arg.is_on_device_of(q_);
@@ -92,7 +92,7 @@ class DecodeCall {
   // Makes fresh outputs.
   const DecodeParams& with_outputs() {
     const bool packed = p_.cu_seqlens_q != nullptr;
-    const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.head_dim_v;
+    const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.v.dims;
     int32_t q_dtype;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &q_dtype));
     const int32_t lse_dtype = aoti_torch_dtype_float32();
@@ -139,12 +139,11 @@ class DecodeCall {
     const int64_t first = packed ? 0 : 1;
     p_.query_tokens = q.size(first);
     p_.num_heads = q.size(first + 1);
-    p_.head_dim = q.size(first + 2);
     p_.q = q.const_data_ptr();
     p_.q_batch_stride = packed ? 0 : q.stride(0);
     p_.q_token_stride = q.stride(first);
     p_.q_head_stride = q.stride(first + 1);
-    check_head_dim("head_dim", p_.head_dim);
+    check_head_dim("head_dim", q.size(first + 2));
     if (p_.num_heads == 0) fail("decode: q has no heads (shape ", shape_of(q), ")");
     if (packed) {
       const Argument arg{"decode", "cu_seqlens_q", *o_.cu_seqlens_q};
@@ -166,38 +165,32 @@ class DecodeCall {
     v_.has_shape(paged ? "[num_blocks, block_size, num_kv_heads, head_dim_v]"
                        : "[batch, max_len, num_kv_heads, head_dim_v]",
                  4);
-    p_.cache_dtype = cache_dtype();
+    const DType dtype = cache_dtype();
     v_.has_dtype(k.scalar_type(), ", like k_cache");
     k_.is_on_device_of(q_);
     v_.is_on_device_of(q_);
-    p_.num_blocks = k.size(0);
-    p_.block_size = k.size(1);
+    p_.pages.num_blocks = k.size(0);
+    p_.pages.block_size = k.size(1);
     p_.num_kv_heads = k.size(2);
-    p_.head_dim_v = v.size(3);
-    check_head_dim("head_dim_v", p_.head_dim_v);
-    if (k.size(3) != p_.head_dim) {
-      fail("decode: k_cache has head_dim ", k.size(3), ", q has ", p_.head_dim, "; they must be equal");
+    check_head_dim("head_dim_v", v.size(3));
+    if (const int64_t head_dim = q_.tensor.size(q_.tensor.dim() - 1); k.size(3) != head_dim) {
+      fail("decode: k_cache has head_dim ", k.size(3), ", q has ", head_dim, "; they must be equal");
     }
     if (!paged && !o_.cache_batch_idx) k_.has_size(0, p_.batch, "the batch size of q");
-    v_.has_size(0, p_.num_blocks, paged ? "the num_blocks of k_cache" : "the batch size of k_cache");
-    v_.has_size(1, p_.block_size, paged ? "the block_size of k_cache" : "the max_len of k_cache");
+    v_.has_size(0, p_.pages.num_blocks, paged ? "the num_blocks of k_cache" : "the batch size of k_cache");
+    v_.has_size(1, p_.pages.block_size, paged ? "the block_size of k_cache" : "the max_len of k_cache");
     v_.has_size(2, p_.num_kv_heads, "the num_kv_heads of k_cache");
     if (p_.num_kv_heads == 0) fail("decode: k_cache has no heads (shape ", shape_of(k), ")");
     if (p_.num_heads % p_.num_kv_heads != 0) {
       fail("decode: q has ", p_.num_heads, " heads, k_cache ", p_.num_kv_heads,
            "; the first must be a multiple of the second");
     }
-    if (paged && p_.block_size == 0) fail("decode: k_cache has a block_size of 0; it must be at least 1");
+    if (paged && p_.pages.block_size == 0)
+      fail("decode: k_cache has a block_size of 0; it must be at least 1");
     k_.has_contiguous_rows();
     v_.has_contiguous_rows();
-    p_.k_cache = k.const_data_ptr();
-    p_.v_cache = v.const_data_ptr();
-    p_.k_block_stride = k.stride(0);
-    p_.k_token_stride = k.stride(1);
-    p_.k_head_stride = k.stride(2);
-    p_.v_block_stride = v.stride(0);
-    p_.v_token_stride = v.stride(1);
-    p_.v_head_stride = v.stride(2);
+    p_.k = cache_view<CacheView>(k, dtype, k.const_data_ptr());
+    p_.v = cache_view<CacheView>(v, dtype, v.const_data_ptr());
   }
 
   DType cache_dtype() const {
@@ -234,11 +227,11 @@ class DecodeCall {
 
   void take_blocks() {
     refuse_slots_beside_pages("decode", o_.cache_batch_idx.has_value(), o_.block_table.has_value());
-    p_.max_blocks = 1;
+    p_.pages.max_blocks = 1;
     if (o_.cache_batch_idx) {
       const Argument arg{"decode", "cache_batch_idx", *o_.cache_batch_idx};
       arg.is_list_of("[batch]", p_.batch, "the batch size of q");
-      p_.cache_batch_idx = integers(arg);
+      p_.pages.cache_batch_idx = integers(arg);
     }
     if (!o_.block_table) return;
     const Argument arg{"decode", "block_table", *o_.block_table};
@@ -250,15 +243,15 @@ class DecodeCall {
     if (per_head) arg.has_size(1, p_.num_kv_heads, "the num_kv_heads of k_cache");
     arg.has_contiguous_rows();
     arg.is_on_device_of(q_);
-    p_.block_table = static_cast<const int32_t*>(table.const_data_ptr());
-    p_.max_blocks = table.size(table.dim() - 1);
-    p_.table_batch_stride = table.stride(0);
-    p_.table_head_stride = per_head ? table.stride(1) : 0;
+    p_.pages.block_table = static_cast<const int32_t*>(table.const_data_ptr());
+    p_.pages.max_blocks = table.size(table.dim() - 1);
+    p_.pages.batch_stride = table.stride(0);
+    p_.pages.head_stride = per_head ? table.stride(1) : 0;
   }
 
   void take_score_changes() {
     if (o_.scale && !std::isfinite(*o_.scale)) fail("decode: scale is ", *o_.scale, "; it must be finite");
-    p_.scale = static_cast<float>(o_.scale ? *o_.scale : 1.0 / std::sqrt(static_cast<double>(p_.head_dim)));
+    p_.scale = static_cast<float>(o_.scale ? *o_.scale : 1.0 / std::sqrt(static_cast<double>(p_.k.dims)));
     if (!std::isfinite(o_.softcap) || o_.softcap < 0.0) {
       fail("decode: softcap is ", o_.softcap, "; it must be positive and finite, or 0 for none");
     }
@@ -312,14 +305,13 @@ class DecodeCall {
   }
 
   Scales scales(const char* name, const OptionalTensor& tensor) const {
-    const bool quantised = p_.cache_dtype != p_.dtype;
     if (!tensor) {
-      if (p_.cache_dtype == DType::int8) fail("decode: ", name, " is missing; int8 caches need it");
+      if (p_.k.dtype == DType::int8) fail("decode: ", name, " is missing; int8 caches need it");
       return {};
     }
     const Argument arg{"decode", name, *tensor};
     const Tensor& t = *tensor;
-    if (!quantised) {
+    if (!p_.quantised()) {
       fail("decode: ", name, " is given, but the caches are ", k_.tensor.scalar_type(),
            "; scales are for quantised caches");
     }
@@ -331,7 +323,7 @@ class DecodeCall {
     if (t.dim() < 1 || t.dim() > 3) {
       fail("decode: ", name, " has shape ", shape_of(t),
            "; it must be a scalar, [num_kv_heads], [batch, num_kv_heads] or one per row of the cache, [",
-           p_.num_blocks, ", ", p_.block_size, ", ", p_.num_kv_heads, "]");
+           p_.pages.num_blocks, ", ", p_.pages.block_size, ", ", p_.num_kv_heads, "]");
     }
     const auto stride = [&](int64_t dim, int64_t size, const char* what) {
       if (t.size(dim) != 1) arg.has_size(dim, size, what);
@@ -341,8 +333,8 @@ class DecodeCall {
     scales.head_stride = stride(last, p_.num_kv_heads, "1 or the num_kv_heads of k_cache");
     if (t.dim() == 2) scales.sequence_stride = stride(0, p_.batch, "1 or the batch size of q");
     if (t.dim() == 3) {
-      scales.block_stride = stride(0, p_.num_blocks, "1 or the first dimension of k_cache");
-      scales.token_stride = stride(1, p_.block_size, "1 or the second dimension of k_cache");
+      scales.block_stride = stride(0, p_.pages.num_blocks, "1 or the first dimension of k_cache");
+      scales.token_stride = stride(1, p_.pages.block_size, "1 or the second dimension of k_cache");
     }
     return scales;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "schedule.h"
 
@@ -16,16 +17,17 @@ constexpr int64_t element_size(DType dtype) {
   return dtype == DType::float32 ? 4 : dtype == DType::float16 || dtype == DType::bfloat16 ? 2 : 1;
 }
 
-// What the rows of a quantised cache are multiplied by: float32, with a stride of 0 in each dimension that it
-// is broadcast over.
-struct Scales {
-  const float* data = nullptr;  // null: all are 1
+// What the rows of a quantised cache are multiplied by, with a stride of 0 in each dimension that it is
+// broadcast over. `Float` is const where they are only read.
+template <class Float>
+struct ScalesOf {
+  Float* data = nullptr;  // null: all are 1
   int64_t sequence_stride = 0, block_stride = 0, token_stride = 0, head_stride = 0;
 
   // The tokens of one sequence and head differ.
   LEAN_HOST_DEVICE constexpr bool per_token() const { return block_stride != 0 || token_stride != 0; }
-  LEAN_HOST_DEVICE constexpr const float* address(int64_t sequence, int64_t block, int64_t slot,
-                                                  int64_t head) const {
+  LEAN_HOST_DEVICE constexpr Float* address(int64_t sequence, int64_t block, int64_t slot,
+                                            int64_t head) const {
     return data +
            (sequence * sequence_stride + block * block_stride + slot * token_stride + head * head_stride);
   }
@@ -34,21 +36,45 @@ struct Scales {
   }
 };
 
-// The caches are blocks of block_size token slots. A paged sequence has a list of blocks in block_table; a
-// contiguous cache is one block per slot of the batch, as long as max_len, and a sequence has one of them.
-struct CacheBlocks {
+using Scales = ScalesOf<const float>;
+
+// K or V: one row per token and head. Data and Float are const where the cache is only read.
+template <class Data, class Float>
+struct CacheViewOf {
+  Data* data;  // [num_blocks, block_size, num_kv_heads, dims], the last dimension contiguous
+  DType dtype;
+  int64_t dims;                                     // head_dim or head_dim_v
+  int64_t block_stride, token_stride, head_stride;  // in elements
+  ScalesOf<Float> scale;                            // of the rows of a quantised cache
+
+  // Where a row lies: in elements from `data` on, and its address.
+  LEAN_HOST_DEVICE constexpr int64_t offset(int64_t block, int64_t slot, int64_t head) const {
+    return block * block_stride + slot * token_stride + head * head_stride;
+  }
+  LEAN_HOST_DEVICE Data* address(int64_t block, int64_t slot, int64_t head) const {
+    using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
+    return static_cast<Byte*>(data) + element_size(dtype) * offset(block, slot, head);
+  }
+};
+using CacheView = CacheViewOf<const void, const float>;
+using WritableCacheView = CacheViewOf<void, float>;
+
+// Which rows of the caches are a sequence's. The caches are blocks of block_size token slots. A paged
+// sequence has a list of blocks in block_table; a contiguous cache is one block per slot of the batch, as
+// long as max_len, and a sequence has one of them.
+struct PageTable {
   const int32_t* block_table;      // [batch, max_blocks] or [batch, num_kv_heads, max_blocks]; null: no pages
   const int32_t* cache_batch_idx;  // [batch], the sequence's slot; null: its index in the batch
   int64_t num_blocks;
   int64_t block_size;
-  int64_t max_blocks;  // of a sequence
-  int64_t table_batch_stride, table_head_stride;
+  int64_t max_blocks;                 // of a sequence
+  int64_t batch_stride, head_stride;  // of block_table
 
   // Tokens that a sequence may have.
   LEAN_HOST_DEVICE constexpr int64_t capacity() const { return num_blocks > 0 ? block_size * max_blocks : 0; }
   // What the caller's numbers say, which may be no block.
   LEAN_HOST_DEVICE constexpr int64_t raw_block(int64_t b, int64_t kv_head, int64_t index) const {
-    return block_table       ? block_table[b * table_batch_stride + kv_head * table_head_stride + index]
+    return block_table       ? block_table[b * batch_stride + kv_head * head_stride + index]
            : cache_batch_idx ? cache_batch_idx[b]
                              : b;
   }
@@ -56,33 +82,27 @@ struct CacheBlocks {
 };
 
 // Strides are in elements and named after the dimension that they step over; the last dimension of
-// q and of the caches is contiguous. Query tokens [b, i] of a packed q are its tokens cu_seqlens_q[b] + i,
+// q is contiguous. Query tokens [b, i] of a packed q are its tokens cu_seqlens_q[b] + i,
 // and its batch stride is 0; the same holds for out, lse and the rows of tree_mask.
-struct DecodeParams : CacheBlocks {
-  const void* q;                 // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
-  const void* k_cache;           // [num_blocks, block_size, num_kv_heads, head_dim]
-  const void* v_cache;           // [num_blocks, block_size, num_kv_heads, head_dim_v]
+struct DecodeParams {
+  const void* q;   // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
+  CacheView k, v;  // of one dtype: that of q, or a quantised one
+  PageTable pages;
   const int32_t* seq_lens;       // [batch] or [batch, num_kv_heads]; null: every sequence is full
   const int32_t* cache_leftpad;  // [batch] or null
   const int32_t* cu_seqlens_q;   // [batch + 1], where q is packed; else null
   const bool* tree_mask;         // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
   const float* alibi_slopes;     // [batch, num_heads] or null
   const float* sinks;            // [num_heads] or null
-  Scales k_scale, v_scale;
-  void* out;          // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
-  float* lse;         // [batch, num_heads, q_len] or [num_heads, total_q], natural log
-  DType dtype;        // of q and out
-  DType cache_dtype;  // the same, or a quantised one
+  void* out;                     // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
+  float* lse;                    // [batch, num_heads, q_len] or [num_heads, total_q], natural log
+  DType dtype;                   // of q and out
   int64_t batch;
   int64_t query_tokens;  // q_len, or total_q
   int64_t num_heads;
   int64_t num_kv_heads;
-  int64_t head_dim;
-  int64_t head_dim_v;
   int64_t tree_columns;  // q_len, or the most new tokens that tree_mask describes
   int64_t q_batch_stride, q_token_stride, q_head_stride;
-  int64_t k_block_stride, k_token_stride, k_head_stride;
-  int64_t v_block_stride, v_token_stride, v_head_stride;
   int64_t out_batch_stride, out_token_stride, out_head_stride;
   int64_t lse_batch_stride, lse_head_stride;
   int64_t seq_lens_batch_stride, seq_lens_head_stride;
@@ -95,6 +115,7 @@ struct DecodeParams : CacheBlocks {
   int64_t num_ctas;  // 0: the backend chooses
 
   LEAN_HOST_DEVICE constexpr int64_t group() const { return num_heads / num_kv_heads; }
+  LEAN_HOST_DEVICE constexpr bool quantised() const { return k.dtype != dtype; }
 
   // Sequences of the schedule: each KV head is one where it has a length of its own.
   LEAN_HOST_DEVICE constexpr int64_t heads_per_sequence() const {
@@ -116,7 +137,7 @@ struct DecodeParams : CacheBlocks {
   // What a caller's numbers say, and what is made of them: brought into range, so that nothing outside a
   // tensor is read or written.
   LEAN_HOST_DEVICE constexpr int64_t raw_seq_len(int64_t b, int64_t kv_head) const {
-    return seq_lens ? seq_lens[b * seq_lens_batch_stride + kv_head * seq_lens_head_stride] : capacity();
+    return seq_lens ? seq_lens[b * seq_lens_batch_stride + kv_head * seq_lens_head_stride] : pages.capacity();
   }
   LEAN_HOST_DEVICE constexpr int64_t raw_leftpad(int64_t b) const {
     return cache_leftpad ? cache_leftpad[b] : 0;
@@ -125,7 +146,7 @@ struct DecodeParams : CacheBlocks {
     return cu_seqlens_q ? max(0, min(cu_seqlens_q[b], query_tokens)) : 0;
   }
   LEAN_HOST_DEVICE constexpr SequenceLength clamped_length(int64_t b, int64_t kv_head) const {
-    return {max(0, min(raw_seq_len(b, kv_head), capacity())), max(0, raw_leftpad(b)),
+    return {max(0, min(raw_seq_len(b, kv_head), pages.capacity())), max(0, raw_leftpad(b)),
             cu_seqlens_q ? max(0, first_query(b + 1) - first_query(b)) : query_tokens};
   }
   LEAN_HOST_DEVICE constexpr SequenceLength scheduled_length(int64_t sequence) const {

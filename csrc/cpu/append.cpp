@@ -39,19 +39,19 @@ template <class... Parts>
 void check_token(const AppendParams& p, const NewToken& t) {
   const int64_t length = p.seq_lens[t.sequence];
   if (length < 0) fail("seq_lens[", t.sequence, "] is ", length, "; it must be at least 0");
-  if (t.position >= p.capacity()) {
+  if (t.position >= p.pages.capacity()) {
     fail("seq_lens[", t.sequence, "] is ", length, ", and a new token would go to position ", t.position,
-         "; ", p.block_table ? "a row of block_table" : "the cache", " holds ", p.capacity(), " tokens");
+         "; ", p.pages.block_table ? "a row of block_table" : "the cache", " holds ", p.pages.capacity(),
+         " tokens");
   }
   if (t.block < 0) {
-    const int64_t index = t.position / p.block_size;
-    if (p.block_table) {
-      fail("block_table[", t.sequence, ", ", index, "] is ",
-           p.block_table[t.sequence * p.table_batch_stride + index], "; it must be from 0 to ",
-           p.num_blocks - 1, ", the blocks of the cache");
+    const int64_t index = t.position / p.pages.block_size;
+    if (p.pages.block_table) {
+      fail("block_table[", t.sequence, ", ", index, "] is ", p.pages.raw_block(t.sequence, 0, index),
+           "; it must be from 0 to ", p.pages.num_blocks - 1, ", the blocks of the cache");
     }
-    fail("cache_batch_idx[", t.sequence, "] is ", p.cache_batch_idx[t.sequence], "; it must be from 0 to ",
-         p.num_blocks - 1, ", the slots of the cache");
+    fail("cache_batch_idx[", t.sequence, "] is ", p.pages.cache_batch_idx[t.sequence],
+         "; it must be from 0 to ", p.pages.num_blocks - 1, ", the slots of the cache");
   }
   if (p.cos && t.position >= p.max_position) {
     fail("a new token of sequence ", t.sequence, " is at position ", t.position,
@@ -77,7 +77,7 @@ class Destinations {
   explicit Destinations(const AppendParams& p) : p_(p) {}
 
   void add(const NewToken& t) {
-    if (!p_.block_table && !p_.cache_batch_idx) return;  // every sequence has a slot of its own
+    if (!p_.pages.block_table && !p_.pages.cache_batch_idx) return;  // every sequence has a slot of its own
     const int64_t place = place_of(t);
     if (!runs_.empty() && runs_.back().end == place) {
       ++runs_.back().end;
@@ -95,7 +95,7 @@ class Destinations {
 
  private:
   // Slots are numbered through all blocks.
-  int64_t place_of(const NewToken& t) const { return t.block * p_.block_size + t.slot; }
+  int64_t place_of(const NewToken& t) const { return t.block * p_.pages.block_size + t.slot; }
 
   [[noreturn]] void report() const {
     std::unordered_map<int64_t, NewToken> taken;
@@ -112,8 +112,8 @@ class Destinations {
 
   std::string name_of(const NewToken& t) const {
     std::ostringstream text;
-    if (p_.block_table) {
-      text << "block_table[" << t.sequence << ", " << t.position / p_.block_size << "]";
+    if (p_.pages.block_table) {
+      text << "block_table[" << t.sequence << ", " << t.position / p_.pages.block_size << "]";
     } else {
       text << "cache_batch_idx[" << t.sequence << "]";
     }
@@ -182,11 +182,11 @@ QuantiseRow quantise_row_function() {
 // kCacheDType: what rows are quantised to, if they are.
 template <class T, DType kCacheDType>
 void append_all(const AppendParams& p) {
-  const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.head_dim * sizeof(T);
+  const int64_t tokens = p.all_tokens(), bytes = p.rows_per_token() * p.k_cache.dims * sizeof(T);
   const QuantiseRow quantise = p.quantises() ? quantise_row_function<T, kCacheDType>() : nullptr;
   const int64_t parts = std::clamp<int64_t>(tokens * bytes / kMinBytesPerThread, 1, num_threads());
   parallel_for(parts, [&](int64_t part) {
-    std::vector<float> values(p.quantises() ? std::max(p.head_dim, p.head_dim_v) : 0);
+    std::vector<float> values(p.quantises() ? std::max(p.k_cache.dims, p.v_cache.dims) : 0);
     for (int64_t token = part * tokens / parts; token < (part + 1) * tokens / parts; ++token) {
       const NewToken t = new_token(p, token);
       if (t.sequence < 0) continue;
@@ -204,7 +204,7 @@ void append_all(const AppendParams& p) {
 
 template <class T>
 void append_all(const AppendParams& p) {
-  switch (p.cache_dtype) {
+  switch (p.k_cache.dtype) {
     case DType::float8_e4m3:
       return append_all<T, DType::float8_e4m3>(p);
     case DType::float8_e5m2:

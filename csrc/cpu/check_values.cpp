@@ -39,22 +39,22 @@ std::string index_text(int64_t b, int64_t kv_head, bool per_head) {
 
 void check_blocks(const DecodeParams& p, int64_t b, int64_t kv_head, TokenSpan seen) {
   if (seen.begin >= seen.end) return;
-  if (p.block_table == nullptr) {
-    if (p.cache_batch_idx != nullptr && !p.is_block(p.cache_batch_idx[b])) {
-      fail("decode: cache_batch_idx[", b, "] is ", p.cache_batch_idx[b], "; it must be from 0 to ",
-           p.num_blocks - 1, ", the slots of the cache");
+  if (p.pages.block_table == nullptr) {
+    if (p.pages.cache_batch_idx != nullptr && !p.pages.is_block(p.pages.cache_batch_idx[b])) {
+      fail("decode: cache_batch_idx[", b, "] is ", p.pages.cache_batch_idx[b], "; it must be from 0 to ",
+           p.pages.num_blocks - 1, ", the slots of the cache");
     }
     return;
   }
-  const int64_t first = seen.begin / p.block_size, end = ceil_div(seen.end, p.block_size);
-  const int32_t* entries = p.block_table + b * p.table_batch_stride + kv_head * p.table_head_stride;
+  const int64_t first = seen.begin / p.pages.block_size, end = ceil_div(seen.end, p.pages.block_size);
+  const int32_t* entries = p.pages.block_table + b * p.pages.batch_stride + kv_head * p.pages.head_stride;
   bool bad = false;  // one comparison per entry, without a branch
-  for (int64_t i = first; i < end; ++i) bad |= static_cast<uint32_t>(entries[i]) >= p.num_blocks;
+  for (int64_t i = first; i < end; ++i) bad |= static_cast<uint32_t>(entries[i]) >= p.pages.num_blocks;
   if (!bad) return;
   for (int64_t i = first; i < end; ++i) {
-    if (!p.is_block(entries[i])) {
-      fail("decode: block_table[", index_text(b, kv_head, p.table_head_stride != 0), ", ", i, "] is ",
-           entries[i], "; it must be from 0 to ", p.num_blocks - 1, ", the blocks of the cache");
+    if (!p.pages.is_block(entries[i])) {
+      fail("decode: block_table[", index_text(b, kv_head, p.pages.head_stride != 0), ", ", i, "] is ",
+           entries[i], "; it must be from 0 to ", p.pages.num_blocks - 1, ", the blocks of the cache");
     }
   }
 }
@@ -70,13 +70,13 @@ void check_values(const DecodeParams& p) {
     const int64_t lengths = p.lengths_per_head ? p.num_kv_heads : 1;
     for (int64_t head = 0; head < lengths; ++head) {
       const int64_t tokens = p.raw_seq_len(b, head);
-      if (tokens < 0 || tokens > p.capacity()) {
+      if (tokens < 0 || tokens > p.pages.capacity()) {
         fail("decode: seq_lens[", index_text(b, head, p.lengths_per_head), "] is ", tokens,
-             "; it must be from 0 to ", p.capacity(), ", the tokens that ",
-             p.block_table ? "a row of block_table" : "the cache", " holds");
+             "; it must be from 0 to ", p.pages.capacity(), ", the tokens that ",
+             p.pages.block_table ? "a row of block_table" : "the cache", " holds");
       }
     }
-    const int64_t tables = p.table_head_stride != 0 || p.lengths_per_head ? p.num_kv_heads : 1;
+    const int64_t tables = p.pages.head_stride != 0 || p.lengths_per_head ? p.num_kv_heads : 1;
     for (int64_t head = 0; head < tables; ++head) {
       const SequenceLength length = p.clamped_length(b, head);
       if (length.q_len > 0)

@@ -68,16 +68,15 @@ class Decode {
   Decode(const DecodeParams& params, const TileKernel& kernel, int64_t max_heads_per_pass)
       : p_(params),
         kernel_(kernel),
-        table_(params.cache_dtype == params.dtype ? nullptr
-                                                  : &dequantise_table(params.cache_dtype, kernel_.row_dtype)),
+        table_(params.quantised() ? &dequantise_table(params.k.dtype, kernel_.row_dtype) : nullptr),
         dequantises_(DequantisedRows::are_needed(kernel_, table_)),
         page_walk_(params),
         rows_per_block_(most_rows(params)),
         workspace_(params, kernel_, table_, rows_per_block_) {
     check_values(p_);
-    const bool tokens_first = p_.k_head_stride < p_.k_token_stride && p_.v_head_stride < p_.v_token_stride;
-    const bool short_pages = p_.block_table != nullptr && p_.block_size <= kRunTokens;
-    if ((!tokens_first && !short_pages) || p_.table_head_stride != 0) max_heads_per_pass = 1;
+    const bool tokens_first = p_.k.head_stride < p_.k.token_stride && p_.v.head_stride < p_.v.token_stride;
+    const bool short_pages = p_.pages.block_table != nullptr && p_.pages.block_size <= kRunTokens;
+    if ((!tokens_first && !short_pages) || p_.pages.head_stride != 0) max_heads_per_pass = 1;
     max_heads_per_pass =
         std::min({max_heads_per_pass, tokens_first ? kMaxHeadsPerPass : kMaxHeadsPerPassInPages,
                   p_.heads_per_sequence(), max_pass_bytes() / (kShortRunTokens * token_bytes())});
@@ -156,7 +155,7 @@ class Decode {
   void lay_out_sequences(int64_t heads_per_pass) {
     heads_per_pass_ = heads_per_pass;
     passes_per_sequence_ = ceil_div(p_.heads_per_sequence(), heads_per_pass);
-    const int64_t tile_runs = lean_tile_tokens(std::max(p_.head_dim, p_.head_dim_v)) / kRunTokens;
+    const int64_t tile_runs = lean_tile_tokens(std::max(p_.k.dims, p_.v.dims)) / kRunTokens;
     geometry_ = p_.geometry(rows_per_block_, std::max<int64_t>(tile_runs / heads_per_pass, 1) * kRunTokens);
     geometry_.num_kv_heads = passes_per_sequence_;
     const int64_t sequences = p_.sequences();
@@ -202,12 +201,12 @@ class Decode {
   int64_t tile_bytes() const { return geometry_.tile_tokens * token_bytes() * heads_per_pass_; }
 
   // Bytes of K and V of one token and head.
-  int64_t token_bytes() const { return (p_.head_dim + p_.head_dim_v) * element_size(p_.cache_dtype); }
+  int64_t token_bytes() const { return (p_.k.dims + p_.v.dims) * element_size(p_.k.dtype); }
 
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
   void write_padding() const {
     if (p_.cu_seqlens_q == nullptr) return;
-    const int64_t row_bytes = p_.head_dim_v * element_size(p_.dtype);
+    const int64_t row_bytes = p_.v.dims * element_size(p_.dtype);
     for (int64_t token = p_.first_query(p_.batch); token < p_.query_tokens; ++token) {
       for (int64_t head = 0; head < p_.num_heads; ++head) {
         std::memset(out_row(0, token, head), 0, row_bytes);
@@ -290,7 +289,7 @@ class Decode {
     head.kv_head = kv_head;
     TileState& t = head.tile;
     t.rows = rows_of(segment);
-    t.scale = p_.scale * common_scale(p_.k_scale, segment.sequence, kv_head) *
+    t.scale = p_.scale * common_scale(p_.k.scale, segment.sequence, kv_head) *
               (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
     const int64_t first_query = p_.first_query(segment.sequence);
     for (int row = 0; row < t.rows; ++row) {
@@ -347,8 +346,8 @@ class Decode {
                         visible_tokens(p_.visibility, length, first_query, first_query).end};
     if (p_.tree_mask != nullptr) common.end = length.tokens - length.q_len;
     RunReader runs(page_walk_, run_tokens_, !dequantises_, range, next_range);
-    // A run holds the scales of one head's rows.
-    const bool scaled = page_walk_.scaled(kKeys) || page_walk_.scaled(kValues);
+    // Rows come with the scales of one head.
+    const bool scaled = p_.k.scale.per_token() || p_.v.scale.per_token();
     const bool can_score_heads =
         runs.has_adjoining_heads() && !dequantises_ && !scaled && rows <= kernel_.max_rows_for_heads;
     const TileState* tiles[kMaxHeadsPerPass];
@@ -362,29 +361,29 @@ class Decode {
       const RowView* const seen = viewed ? views : nullptr;
       const bool all_heads = can_score_heads && end - begin == run_tokens_;
       if (all_heads) {
-        kernel_.score_heads(tiles, range.heads, runs.run(kKeys, 0), seen, runs.prefetch(kKeys, 0));
+        kernel_.score_heads(tiles, range.heads, runs.keys(0), seen, runs.prefetch_beside_keys(0));
       } else {
         for (int64_t i = 0; i < range.heads; ++i) {
-          const Run& run = runs.run(kKeys, i);
-          const Prefetch prefetch = runs.prefetch(kKeys, i);
+          const Rows& keys = runs.keys(i);
+          const Prefetch prefetch = runs.prefetch_beside_keys(i);
           const void* const next_q = range.heads == 1 ? nullptr : heads[(i + 1) % range.heads].tile.q;
           if (dequantises_) {
-            kernel_.score(heads[i].tile, dequantised.dequantise(kKeys, run, prefetch), seen, {}, next_q);
+            kernel_.score(heads[i].tile, dequantised.keys(keys, prefetch), seen, {}, next_q);
           } else {
-            kernel_.score(heads[i].tile, run, seen, prefetch, next_q);
+            kernel_.score(heads[i].tile, keys, seen, prefetch, next_q);
           }
         }
       }
       if (all_heads && rows <= kMaxRowsAdded) {
-        kernel_.accumulate_heads(tiles, range.heads, runs.run(kValues, 0), runs.prefetch(kValues, 0));
+        kernel_.accumulate_heads(tiles, range.heads, runs.values(0), runs.prefetch_beside_values(0));
       } else {
         for (int64_t i = 0; i < range.heads; ++i) {
-          const Run& run = runs.run(kValues, i);
-          const Prefetch prefetch = runs.prefetch(kValues, i);
+          const Rows& values = runs.values(i);
+          const Prefetch prefetch = runs.prefetch_beside_values(i);
           if (dequantises_) {
-            kernel_.accumulate(heads[i].tile, dequantised.dequantise(kValues, run, prefetch), {});
+            kernel_.accumulate(heads[i].tile, dequantised.values(values, prefetch), {});
           } else {
-            kernel_.accumulate(heads[i].tile, run, prefetch);
+            kernel_.accumulate(heads[i].tile, values, prefetch);
           }
         }
       }
@@ -429,7 +428,7 @@ class Decode {
   void write(const HeadState& head, const Segment& segment) const {
     const TileState& t = head.tile;
     const int64_t first_query = p_.first_query(segment.sequence);
-    const float value_scale = common_scale(p_.v_scale, segment.sequence, head.kv_head);
+    const float value_scale = common_scale(p_.v.scale, segment.sequence, head.kv_head);
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(segment, head.kv_head, row);
       const int64_t token = first_query + query.token;
@@ -471,16 +470,15 @@ class Decode {
 }  // namespace
 
 void decode(const DecodeParams& params) {
-  Decode(params, tile_kernel(params.dtype, params.cache_dtype), kMaxHeadsPerPass).run();
+  Decode(params, tile_kernel(params.dtype, params.k.dtype), kMaxHeadsPerPass).run();
 }
 
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
-  Decode(params, tile_kernel(params.dtype, params.cache_dtype), 1).run_fixed_split(splits);
+  Decode(params, tile_kernel(params.dtype, params.k.dtype), 1).run_fixed_split(splits);
 }
 
 void read_only(const DecodeParams& params) {
-  const TileKernel reader =
-      read_only_kernel(tile_kernel(params.dtype, params.cache_dtype), params.cache_dtype);
+  const TileKernel reader = read_only_kernel(tile_kernel(params.dtype, params.k.dtype), params.k.dtype);
   Decode(params, reader, kMaxHeadsPerPass).run();
 }
 

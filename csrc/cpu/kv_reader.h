@@ -40,85 +40,87 @@ struct TokenRange {
   TokenSpan tokens;
 };
 
-// Which of the two caches is meant.
-enum Side { kKeys, kValues };
+// The distances of a cache in bytes.
+struct CacheBytes {
+  explicit CacheBytes(const CacheView& cache)
+      : row(element_size(cache.dtype) * cache.dims),
+        to_token(element_size(cache.dtype) * cache.token_stride),
+        to_head(element_size(cache.dtype) * cache.head_stride) {}
+
+  bool heads_adjoin() const { return to_head == row; }
+
+  int64_t row;
+  int64_t to_token;  // from a row to that of the next token
+  int64_t to_head;   // and to that of the next head
+};
 
 class PageWalk {
  public:
-  explicit PageWalk(const DecodeParams& p)
-      : p_(p),
-        row_bytes_{element_size(p.cache_dtype) * p.head_dim, element_size(p.cache_dtype) * p.head_dim_v},
-        head_bytes_{element_size(p.cache_dtype) * p.k_head_stride,
-                    element_size(p.cache_dtype) * p.v_head_stride},
-        scaled_{p.k_scale.per_token(), p.v_scale.per_token()} {}
+  explicit PageWalk(const DecodeParams& p) : k_bytes(p.k), v_bytes(p.v), p_(p) {}
 
-  int64_t row_bytes(Side side) const { return row_bytes_[side]; }
-  // The distance from a token's row to that of the next head.
-  int64_t head_bytes(Side side) const { return head_bytes_[side]; }
+  const CacheView& k() const { return p_.k; }
+  const CacheView& v() const { return p_.v; }
+  const CacheBytes k_bytes, v_bytes;
+
   // Hardware prefetchers follow rows of a head that lie apart at some distances: they compare addresses
   // within memory pages, where every other row of those at multiples of half a page seems to be the same.
   bool rows_attract_prefetchers() const {
-    const auto attract = [&](Side side, int64_t token_stride) {
-      const int64_t distance = element_size(p_.cache_dtype) * token_stride;
-      return distance != row_bytes(side) && (p_.block_table != nullptr || 2 * distance % kPageBytes != 0);
+    const auto attract = [&](const CacheBytes& bytes) {
+      return bytes.to_token != bytes.row &&
+             (p_.pages.block_table != nullptr || 2 * bytes.to_token % kPageBytes != 0);
     };
-    return attract(kKeys, p_.k_token_stride) || attract(kValues, p_.v_token_stride);
+    return attract(k_bytes) || attract(v_bytes);
   }
-  // Rows of this cache have scales that differ between tokens.
-  bool scaled(Side side) const { return scaled_[side]; }
 
   // Prefetches a line in each memory page of a range. The first access to a page costs a walk of the page
   // tables, for which a core waits, prefetch or not: some 400 cycles on a virtual machine, in which it
   // multiplies 4 KB of bf16 with 4 query heads per KV head. Walks that begin together overlap; one by one
   // each would cost that much. (Always inline, as prefetch_bytes is.)
   __attribute__((always_inline)) void touch(const TokenRange& range) const {
-    const int64_t size = element_size(p_.cache_dtype);
-    const int64_t step = std::max(std::abs(head_bytes(kKeys)), std::abs(head_bytes(kValues)));
+    const int64_t step = std::max(std::abs(k_bytes.to_head), std::abs(v_bytes.to_head));
     const bool share_pages = step * range.heads <= kPageBytes;
     for (int64_t head = 0; head < (share_pages ? 1 : range.heads); ++head) {
       by_block(range.sequence, range.kv_head + head, range.tokens,
                [&](const Piece& piece) __attribute__((always_inline)) {
-                 touch_rows(piece.k, size * p_.k_token_stride, piece.tokens);
-                 touch_rows(piece.v, size * p_.v_token_stride, piece.tokens);
+                 touch_rows(piece.k, k_bytes.to_token, piece.tokens);
+                 touch_rows(piece.v, v_bytes.to_token, piece.tokens);
                });
     }
   }
 
   // Fills in the rows of the range's first head. The range has at most kRunTokens tokens.
-  void fill_rows(Run& run, const TokenRange& range) const {
-    run.tokens = static_cast<int>(range.tokens.end - range.tokens.begin);
-    run.k_scales = run.v_scales = nullptr;
-    const int64_t k_stride = element_size(p_.cache_dtype) * p_.k_token_stride;
-    const int64_t v_stride = element_size(p_.cache_dtype) * p_.v_token_stride;
+  void fill_rows(Rows& k_rows, Rows& v_rows, const TokenRange& range) const {
+    const int tokens = static_cast<int>(range.tokens.end - range.tokens.begin);
+    k_rows.tokens = v_rows.tokens = tokens;
+    k_rows.scales = v_rows.scales = nullptr;
     int i = 0;
     by_block(range.sequence, range.kv_head, range.tokens, [&](const Piece& piece) {
       const char *k = piece.k, *v = piece.v;
       for (const int end_of_piece = i + static_cast<int>(piece.tokens); i < end_of_piece; ++i) {
-        run.k_rows[i] = k;
-        run.v_rows[i] = v;
-        k += k_stride;
-        v += v_stride;
+        k_rows.row[i] = k;
+        v_rows.row[i] = v;
+        k += k_bytes.to_token;
+        v += v_bytes.to_token;
       }
     });
-    std::fill(run.k_rows + run.tokens, run.k_rows + kRunTokens, kZeroRow);
-    std::fill(run.v_rows + run.tokens, run.v_rows + kRunTokens, kZeroRow);
+    std::fill(k_rows.row + tokens, k_rows.row + kRunTokens, kZeroRow);
+    std::fill(v_rows.row + tokens, v_rows.row + kRunTokens, kZeroRow);
   }
 
-  // Fills in the scales of the range's tokens, for the head that is `head` after its first; behind the last
-  // token they are 1.
-  void fill_scales(Side side, float (&to)[kRunTokens], const TokenRange& range, int64_t head) const {
+  // Fills in the scales of k() or v() for the range's tokens and the head that is `head` after its first;
+  // behind the last token they are 1.
+  void fill_scales(const Scales& scales, float (&to)[kRunTokens], const TokenRange& range,
+                   int64_t head) const {
     float* at = to;
     by_block(range.sequence, range.kv_head + head, range.tokens, [&](const Piece& piece) {
-      const float* from = scales(side).address(range.sequence, piece.block, piece.slot, range.kv_head + head);
-      for (int64_t i = 0; i < piece.tokens; ++i) *at++ = from[i * scales(side).token_stride];
+      const float* from = scales.address(range.sequence, piece.block, piece.slot, range.kv_head + head);
+      for (int64_t i = 0; i < piece.tokens; ++i) *at++ = from[i * scales.token_stride];
     });
     std::fill(at, to + kRunTokens, 1.0f);
   }
 
  private:
   static constexpr int64_t kPageBytes = 4096;  // of memory, not of a paged cache
-
-  const Scales& scales(Side side) const { return side == kKeys ? p_.k_scale : p_.v_scale; }
 
   // A piece is the tokens of a range that lie in one block, from slot `slot` on; k and v are their first
   // rows.
@@ -132,17 +134,12 @@ class PageWalk {
   template <class Take>
   __attribute__((always_inline)) void by_block(int64_t sequence, int64_t kv_head, TokenSpan tokens,
                                                const Take& take) const {
-    const int64_t size = element_size(p_.cache_dtype);
-    int64_t index = tokens.begin / p_.block_size, slot = tokens.begin % p_.block_size;
+    int64_t index = tokens.begin / p_.pages.block_size, slot = tokens.begin % p_.pages.block_size;
     for (int64_t begin = tokens.begin; begin < tokens.end; ++index, slot = 0) {
-      const int64_t block = p_.raw_block(sequence, kv_head, index);
-      const int64_t count = std::min(tokens.end - begin, p_.block_size - slot);
-      take(Piece{
-          block, slot, count,
-          static_cast<const char*>(p_.k_cache) +
-              size * (block * p_.k_block_stride + slot * p_.k_token_stride + kv_head * p_.k_head_stride),
-          static_cast<const char*>(p_.v_cache) +
-              size * (block * p_.v_block_stride + slot * p_.v_token_stride + kv_head * p_.v_head_stride)});
+      const int64_t block = p_.pages.raw_block(sequence, kv_head, index);
+      const int64_t count = std::min(tokens.end - begin, p_.pages.block_size - slot);
+      take(Piece{block, slot, count, static_cast<const char*>(p_.k.address(block, slot, kv_head)),
+                 static_cast<const char*>(p_.v.address(block, slot, kv_head))});
       begin += count;
     }
   }
@@ -155,9 +152,6 @@ class PageWalk {
   }
 
   const DecodeParams& p_;
-  const int64_t row_bytes_[2];
-  const int64_t head_bytes_[2];
-  const bool scaled_[2];
 };
 
 // Reads the runs of a range in order, at each step those of all its heads; while it is at the last step, what
@@ -168,14 +162,15 @@ class RunReader {
  public:
   // Runs have `run_tokens` tokens, but for the last of a range. `joins_rows`: rows that adjoin, also those of
   // several heads, are prefetched as one long row.
-  RunReader(const PageWalk& rows, int run_tokens, bool joins_rows, const TokenRange& range,
+  RunReader(const PageWalk& walk, int run_tokens, bool joins_rows, const TokenRange& range,
             const NextRange& next_range)
-      : rows_(rows),
+      : walk_(walk),
+        k_(walk.k(), walk.k_bytes),
+        v_(walk.v(), walk.v_bytes),
         run_tokens_(run_tokens),
         joins_rows_(joins_rows),
-        heads_adjoin_(joins_rows && rows.head_bytes(kKeys) == rows.row_bytes(kKeys) &&
-                      rows.head_bytes(kValues) == rows.row_bytes(kValues)),
-        shuffles_(range.heads > 1 && rows.rows_attract_prefetchers()),
+        heads_adjoin_(joins_rows && walk.k_bytes.heads_adjoin() && walk.v_bytes.heads_adjoin()),
+        shuffles_(range.heads > 1 && walk.rows_attract_prefetchers()),
         from_(range),
         next_range_(next_range),
         begin_(range.tokens.begin),
@@ -186,45 +181,62 @@ class RunReader {
   // Moves to the first step, then from each to the next. `in_order`: its run has to have the tokens in order.
   void advance(bool in_order) {
     next_ ^= 1;
-    now().shuffled = shuffles_ && !in_order && now().run.tokens == run_tokens_;
+    now().shuffled = shuffles_ && !in_order && now().k.rows.tokens == run_tokens_;
     fill_next();
   }
 
   // The rows of a token's heads are contiguous, in both caches.
   bool has_adjoining_heads() const { return from_.heads > 1 && heads_adjoin_; }
 
-  // Returns a run with this side of a head; the other side may be another head's. It stays until the next
-  // call for the side.
-  const Run& run(Side side, int64_t head) {
-    Step& step = now();
-    if (head == 0 && step.shuffled) shuffle(rows_of(step.run, side));
-    move(step, side, head);
-    if (rows_.scaled(side)) {
-      rows_.fill_scales(side, scales_[side], step.at, head);
-      if (step.shuffled) shuffle(scales_[side]);
-      (side == kKeys ? step.run.k_scales : step.run.v_scales) = scales_[side];
-    }
-    return step.run;
-  }
+  // Return the run's rows of a head. They stay until the next call.
+  const Rows& keys(int64_t head) { return rows(k_, now().k, head); }
+  const Rows& values(int64_t head) { return rows(v_, now().v, head); }
 
-  // What is prefetched while that run is multiplied. Into L2, which has room for it, goes the same side of
-  // the next run; into L1 what is read next: V of the head, or after V of all heads K of the next run.
-  Prefetch prefetch(Side side, int64_t head) {
-    if (!into_l1_) return prefetch_in(next(), side, head);
-    return side == kKeys ? prefetch_in(now(), kValues, head) : prefetch_in(next(), kKeys, head);
+  // What is prefetched while those rows are multiplied. Into L2, which has room for it, goes the same of the
+  // next run; into L1 what is read next: V of the head, or after V of all heads K of the next run.
+  Prefetch prefetch_beside_keys(int64_t head) {
+    return into_l1_ ? prefetch_in(now(), v_.bytes, now().v, head)
+                    : prefetch_in(next(), k_.bytes, next().k, head);
+  }
+  Prefetch prefetch_beside_values(int64_t head) {
+    return into_l1_ ? prefetch_in(next(), k_.bytes, next().k, head)
+                    : prefetch_in(next(), v_.bytes, next().v, head);
   }
 
  private:
+  struct RowsOfHead {
+    Rows rows;
+    int64_t head;  // it is so many after the range's first
+  };
   struct Step {
     TokenRange at{};
-    Run run;
-    int64_t head[2];  // those of `at` whose K and whose V the run has
+    RowsOfHead k, v;
     bool shuffled;
+  };
+  // One of the caches, and the scales of the rows in hand where those of tokens differ.
+  struct Cache {
+    Cache(const CacheView& view, const CacheBytes& its_bytes)
+        : scale(view.scale), bytes(its_bytes), scaled(scale.per_token()) {}
+
+    const Scales& scale;
+    const CacheBytes& bytes;
+    const bool scaled;
+    float scales[kRunTokens];
   };
   Step& now() { return steps_[next_ ^ 1]; }
   Step& next() { return steps_[next_]; }
 
-  static const void** rows_of(Run& run, Side side) { return side == kKeys ? run.k_rows : run.v_rows; }
+  const Rows& rows(Cache& cache, RowsOfHead& of, int64_t head) {
+    const Step& step = now();
+    if (head == 0 && step.shuffled) shuffle(of.rows.row);
+    move(of, cache.bytes, head);
+    if (cache.scaled) {
+      walk_.fill_scales(cache.scale, cache.scales, step.at, head);
+      if (step.shuffled) shuffle(cache.scales);
+      of.rows.scales = cache.scales;
+    }
+    return of.rows;
+  }
 
   // Puts a run's tokens into an order that no hardware prefetcher follows. One that follows heads' rows
   // fetches what comes after the run, too early and piece by piece, in the way of what is prefetched here.
@@ -238,24 +250,24 @@ class RunReader {
     }
   }
 
-  void move(Step& step, Side side, int64_t head) const {
-    if (head == step.head[side]) return;
-    const int64_t bytes = (head - step.head[side]) * rows_.head_bytes(side);
-    const void** rows = rows_of(step.run, side);
-    const int tokens = step.run.tokens;  // which the compiler could not tell from a row
-    for (int i = 0; i < tokens; ++i) rows[i] = static_cast<const char*>(rows[i]) + bytes;
-    step.head[side] = head;
+  static void move(RowsOfHead& of, const CacheBytes& bytes, int64_t head) {
+    if (head == of.head) return;
+    const int64_t distance = (head - of.head) * bytes.to_head;
+    const void** const rows = of.rows.row;
+    const int tokens = of.rows.tokens;  // which the compiler could not tell from a row
+    for (int i = 0; i < tokens; ++i) rows[i] = static_cast<const char*>(rows[i]) + distance;
+    of.head = head;
   }
 
   // What is prefetched along with one head of a step: its own rows, or, where whole tokens are contiguous,
   // its share of the bytes of all heads, in the order of their addresses. Rows that adjoin are one long row.
-  Prefetch prefetch_in(Step& step, Side side, int64_t head) const {
+  Prefetch prefetch_in(const Step& step, const CacheBytes& cache, RowsOfHead& of, int64_t head) const {
     if (head >= step.at.heads) return {};
-    move(step, side, heads_adjoin_ ? 0 : head);
-    const void* const* rows = rows_of(step.run, side);
-    const int bytes = static_cast<int>(rows_.row_bytes(side) * (heads_adjoin_ ? step.at.heads : 1));
-    const int begin = heads_adjoin_ ? static_cast<int>(head * run_tokens_ * rows_.row_bytes(side)) : 0;
-    const int count = step.run.tokens;
+    move(of, cache, heads_adjoin_ ? 0 : head);
+    const void* const* rows = of.rows.row;
+    const int bytes = static_cast<int>(cache.row * (heads_adjoin_ ? step.at.heads : 1));
+    const int begin = heads_adjoin_ ? static_cast<int>(head * run_tokens_ * cache.row) : 0;
+    const int count = of.rows.tokens;
     const bool adjoin =
         joins_rows_ && static_cast<const char*>(rows[count - 1]) - static_cast<const char*>(rows[0]) ==
                            int64_t{count - 1} * bytes;
@@ -272,18 +284,19 @@ class RunReader {
     }
     if (begin_ >= touched_) {
       touched_ = std::min(begin_ + touch_tokens_, from_.tokens.end);
-      rows_.touch({from_.sequence, from_.kv_head, from_.heads, {begin_, touched_}});
+      walk_.touch({from_.sequence, from_.kv_head, from_.heads, {begin_, touched_}});
     }
     step.at = {from_.sequence,
                from_.kv_head,
                from_.heads,
                {begin_, std::min(begin_ + run_tokens_, from_.tokens.end)}};
-    rows_.fill_rows(step.run, step.at);
-    step.head[kKeys] = step.head[kValues] = 0;
+    walk_.fill_rows(step.k.rows, step.v.rows, step.at);
+    step.k.head = step.v.head = 0;
     begin_ += run_tokens_;
   }
 
-  const PageWalk& rows_;
+  const PageWalk& walk_;
+  Cache k_, v_;
   const int run_tokens_;
   const bool joins_rows_;
   const bool heads_adjoin_;
@@ -295,7 +308,6 @@ class RunReader {
   int64_t begin_;
   int64_t touched_;  // tokens before this one
   Step steps_[2];
-  float scales_[2][kRunTokens];
   int next_ = 0;
 };
 
@@ -305,11 +317,10 @@ class DequantisedRows {
  public:
   DequantisedRows(const DecodeParams& p, const TileKernel& kernel, const DequantiseTable* table,
                   float* memory)
-      : p_(p),
-        kernel_(kernel),
-        table_(table),
-        k_(reinterpret_cast<char*>(memory)),
-        v_(k_ + kShortRunTokens * p.head_dim * element_size(kernel.row_dtype)) {}
+      : kernel_(kernel), table_(table), from_(p.k.dtype) {
+    k_ = {p.k.dims, reinterpret_cast<char*>(memory), {}};
+    v_ = {p.v.dims, k_.memory + kShortRunTokens * p.k.dims * element_size(kernel.row_dtype), {}};
+  }
 
   // The kernel does not take quantised rows as they are. `table` is null where caches have q's dtype.
   static bool are_needed(const TileKernel& kernel, const DequantiseTable* table) {
@@ -317,32 +328,34 @@ class DequantisedRows {
   }
 
   static int64_t memory_floats(const DecodeParams& p, const TileKernel& kernel) {
-    return ceil_div(kShortRunTokens * (p.head_dim + p.head_dim_v) * element_size(kernel.row_dtype),
-                    sizeof(float));
+    return ceil_div(kShortRunTokens * (p.k.dims + p.v.dims) * element_size(kernel.row_dtype), sizeof(float));
   }
 
-  // Returns the run with one side dequantised; it stays until the next call for the side. Prefetches
-  // `prefetch` meanwhile.
-  const Run& dequantise(Side side, const Run& run, const Prefetch& prefetch) {
-    run_.tokens = run.tokens;
-    (side == kKeys ? run_.k_scales : run_.v_scales) = side == kKeys ? run.k_scales : run.v_scales;
-    char* const to = side == kKeys ? k_ : v_;
-    const int64_t columns = side == kKeys ? p_.head_dim : p_.head_dim_v;
-    kernel_.dequantise(p_.cache_dtype, *table_, side == kKeys ? run.k_rows : run.v_rows, run.tokens,
-                       static_cast<int>(columns), to, prefetch);
-    const void** rows = side == kKeys ? run_.k_rows : run_.v_rows;
-    const int64_t step = columns * element_size(kernel_.row_dtype);
-    for (int i = 0; i < kRunTokens; ++i) rows[i] = i < run.tokens ? to + i * step : kZeroRow;
-    return run_;
-  }
+  // Return the dequantised rows; they stay until the next call. Prefetch `prefetch` meanwhile.
+  const Rows& keys(const Rows& from, const Prefetch& prefetch) { return dequantise(k_, from, prefetch); }
+  const Rows& values(const Rows& from, const Prefetch& prefetch) { return dequantise(v_, from, prefetch); }
 
  private:
-  const DecodeParams& p_;
+  struct Dequantised {
+    int64_t dims;
+    char* memory;
+    Rows rows;
+  };
+  const Rows& dequantise(Dequantised& to, const Rows& from, const Prefetch& prefetch) const {
+    to.rows.tokens = from.tokens;
+    to.rows.scales = from.scales;
+    kernel_.dequantise(from_, *table_, from.row, from.tokens, static_cast<int>(to.dims), to.memory, prefetch);
+    const int64_t step = to.dims * element_size(kernel_.row_dtype);
+    for (int i = 0; i < kRunTokens; ++i) {
+      to.rows.row[i] = i < from.tokens ? to.memory + i * step : kZeroRow;
+    }
+    return to.rows;
+  }
+
   const TileKernel& kernel_;
   const DequantiseTable* const table_;
-  char* const k_;
-  char* const v_;
-  Run run_{};
+  const DType from_;
+  Dequantised k_, v_;
 };
 
 }  // namespace lean::cpu

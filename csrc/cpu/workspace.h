@@ -77,8 +77,8 @@ class Workspace {
       : p_(params),
         table_(table),
         rows_(rows),
-        padded_head_dim_(round_up(params.head_dim, kernel.chunk_columns)),
-        padded_head_dim_v_(round_up(params.head_dim_v, kernel.chunk_columns)),
+        padded_head_dim_(round_up(params.k.dims, kernel.chunk_columns)),
+        padded_head_dim_v_(round_up(params.v.dims, kernel.chunk_columns)),
         dequantised_floats_(DequantisedRows::are_needed(kernel, table)
                                 ? round_up(DequantisedRows::memory_floats(params, kernel), kCacheLineFloats)
                                 : 0) {}
@@ -137,8 +137,8 @@ class Workspace {
   int64_t stats_floats() const { return round_up(rows_ + kMaxLanes, kCacheLineFloats); }
   TileState tile_state(float* memory, float* run_output) const {
     TileState t{};
-    t.head_dim = static_cast<int>(p_.head_dim);
-    t.head_dim_v = static_cast<int>(p_.head_dim_v);
+    t.head_dim = static_cast<int>(p_.k.dims);
+    t.head_dim_v = static_cast<int>(p_.v.dims);
     t.softcap = p_.softcap * kLog2e;
     t.output_stride = padded_head_dim_v_;
     t.table = table_;

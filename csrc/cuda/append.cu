@@ -71,12 +71,12 @@ LEAN_DEVICE void quantise_row(const AppendParams& p, const NewToken& t, const Ne
     const int32_t other = hw::shuffle(largest, lane ^ mask);
     largest = other > largest ? other : largest;
   }
-  const float scale = scale_of_row<hw::Numbers>(p.cache_dtype, largest);
+  const float scale = scale_of_row<hw::Numbers>(p.k_cache.dtype, largest);
   if (lane == 0) *row.scale = scale;
   // The row is still in L1, and is rotated once more.
   uint8_t* const to = static_cast<uint8_t*>(row.to);
   for_each_element<hw::Numbers, T>(p, t, row, lane, hw::kWarpThreads, [&p, to, scale](int64_t i, T x) {
-    to[i] = quantised_to(p.cache_dtype, hw::Numbers::to_float(x), scale);
+    to[i] = quantised_to(p.k_cache.dtype, hw::Numbers::to_float(x), scale);
   });
 }
 

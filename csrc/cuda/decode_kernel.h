@@ -165,8 +165,8 @@ class DecodeCta {
     const int64_t before = p_.first_query(0), end = p_.first_query(p_.batch);
     for (int64_t n = shared().ticket; n < before + p_.query_tokens - end; n += hw::num_ctas()) {
       const int64_t token = n < before ? n : end + n - before;
-      for (int64_t i = thread_; i < p_.num_heads * p_.head_dim_v; i += kThreads) {
-        out_row(0, token, i / p_.head_dim_v)[i % p_.head_dim_v] = 0;
+      for (int64_t i = thread_; i < p_.num_heads * p_.v.dims; i += kThreads) {
+        out_row(0, token, i / p_.v.dims)[i % p_.v.dims] = 0;
       }
       for (int64_t head = thread_; head < p_.num_heads; head += kThreads) {
         p_.lse[head * p_.lse_head_stride + token] = kMinusInfinity;
@@ -190,13 +190,10 @@ class DecodeCta {
     const SequenceLength length = p_.clamped_length(segment.sequence, segment.kv_head);
     const TokenSpan tokens = segment.tokens(Config::tile_tokens);
     tokens_ = static_cast<int>(tokens.end - tokens.begin);
-    k_ = static_cast<const Element*>(p_.k_cache) + segment.kv_head * p_.k_head_stride;
-    v_ = static_cast<const Element*>(p_.v_cache) + segment.kv_head * p_.v_head_stride;
-    if (!p_.block_table && tokens_ > 0) {
-      const int64_t block = block_at(0);
-      k_ += block * p_.k_block_stride + tokens.begin * p_.k_token_stride;
-      v_ += block * p_.v_block_stride + tokens.begin * p_.v_token_stride;
-    }
+    const bool contiguous = !p_.pages.block_table && tokens_ > 0;
+    const int64_t block = contiguous ? block_at(0) : 0, slot = contiguous ? tokens.begin : 0;
+    k_ = static_cast<const Element*>(p_.k.data) + p_.k.offset(block, slot, segment.kv_head);
+    v_ = static_cast<const Element*>(p_.v.data) + p_.v.offset(block, slot, segment.kv_head);
     const int steps = (tokens_ + kStepTokens - 1) / kStepTokens, token_warp = warp_ / Config::dim_warps;
     steps_ = steps > token_warp ? (steps - token_warp + Config::token_warps - 1) / Config::token_warps : 0;
 
@@ -222,7 +219,7 @@ class DecodeCta {
     for (int i = thread_; i < Config::rows * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       Chunk elements{};
-      if (row < shared().rows && chunk * 8 < p_.head_dim) {
+      if (row < shared().rows && chunk * 8 < p_.k.dims) {
         const auto* from = static_cast<const uint16_t*>(p_.q) + segment.sequence * p_.q_batch_stride +
                            (p_.first_query(segment.sequence) + query_token(row)) * p_.q_token_stride +
                            (segment.kv_head * p_.group() + query_head(row)) * p_.q_head_stride + chunk * 8;
@@ -275,9 +272,9 @@ class DecodeCta {
   // The block of the sequence's tokens from index * block_size on; one out of range is another one.
   LEAN_DEVICE int64_t block_at(int64_t index) const {
     const Segment& segment = shared().segment;
-    const int64_t block = p_.raw_block(segment.sequence, segment.kv_head, index);
-    if (p_.is_block(block)) return block;
-    report(p_.block_table ? BadNumber::block_table : BadNumber::cache_batch_idx, segment.sequence,
+    const int64_t block = p_.pages.raw_block(segment.sequence, segment.kv_head, index);
+    if (p_.pages.is_block(block)) return block;
+    report(p_.pages.block_table ? BadNumber::block_table : BadNumber::cache_batch_idx, segment.sequence,
            segment.kv_head, index, block);
     return 0;
   }
@@ -289,9 +286,9 @@ class DecodeCta {
   };
   LEAN_DEVICE Place place_of(int token) const {
     const uint32_t absolute = shared().first_token + min(token, tokens_ - 1);
-    const uint32_t block_size = static_cast<uint32_t>(p_.block_size), index = absolute / block_size;
-    return {static_cast<int>(block_at(p_.block_table ? index : 0)),
-            static_cast<int>(p_.block_table ? absolute - index * block_size : absolute)};
+    const uint32_t block_size = static_cast<uint32_t>(p_.pages.block_size), index = absolute / block_size;
+    return {static_cast<int>(block_at(p_.pages.block_table ? index : 0)),
+            static_cast<int>(p_.pages.block_table ? absolute - index * block_size : absolute)};
   }
 
   // Panel `panel` of step `step` of this warp, into slot `slot`.
@@ -300,11 +297,9 @@ class DecodeCta {
       const int token = first_of_step(step);
       char* to = ring() + slot * Config::slot_bytes;
       if (panel < KPanels::count) {
-        copy_panel<KPanels>(to, k_, p_.k_block_stride, p_.k_token_stride, token, panel * KPanels::dims,
-                            p_.head_dim);
+        copy_panel<KPanels>(to, p_.k, k_, token, panel * KPanels::dims);
       } else {
-        copy_panel<VPanels>(to, v_, p_.v_block_stride, p_.v_token_stride, token,
-                            (panel - KPanels::count) * VPanels::dims + first_dim_v(), p_.head_dim_v);
+        copy_panel<VPanels>(to, p_.v, v_, token, (panel - KPanels::count) * VPanels::dims + first_dim_v());
       }
     }
     hw::commit_copies();  // empty groups too, so that waiting counts alike
@@ -318,32 +313,33 @@ class DecodeCta {
     }
   }
 
-  // Tokens past the end and dims that the tensor does not have arrive as zeros, unread.
+  // `from` is k_ or v_. Tokens past the end and dims that the tensor does not have arrive as zeros, unread.
   template <class Panels>
-  LEAN_DEVICE void copy_panel(char* to, const Element* from, int64_t block_stride, int64_t token_stride,
-                              int token, int first_dim, int64_t dims) {
+  LEAN_DEVICE void copy_panel(char* to, const CacheView& cache, const Element* from, int token,
+                              int first_dim) {
     constexpr int kChunks = Panels::Rows::chunks, kCopies = kStepTokens * kChunks / hw::kWarpThreads;
     static_assert(kStepTokens * kChunks % hw::kWarpThreads == 0);
     const auto row_of = [&](int i) { return (i * hw::kWarpThreads + lane_) / kChunks; };
     const auto chunk_of = [&](int i) { return (i * hw::kWarpThreads + lane_) % kChunks; };
     // Elements from this lane's i-th chunk on that exist.
     const auto count_of = [&](int i) {
-      return token + row_of(i) < tokens_ ? static_cast<int>(dims) - first_dim - chunk_of(i) * kChunkElements
-                                         : 0;
+      return token + row_of(i) < tokens_
+                 ? static_cast<int>(cache.dims) - first_dim - chunk_of(i) * kChunkElements
+                 : 0;
     };
     const auto target_of = [&](int i) { return to + Panels::Rows::offset(row_of(i), chunk_of(i)); };
-    const bool paged = p_.block_table != nullptr;
+    const bool paged = p_.pages.block_table != nullptr;
     // In pages, lane i % 16 looks up where row i lies.
     int64_t row_offset = 0;
     if (paged) {
       const Place place = place_of(token + lane_ % kStepTokens);
-      row_offset = place.block * block_stride + place.slot * token_stride;
+      row_offset = cache.offset(place.block, place.slot, 0);
     }
     const auto paged_source = [&](int i) {
       return from + hw::shuffle(row_offset, row_of(i)) + first_dim + chunk_of(i) * kChunkElements;
     };
     const auto plain_source = [&](int i) {
-      return from + (token + row_of(i)) * token_stride + first_dim + chunk_of(i) * kChunkElements;
+      return from + (token + row_of(i)) * cache.token_stride + first_dim + chunk_of(i) * kChunkElements;
     };
     if (!a_.aligned) {
 #pragma unroll 1
@@ -372,7 +368,7 @@ class DecodeCta {
         }
         const bool valid = count_of(i) > 0;
         hw::copy_async(target_of(i), valid ? next : from, valid);
-        if constexpr (kWholeRows) next += hw::kWarpThreads / kChunks * token_stride;
+        if constexpr (kWholeRows) next += hw::kWarpThreads / kChunks * cache.token_stride;
       }
     }
   }
@@ -421,9 +417,7 @@ class DecodeCta {
   }
 
   // The elements in the low half of a word.
-  LEAN_DEVICE uint32_t dequantise_pair(uint32_t pair) const {
-    return hw::dequantise<T>(p_.cache_dtype, pair);
-  }
+  LEAN_DEVICE uint32_t dequantise_pair(uint32_t pair) const { return hw::dequantise<T>(p_.k.dtype, pair); }
 
   LEAN_DEVICE int first_of_step(int step) const {
     return (step * Config::token_warps + warp_ / Config::dim_warps) * kStepTokens;
@@ -577,8 +571,8 @@ class DecodeCta {
   LEAN_DEVICE RowScales scales_of(int first_token) const {
     const Segment& segment = shared().segment;
     const Place place = place_of(first_token + lane_ % kStepTokens);
-    return {p_.k_scale.at(segment.sequence, place.block, place.slot, segment.kv_head),
-            p_.v_scale.at(segment.sequence, place.block, place.slot, segment.kv_head)};
+    return {p_.k.scale.at(segment.sequence, place.block, place.slot, segment.kv_head),
+            p_.v.scale.at(segment.sequence, place.block, place.slot, segment.kv_head)};
   }
 
   template <int... kPanels>
@@ -723,7 +717,7 @@ class DecodeCta {
     hw::sync_block();
     for (int i = thread_; i < shared().rows * kQuads; i += kThreads) {
       const int row = i / kQuads, column = i % kQuads * 4;
-      if (column >= p_.head_dim_v) continue;
+      if (column >= p_.v.dims) continue;
       const float merged_m = shared().merged_m[row];
       hw::Float4 sum = merged_output(row, column);
       for (int64_t peer = shared().cta + 1; peer <= last_peer; ++peer) {

@@ -49,7 +49,7 @@ LEAN_DEVICE void check_values(const DecodeParams& p, ErrorRecord* record, int64_
   for (int64_t b = first; b < p.batch; b += step) {
     for (int64_t head = 0; head < (p.lengths_per_head ? p.num_kv_heads : 1); ++head) {
       const int64_t tokens = p.raw_seq_len(b, head);
-      if (tokens < 0 || tokens > p.capacity()) report(record, BadNumber::seq_lens, b, head, 0, tokens);
+      if (tokens < 0 || tokens > p.pages.capacity()) report(record, BadNumber::seq_lens, b, head, 0, tokens);
     }
     const int64_t leftpad = p.raw_leftpad(b);
     if (leftpad < 0) report(record, BadNumber::cache_leftpad, b, 0, 0, leftpad);

@@ -21,11 +21,11 @@ const Kernel& choose_kernel(const DecodeParams& p) {
   // Packed queries count by their average, so that the choice depends on shapes alone.
   const int64_t q_len = p.cu_seqlens_q ? ceil_div(p.query_tokens, max(1, p.batch)) : p.query_tokens;
   const int64_t rows = p.group() * q_len;
-  const bool quantised = p.cache_dtype != p.dtype;
+  const bool quantised = p.quantised();
   const Kernel* best = nullptr;
   const auto padding = [&](const Kernel& k) { return k.head_dim + k.head_dim_v; };
   for (const Kernel& k : kernels_of(p.dtype)) {
-    if (k.quantised != quantised || k.head_dim < p.head_dim || k.head_dim_v < p.head_dim_v) continue;
+    if (k.quantised != quantised || k.head_dim < p.k.dims || k.head_dim_v < p.v.dims) continue;
     if (k.rows > kTileRows && rows <= kTileRows) continue;
     if (best == nullptr || padding(k) < padding(*best) ||
         (padding(k) == padding(*best) && k.rows > best->rows)) {
@@ -34,7 +34,7 @@ const Kernel& choose_kernel(const DecodeParams& p) {
   }
   if (best == nullptr) {
     std::ostringstream message;
-    message << "decode: no CUDA kernel for head_dim " << p.head_dim << " and head_dim_v " << p.head_dim_v
+    message << "decode: no CUDA kernel for head_dim " << p.k.dims << " and head_dim_v " << p.v.dims
             << (quantised ? " in quantised caches" : "");
     throw std::invalid_argument(message.str());
   }
@@ -76,10 +76,12 @@ uint64_t new_nonce() {
   }
 }
 
-bool aligned_rows(const void* base, int64_t element_bytes, std::initializer_list<int64_t> strides) {
-  if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
-  return std::all_of(strides.begin(), strides.end(),
-                     [&](int64_t stride) { return stride * element_bytes % 16 == 0; });
+// Every row begins and ends at a multiple of 16 bytes.
+bool has_aligned_rows(const CacheView& cache) {
+  const auto strides = {cache.block_stride, cache.token_stride, cache.head_stride, cache.dims};
+  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 &&
+         std::all_of(strides.begin(), strides.end(),
+                     [&](int64_t stride) { return stride * element_size(cache.dtype) % 16 == 0; });
 }
 
 LEAN_DEVICE_VARIABLE ErrorRecord error_record;
@@ -87,10 +89,10 @@ LEAN_DEVICE_VARIABLE ErrorRecord error_record;
 // LeanTiles that a call may have at most, by its shapes alone.
 int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
   if (!p.cu_seqlens_q) {
-    return p.sequences() * geometry.sequence_tiles({p.capacity(), 0, p.query_tokens});
+    return p.sequences() * geometry.sequence_tiles({p.pages.capacity(), 0, p.query_tokens});
   }
   const int64_t row_blocks = p.query_tokens * p.group() / geometry.rows_per_block + p.batch;
-  return max(1, p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.capacity()}));
+  return max(1, p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.pages.capacity()}));
 }
 
 }  // namespace
@@ -128,10 +130,7 @@ void decode(const DecodeParams& p, int device, void* stream, const std::function
       .partial_floats = partial_floats,
       .nonce = new_nonce(),
   };
-  const int64_t bytes = element_size(p.cache_dtype);
-  const bool aligned =
-      aligned_rows(p.k_cache, bytes, {p.k_block_stride, p.k_token_stride, p.k_head_stride, p.head_dim}) &&
-      aligned_rows(p.v_cache, bytes, {p.v_block_stride, p.v_token_stride, p.v_head_stride, p.head_dim_v});
+  const bool aligned = has_aligned_rows(p.k) && has_aligned_rows(p.v);
   hw::launch(
       kernel.function,
       DecodeArguments{p, workspace, error_record_of(device), p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},

@@ -67,7 +67,7 @@ struct MicrokernelShape {
     });
   }
 
-  static int padded_tokens(const Run& run) {
+  static int padded_tokens(const Rows& run) {
     return (run.tokens + kRoundTokens - 1) / kRoundTokens * kRoundTokens;
   }
 };

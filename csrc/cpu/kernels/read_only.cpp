@@ -54,25 +54,25 @@ void read(const void* const* rows, int count, int bytes, const Prefetch& prefetc
 }
 
 template <size_t element_bytes>
-void read_keys(const TileState& t, const Run& run, const RowView*, const Prefetch& prefetch, const void*) {
-  read(run.k_rows, run.tokens, t.head_dim * static_cast<int>(element_bytes), prefetch);
+void read_keys(const TileState& t, const Rows& run, const RowView*, const Prefetch& prefetch, const void*) {
+  read(run.row, run.tokens, t.head_dim * static_cast<int>(element_bytes), prefetch);
 }
 
 template <size_t element_bytes>
-void read_keys_of_heads(const TileState* const* heads, int count, const Run& run, const RowView*,
+void read_keys_of_heads(const TileState* const* heads, int count, const Rows& run, const RowView*,
                         const Prefetch& prefetch) {
-  read(run.k_rows, run.tokens, count * heads[0]->head_dim * static_cast<int>(element_bytes), prefetch);
+  read(run.row, run.tokens, count * heads[0]->head_dim * static_cast<int>(element_bytes), prefetch);
 }
 
 template <size_t element_bytes>
-void read_values_of_heads(const TileState* const* heads, int count, const Run& run,
+void read_values_of_heads(const TileState* const* heads, int count, const Rows& run,
                           const Prefetch& prefetch) {
-  read(run.v_rows, run.tokens, count * heads[0]->head_dim_v * static_cast<int>(element_bytes), prefetch);
+  read(run.row, run.tokens, count * heads[0]->head_dim_v * static_cast<int>(element_bytes), prefetch);
 }
 
 template <size_t element_bytes>
-void read_values(const TileState& t, const Run& run, const Prefetch& prefetch) {
-  read(run.v_rows, run.tokens, t.head_dim_v * static_cast<int>(element_bytes), prefetch);
+void read_values(const TileState& t, const Rows& run, const Prefetch& prefetch) {
+  read(run.row, run.tokens, t.head_dim_v * static_cast<int>(element_bytes), prefetch);
 }
 
 }  // namespace

@@ -118,10 +118,10 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // all heads of each, which is the order of addresses where a token's rows are neighbours.
   template <int level>
   __attribute__((noinline)) static void multiply_keys_of_heads(const TileState* const* heads, int count,
-                                                               const Run& run, const Prefetch& prefetch) {
+                                                               const Rows& run, const Prefetch& prefetch) {
     const int head_dim = heads[0]->head_dim;
     Prefetcher<kPaced, level> prefetcher(prefetch, 0);
-    const T* row = static_cast<const T*>(run.k_rows[0]);
+    const T* row = static_cast<const T*>(run.row[0]);
     for (int token = 0, head = 0; token < run.tokens;) {
       // There are as many pairs of a token and a head as tokens in a vector of one head's scores.
       F sums[kBlockTokens][rows];
@@ -140,7 +140,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
         row += head_dim;
         if (++head == count) {
           head = 0;
-          if (++token < run.tokens) row = static_cast<const T*>(run.k_rows[token]);
+          if (++token < run.tokens) row = static_cast<const T*>(run.row[token]);
         }
       });
       alignas(64) float dots[S::kLanes];
@@ -155,7 +155,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // them.
   template <int level>
   __attribute__((noinline)) static F multiply_keys(const TileState& t, int first_row, float* dots,
-                                                   const Run& run, int tokens, const Prefetch& prefetch) {
+                                                   const Rows& run, int tokens, const Prefetch& prefetch) {
     // These are copies, because for all the compiler knows storing a score changes what lies behind t.
     const KvRows kv_rows(t);
     const int head_dim = t.head_dim;
@@ -166,9 +166,9 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F x[2];
       if constexpr (kWholeRows) {
-        dot_row_by_row(kv_rows, head_dim, q, run.k_rows + token, prefetcher, x);
+        dot_row_by_row(kv_rows, head_dim, q, run.row + token, prefetcher, x);
       } else {
-        dot_tokens_together(kv_rows, head_dim, q, run.k_rows + token, prefetcher, x);
+        dot_tokens_together(kv_rows, head_dim, q, run.row + token, prefetcher, x);
       }
       unrolled<2>([&](auto i) LEAN_INLINE {
         const F s = S::mul(x[i], scale);
@@ -180,7 +180,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   }
 
   // Writes the scores of the run's tokens, and of some after them, and their maximum per row.
-  static void score(const TileState& t, int first_row, float* scores, const Run& run, const RowView* views,
+  static void score(const TileState& t, int first_row, float* scores, const Rows& run, const RowView* views,
                     const Prefetch& prefetch) {
     const int tokens = padded_tokens(run);
     const auto multiply = prefetch.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
@@ -189,7 +189,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   }
 
   // The same for several heads' rows and a run of whole vectors of tokens.
-  static void score_heads(const TileState* const* heads, int count, const Run& run, const RowView* views,
+  static void score_heads(const TileState* const* heads, int count, const Rows& run, const RowView* views,
                           const Prefetch& prefetch) {
     const auto multiply = prefetch.cache_level == 1 ? multiply_keys_of_heads<1> : multiply_keys_of_heads<2>;
     multiply(heads, count, run, prefetch);
@@ -207,26 +207,26 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   }
 
   // Makes scores of scaled dot products, whose maximum is `m`, and notes the maximum per row.
-  static void finish_run(const TileState& t, int first_row, float* scores, const Run& run, int tokens,
+  static void finish_run(const TileState& t, int first_row, float* scores, const Rows& run, int tokens,
                          const RowView* views, F m) {
-    if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.k_scales != nullptr) {
+    if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.scales != nullptr) {
       m = finish_scores(t, first_row, scores, run, tokens, views);
     }
     S::store(t.run_max + first_row, S::fold<kPeriod, S::max>(m));
   }
 
   // Makes scores of scaled dot products, where that takes more. Returns their maximum per row.
-  static F finish_scores(const TileState& t, int first_row, float* scores, const Run& run, int tokens,
+  static F finish_scores(const TileState& t, int first_row, float* scores, const Rows& run, int tokens,
                          const RowView* views) {
     const F softcap = S::set1(t.softcap);
     const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
-    const float* const k_scales = run.k_scales;
+    const float* const scales = run.scales;
     LaneViews lanes{};
     if (masked) lanes = lane_views(t, first_row, run, views);
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kBlockTokens) {
       F s = S::load(scores + token * kPeriod);
-      if (k_scales != nullptr) s = S::mul(s, S::spread<kPeriod>(k_scales + token));
+      if (scales != nullptr) s = S::mul(s, S::spread<kPeriod>(scales + token));
       if (capped) s = S::mul(tanh(s), softcap);
       if (masked) {
         const F distance = S::abs(S::sub(lanes.position, lanes.index));
@@ -245,7 +245,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   struct LaneViews {
     F begin, end, position, minus_slope, index;
   };
-  static LaneViews lane_views(const TileState& t, int first_row, const Run& run, const RowView* views) {
+  static LaneViews lane_views(const TileState& t, int first_row, const Rows& run, const RowView* views) {
     float lanes[5][S::kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < S::kLanes; ++i) {

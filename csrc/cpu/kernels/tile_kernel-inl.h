@@ -62,13 +62,13 @@ struct TileKernelFor {
       row += count;
     }
   }
-  static void score(const TileState& t, const Run& run, const RowView* views, const Prefetch& prefetch,
+  static void score(const TileState& t, const Rows& run, const RowView* views, const Prefetch& prefetch,
                     const void* next_q) {
     // Later its lines would wait for places among the many that are on their way from memory.
     if (next_q != nullptr) {
       prefetch_bytes<1>(next_q, t.rows * query_stride(t.head_dim) * sizeof(typename KvRows::Query));
     }
-    for_each_microkernel(t, run.k_rows, t.head_dim, prefetch,
+    for_each_microkernel(t, run.row, t.head_dim, prefetch,
                          [&](auto microkernel, int row, float* scores, const Prefetch& its_prefetch) {
                            microkernel.score(t, row, scores, run, views, its_prefetch);
                          });
@@ -84,29 +84,29 @@ struct TileKernelFor {
       return max_rows_for_heads<rows - 1>();
     }
   }
-  static void score_heads(const TileState* const* heads, int count, const Run& run, const RowView* views,
+  static void score_heads(const TileState* const* heads, int count, const Rows& run, const RowView* views,
                           const Prefetch& prefetch) {
     if constexpr (max_rows_for_heads() > 0) {
       with_microkernel<max_rows_for_heads()>(heads[0]->rows, [&](auto microkernel) {
         microkernel.score_heads(heads, count, run, views,
-                                some_prefetch(prefetch, run.k_rows, heads[0]->head_dim));
+                                some_prefetch(prefetch, run.row, heads[0]->head_dim));
       });
     }
   }
-  static void accumulate(const TileState& t, const Run& run, const Prefetch& prefetch) {
-    for_each_microkernel(t, run.v_rows, t.head_dim_v, prefetch,
+  static void accumulate(const TileState& t, const Rows& run, const Prefetch& prefetch) {
+    for_each_microkernel(t, run.row, t.head_dim_v, prefetch,
                          [&](auto microkernel, int row, float* scores, const Prefetch& its_prefetch) {
                            microkernel.accumulate(t, row, scores, run, its_prefetch);
                          });
   }
 
-  static void accumulate_heads(const TileState* const* heads, int count, const Run& run,
+  static void accumulate_heads(const TileState* const* heads, int count, const Rows& run,
                                const Prefetch& prefetch) {
     constexpr int max_rows = std::min(max_rows_for_heads(), kMaxRowsAdded);
     if constexpr (max_rows > 0) {
       with_microkernel<max_rows>(heads[0]->rows, [&](auto microkernel) {
         microkernel.accumulate_heads(heads, count, run,
-                                     some_prefetch(prefetch, run.v_rows, heads[0]->head_dim_v));
+                                     some_prefetch(prefetch, run.row, heads[0]->head_dim_v));
       });
     }
   }

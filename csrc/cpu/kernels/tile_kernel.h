@@ -34,15 +34,12 @@ inline constexpr int kMaxLanes = 16;
 // a vector is faster than a broadcast of one.
 inline constexpr int kMaxQueryCopies = 2;
 
-// A run of tokens. The arrays hold kRunTokens pointers; those from `tokens` on are readable and
-// hold finite numbers, so that kernels need no tail code: they give what they compute there no weight.
-struct Run {
+// The K or the V rows of a run of tokens. Those from `tokens` on are readable and hold finite numbers, so
+// that kernels need no tail code: they give what they compute there no weight.
+struct Rows {
   int tokens;
-  const void* k_rows[kRunTokens];
-  const void* v_rows[kRunTokens];
-  // The tokens' rows are multiplied by these; null: by 1. They are finite from `tokens` on.
-  const float* k_scales;  // [kRunTokens]
-  const float* v_scales;  // [kRunTokens]
+  const void* row[kRunTokens];
+  const float* scales;  // [kRunTokens], which rows are multiplied by; null: by 1; finite from `tokens` on
 };
 
 // What may be prefetched while other rows are multiplied: a window of as many bytes as those, from byte
@@ -104,18 +101,19 @@ struct TileKernel {
   int max_rows_for_heads;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
-  // Attends all rows to a run in two steps: `score` multiplies them with K, `accumulate` adds what the
-  // weights make of V. `views` (one per row) may be null if every row sees every token of the run and there
-  // are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored next.
-  void (*score)(const TileState& state, const Run& run, const RowView* views, const Prefetch& prefetch,
+  // Attends all rows to a run in two steps: `score` multiplies them with its K rows, `accumulate` adds what
+  // the weights make of its V rows. `views` (one per row) may be null if every row sees every token of the
+  // run and there are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored
+  // next.
+  void (*score)(const TileState& state, const Rows& run, const RowView* views, const Prefetch& prefetch,
                 const void* next_q);
   // The same for `count` heads of as many rows, token by token with all heads of each, because their rows of
   // a token adjoin: that is the order of addresses. `run` has the first head's rows, as many tokens as it can
   // hold, or half as many, and no scales. accumulate_heads is for kMaxRowsAdded rows at most.
-  void (*score_heads)(const TileState* const* heads, int count, const Run& run, const RowView* views,
+  void (*score_heads)(const TileState* const* heads, int count, const Rows& run, const RowView* views,
                       const Prefetch& prefetch);
-  void (*accumulate)(const TileState& state, const Run& run, const Prefetch& prefetch);
-  void (*accumulate_heads)(const TileState* const* heads, int count, const Run& run,
+  void (*accumulate)(const TileState& state, const Rows& run, const Prefetch& prefetch);
+  void (*accumulate_heads)(const TileState* const* heads, int count, const Rows& run,
                            const Prefetch& prefetch);
   // Writes row * factor in the tensor's dtype.
   void (*write_output)(const TileState& state, int row, float factor, void* out);

@@ -17,7 +17,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
   // Adds columns [column, column + chunks * kColumns) of the weighted sum of V to the rescaled output. Not
   // inlined: what the caller keeps in registers would push the sums out of them.
   template <int chunks, bool tail, int level>
-  __attribute__((noinline)) static void add_values(const TileState& t, int first_row, const Run& run,
+  __attribute__((noinline)) static void add_values(const TileState& t, int first_row, const Rows& run,
                                                    const Prefetch& prefetch, int tokens,
                                                    const typename KvRows::Weight* weights,
                                                    const float* correction, int column) {
@@ -46,10 +46,10 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
     const typename KvRows::Weight* again = weights;
     if constexpr (KvRows::kBroadcastsAgain && chunks == 1) asm("" : "+r"(again));
     const int columns = t.head_dim_v - column;  // this many are left
-    const void* const* v_rows = run.v_rows;
+    const void* const* v_rows = run.row;
     for (const void* const* const end = v_rows + tokens; v_rows < end;) {
       unrolled<KvRows::kStepsAtOnce>([&](auto) LEAN_INLINE {
-        const unsigned i = (v_rows - run.v_rows) / KvRows::kTokensPerStep;
+        const unsigned i = (v_rows - run.row) / KvRows::kTokensPerStep;
         if constexpr (tail) {
           step(i, v_rows, weights, again,
                [&](const T* row) LEAN_INLINE { return KvRows::load_tail(row, columns); });
@@ -75,7 +75,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
 
   // Adds all columns.
   template <int level>
-  static void add_all_values(const TileState& t, int first_row, const Run& run, const Prefetch& prefetch,
+  static void add_all_values(const TileState& t, int first_row, const Rows& run, const Prefetch& prefetch,
                              int tokens, const typename KvRows::Weight* weights, const float* correction) {
     // Few rows leave registers for more columns at once, which hides the latency of the additions.
     constexpr int kChunks = rows * 8 <= S::kLanes ? 4 : rows * 4 <= S::kLanes ? 2 : 1;
@@ -100,7 +100,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
 
   // Makes weights of the scores, and adds the weighted sum of V to the output.
   __attribute__((noinline)) static void accumulate(const TileState& t, int first_row, float* scores,
-                                                   const Run& run, const Prefetch& prefetch) {
+                                                   const Rows& run, const Prefetch& prefetch) {
     const int tokens = padded_tokens(run);
     float correction[S::kLanes];
     S::store(correction, weigh(t, first_row, scores, run, tokens, [&](int i, F a, F b) LEAN_INLINE {
@@ -112,7 +112,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
   }
 
   // The same for several heads' rows and a run of whole vectors of tokens.
-  static void accumulate_heads(const TileState* const* heads, int count, const Run& run,
+  static void accumulate_heads(const TileState* const* heads, int count, const Rows& run,
                                const Prefetch& prefetch) {
     for (int head = 0; head < count; ++head) {
       const TileState& t = *heads[head];
@@ -131,13 +131,13 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
   // neighbours. The sums do not stay in registers.
   template <int level>
   __attribute__((noinline)) static void add_values_of_heads(const TileState* const* heads, int count,
-                                                            const Run& run, const Prefetch& prefetch) {
+                                                            const Rows& run, const Prefetch& prefetch) {
     const int head_dim = heads[0]->head_dim_v;
     const int64_t stride = heads[0]->output_stride;
     Prefetcher<kPaced, level> prefetcher(prefetch, 0);
     for (int head = 0; head < count; ++head) std::fill_n(heads[head]->run_output, rows * stride, 0.0f);
     for (int token = 0; token < run.tokens; ++token) {
-      const T* row = static_cast<const T*>(run.v_rows[token]);
+      const T* row = static_cast<const T*>(run.row[token]);
       for (int head = 0; head < count; ++head, row += head_dim) {
         float* const sums = heads[head]->run_output;
         F weights[rows];
@@ -169,7 +169,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
   // Makes weights of the scores, which `store_weights` stores two vectors of at a time. Returns what O is to
   // be multiplied by.
   template <class Store>
-  LEAN_INLINE static F weigh(const TileState& t, int first_row, const float* scores, const Run& run,
+  LEAN_INLINE static F weigh(const TileState& t, int first_row, const float* scores, const Rows& run,
                              int tokens, const Store& store_weights) {
     // What scores are taken relative to need not be their maximum, only near enough for 2^(score - m) to stay
     // in range. It is left alone while it is that: a branch that is rarely taken, instead of a
@@ -193,8 +193,8 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
       for (int j = 0; j < 2; ++j) {
         p[j] = exp2(S::sub(S::load(scores + i + j * S::kLanes), m_safe));
         l_run = S::add(l_run, p[j]);
-        if (run.v_scales != nullptr) {
-          p[j] = S::mul(p[j], S::spread<kPeriod>(run.v_scales + i / kPeriod + j * kBlockTokens));
+        if (run.scales != nullptr) {
+          p[j] = S::mul(p[j], S::spread<kPeriod>(run.scales + i / kPeriod + j * kBlockTokens));
         }
       }
       store_weights(i, p[0], p[1]);
