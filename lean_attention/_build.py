@@ -47,7 +47,7 @@ CUDA_FLAGS = [
 
 
 def sources(cuda: bool = False) -> list[str]:
-    """Source files of the core, relative to the repository root."""
+    """Source files of the core, relative to the repository root. The names of C++ files differ."""
     csrc = ROOT / "csrc"
     found = [*csrc.rglob("*.cpp"), *(csrc.rglob("*.cu") if cuda else ())]
     return sorted(str(path.relative_to(ROOT)) for path in found)
@@ -138,7 +138,7 @@ def build_in_place() -> object:
 
     Raises ImportError where there are no sources.
     """
-    if not (ROOT / "csrc" / "ops.cpp").is_file():
+    if not (ROOT / "csrc" / "ops").is_dir():
         raise ImportError(
             "lean_attention: the compiled core lean_attention._C is missing and its sources are not "
             f"beside the package ({ROOT}); reinstall with: pip install --no-build-isolation lean_attention"

@@ -489,24 +489,33 @@ def test_quantised_tokens_outside_the_cache_are_not_written(append) -> None:
 
 
 BAD_SCALES = [
-    ({"k_scale": None}, "k_scale is missing; k_cache is Char and k is Float, so rows are quantised"),
-    ({"v_scale": None}, "v_scale is missing; v_cache is Char and k is Float"),
-    ({"k_scale": torch.zeros(4, 25, 2).double()}, "k_scale is Double; it must be Float"),
+    (
+        {"k_scale": None},
+        "k_scale is missing; k_cache is torch.int8 and k is torch.float32, so rows are quantised",
+    ),
+    ({"v_scale": None}, "v_scale is missing; v_cache is torch.int8 and k is torch.float32"),
+    ({"k_scale": torch.zeros(4, 25, 2).double()}, "k_scale is torch.float64; it must be torch.float32"),
     ({"k_scale": torch.zeros(4, 25)}, r"k_scale has shape \[4, 25\]; it must have 3 dimensions"),
     ({"v_scale": torch.zeros(4, 25, 1)}, r"v_scale has shape \[4, 25, 1\]; its dimension 2 must be 2"),
     ({"k_scale": torch.zeros(4, 1, 2)}, r"k_scale has shape \[4, 1, 2\]; its dimension 1 must be 25"),
     ({"v_scale": torch.zeros(2).expand(4, 25, 2)}, "v_scale has shape .* by which elements share memory"),
-    ({"v_cache": torch.zeros(4, 25, 2, 40)}, "v_cache is Float; it must be Char, like k_cache"),
-    ({"v_cache": torch.zeros(4, 25, 2, 40).to(torch.float8_e5m2)}, "v_cache is Float8_e5m2; it must be Char"),
-    ({"k": torch.randn(3, 1, 2, 64).double()}, "k is Double; it must be Float, Half or BFloat16"),
-    ({"v": torch.zeros(3, 1, 2, 40, dtype=torch.int8)}, "v is Char; it must be Float, like k"),
+    ({"v_cache": torch.zeros(4, 25, 2, 40)}, "v_cache is torch.float32; it must be torch.int8, like k_cache"),
+    (
+        {"v_cache": torch.zeros(4, 25, 2, 40).to(torch.float8_e5m2)},
+        "v_cache is torch.float8_e5m2; it must be torch.int8",
+    ),
+    (
+        {"k": torch.randn(3, 1, 2, 64).double()},
+        "k is torch.float64; it must be torch.float32, torch.float16 or torch.bfloat16",
+    ),
+    ({"v": torch.zeros(3, 1, 2, 40, dtype=torch.int8)}, "v is torch.int8; it must be torch.float32, like k"),
     (
         {"k": torch.zeros(3, 1, 2, 64).char(), "v": torch.zeros(3, 1, 2, 40).char()},
-        "k_scale is given, and k is Char, as is k_cache; scales are written where a quantised cache takes",
+        "k_scale is given, and k is torch.int8, as is k_cache; scales are written where a quantised cache",
     ),
     (
         {"k_cache": torch.zeros(4, 25, 2, 64), "v_cache": torch.zeros(4, 25, 2, 40)},
-        "k_scale is given, and k is Float, as is k_cache; scales are written where",
+        "k_scale is given, and k is torch.float32, as is k_cache; scales are written where",
     ),
 ]
 
@@ -539,14 +548,17 @@ def test_scales_that_are_no_tensors() -> None:
 
 PACKED = {"k": torch.randn(3, 2, 64), "v": torch.randn(3, 2, 40)}
 BAD = [
-    ({"k": torch.randn(3, 1, 2, 64).half()}, "v is Float; it must be Half, like k"),
-    ({"k_cache": torch.randn(4, 25, 2, 64).half()}, "k_cache is Half; it must be Float, like k"),
+    ({"k": torch.randn(3, 1, 2, 64).half()}, "v is torch.float32; it must be torch.float16, like k"),
+    (
+        {"k_cache": torch.randn(4, 25, 2, 64).half()},
+        "k_cache is torch.float16; it must be torch.float32, like k",
+    ),
     (
         {"k_cache": torch.randn(4, 25, 3, 64)},
         r"k_cache has shape .* dimension 2 must be 2, the num_kv_heads of k",
     ),
     ({"v": torch.randn(3, 2, 2, 40)}, r"v has shape .* dimension 1 must be 1, like k"),
-    ({"seq_lens": torch.zeros(3)}, "seq_lens is Float; it must be Int"),
+    ({"seq_lens": torch.zeros(3)}, "seq_lens is torch.float32; it must be torch.int32"),
     ({"rotary_cos": torch.ones(9, 32)}, "rotary_sin is missing; rotary_cos and rotary_sin come together"),
     ({"q": torch.randn(3, 1, 4, 64)}, "q is given without rotary_cos and rotary_sin"),
     ({"rotary_cos": torch.ones(9, 33), "rotary_sin": torch.ones(9, 33)}, "rotates 66 dims; k has 64"),

@@ -63,7 +63,7 @@ def test_quantised_caches_stay(quantised: torch.dtype) -> None:
 def test_what_is_no_number_to_compute_in_is_refused_as_ever() -> None:
     with (
         torch.autocast("cpu", BF16),
-        pytest.raises(ValueError, match="decode: q is Double; it must be Float"),
+        pytest.raises(ValueError, match=r"decode: q is torch.float64; it must be torch.float32"),
     ):
         lean_attention.decode(**inputs_of(torch.float64, F32))
 

@@ -56,6 +56,12 @@ def test_builds_just_in_time_from_sources(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
 
 
+def test_no_two_sources_have_one_name() -> None:
+    """torch's just-in-time build names an object after its source, without the folder."""
+    names = [Path(source).name for source in _build.sources()]
+    assert len(set(names)) == len(names), names
+
+
 def test_a_package_without_binary_and_sources_says_so(tmp_path: Path) -> None:
     checkout.copy(tmp_path, "lean_attention")
     result = python("import lean_attention", tmp_path)

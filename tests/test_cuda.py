@@ -357,7 +357,9 @@ def test_non_finite_values_in_use_propagate(value: float, where: str, decode: De
 
 def test_errors(decode: Decode) -> None:
     inputs = make_inputs(Case(torch.float32, lens=(64,), head_dim=64))
-    with pytest.raises(ValueError, match="q is Float; on cuda it must be Half or BFloat16"):
+    with pytest.raises(
+        ValueError, match=r"q is torch.float32; on cuda it must be torch.float16 or torch.bfloat16"
+    ):
         decode(**inputs)
     small = {name: t[..., :8].half() if t.dim() == 4 else t for name, t in inputs.items()}
     small["k_cache"] = small["v_cache"] = small["k_cache"][:, :1].expand(1, 2**31 - 1, 2, 8)

@@ -59,7 +59,7 @@ def test_compiles() -> None:
     ("changes", "message"),
     [
         ({"lse": None}, "lse is missing; out and lse are given together"),
-        ({"out": torch.empty(3, 2, 6, 64)}, "out is Float; it must be BFloat16, like q"),
+        ({"out": torch.empty(3, 2, 6, 64)}, "out is torch.float32; it must be torch.bfloat16, like q"),
         ({"out": torch.empty(3, 2, 6, 72).bfloat16()}, r"out has shape .* dimension 3 must be 64"),
         ({"out": torch.empty(2, 6, 64).bfloat16()}, r"out has shape .* it must have 4 dimensions"),
         ({"lse": torch.empty(3, 2, 6)}, r"lse has shape .* dimension 1 must be 6, the num_heads"),

@@ -1,8 +1,7 @@
 // The CPU backend, as the ops see it.
 #pragma once
 
-#include "append.h"
-#include "params.h"
+#include "backend_interface.h"
 
 namespace lean::cpu {
 
@@ -20,5 +19,11 @@ void merge_states(const MergeParams& params);
 
 // Throws if a token would go outside the cache; nothing is written then.
 void append_kv(const AppendParams& params);
+
+inline constexpr Backend kBackend{
+    .decode = [](const DecodeParams& params, const Queue&) { decode(params); },
+    .append_kv = [](const AppendParams& params, const Queue&) { append_kv(params); },
+    .merge_states = [](const MergeParams& params, const Queue&) { merge_states(params); },
+};
 
 }  // namespace lean::cpu

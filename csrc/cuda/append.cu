@@ -123,11 +123,11 @@ AppendKernel append_kernel_of(const AppendParams& p) {
 
 }  // namespace
 
-void append_kv(const AppendParams& p, int device, void* stream) {
+void append_kv(const AppendParams& p, const Queue& queue) {
   const int64_t rows_per_cta = p.quantises() ? kAppendWarps : 1;
   const int64_t ctas = std::min(ceil_div(p.all_tokens() * p.rows_per_token(), rows_per_cta), kMaxAppendCtas);
-  hw::launch(append_kernel_of(p), AppendArguments{p, error_record_of(device)}, ctas, kAppendThreads, 0,
-             stream);
+  hw::launch(append_kernel_of(p), AppendArguments{p, error_record_of(queue.device)}, ctas, kAppendThreads, 0,
+             queue.stream);
 }
 
 }  // namespace lean::cuda

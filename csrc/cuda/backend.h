@@ -1,28 +1,21 @@
-// The CUDA backend, as the op sees it.
+// The CUDA backend, as the ops see it.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
-#include "append.h"
-#include "params.h"
+#include "backend_interface.h"
 
 namespace lean::cuda {
 
-// Queues the decode on `stream` of `device`, the current one. `allocate(bytes)` returns device memory,
-// 16-byte aligned, that stays until the launch is done. Throws std::runtime_error where the device cannot run
-// it.
-void decode(const DecodeParams& params, int device, void* stream,
-            const std::function<void*(int64_t)>& allocate);
+// Each queues its work. They throw std::invalid_argument where there is no kernel for a call, and
+// std::runtime_error where the device cannot run it.
+void decode(const DecodeParams& params, const Queue& queue);
+void append_kv(const AppendParams& params, const Queue& queue);  // a token outside the cache is not written
+void merge_states(const MergeParams& params, const Queue& queue);
 
-// Queues the append. A token that would go outside the cache is not written.
-void append_kv(const AppendParams& params, int device, void* stream);
-
-// Queues the merge of at most so many states.
-constexpr int64_t kMaxMergedStates = 128;
-void merge_states(const MergeParams& params, void* stream);
+inline constexpr Backend kBackend{.decode = decode, .append_kv = append_kv, .merge_states = merge_states};
 
 // The first number out of range that kernels have met on a device since the last call: what it says, or an
 // empty string. Waits for the device.

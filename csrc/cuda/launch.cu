@@ -9,6 +9,7 @@
 
 #include "cuda/fix_up.h"
 #include "cuda/kernels.h"
+#include "fail.h"
 
 namespace lean::cuda {
 namespace {
@@ -33,10 +34,8 @@ const Kernel& choose_kernel(const DecodeParams& p) {
     }
   }
   if (best == nullptr) {
-    std::ostringstream message;
-    message << "decode: no CUDA kernel for head_dim " << p.k.dims << " and head_dim_v " << p.v.dims
-            << (quantised ? " in quantised caches" : "");
-    throw std::invalid_argument(message.str());
+    fail("decode: no CUDA kernel for head_dim ", p.k.dims, " and head_dim_v ", p.v.dims,
+         quantised ? " in quantised caches" : "");
   }
   return *best;
 }
@@ -105,24 +104,25 @@ ErrorRecord* error_record_of(int device) {
   return found;
 }
 
-void decode(const DecodeParams& p, int device, void* stream, const std::function<void*(int64_t)>& allocate) {
+void decode(const DecodeParams& p, const Queue& queue) {
+  if (p.dtype == DType::float32) {
+    fail("decode: q is torch.float32; on cuda it must be torch.float16 or torch.bfloat16");
+  }
   const Kernel& kernel = choose_kernel(p);
   // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
   // lengths leave at once. A range per LeanTile is all that can be of use.
   const int64_t most = most_tiles(p, p.geometry(kernel.rows, kernel.tile_tokens));
-  const int64_t resident = resident_ctas(kernel, device);  // also checks the device
+  const int64_t resident = resident_ctas(kernel, queue.device);  // also checks the device
   const int64_t ctas =
       p.num_ctas > 0 ? std::min(p.num_ctas, most) : useful_ctas(most, resident, kMinTilesPerCta);
   if (ctas > kMaxCtas) {
-    std::ostringstream message;
-    message << "decode: num_ctas is " << p.num_ctas << "; on cuda it must be at most " << kMaxCtas;
-    throw std::invalid_argument(message.str());
+    fail("decode: num_ctas is ", p.num_ctas, "; on cuda it must be at most ", kMaxCtas);
   }
 
   const int64_t flags_at = 128, partials_at = round_up(flags_at + ctas * sizeof(uint64_t), 128);
   const int64_t partial_floats = round_up(kernel.partial_floats, 32);
   char* memory = static_cast<char*>(
-      hw::allocate_workspace(allocate, partials_at + ctas * partial_floats * sizeof(float)));
+      hw::allocate_workspace(queue.allocate, partials_at + ctas * partial_floats * sizeof(float)));
   const Workspace workspace{
       .ticket = reinterpret_cast<uint64_t*>(memory),
       .flags = reinterpret_cast<uint64_t*>(memory + flags_at),
@@ -131,10 +131,10 @@ void decode(const DecodeParams& p, int device, void* stream, const std::function
       .nonce = new_nonce(),
   };
   const bool aligned = has_aligned_rows(p.k) && has_aligned_rows(p.v);
-  hw::launch(
-      kernel.function,
-      DecodeArguments{p, workspace, error_record_of(device), p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
-      ctas, kThreads, kernel.shared_bytes, stream);
+  hw::launch(kernel.function,
+             DecodeArguments{p, workspace, error_record_of(queue.device),
+                             p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
+             ctas, kThreads, kernel.shared_bytes, queue.stream);
 }
 
 std::string take_error(int device) {

@@ -3,6 +3,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/hardware.h"
+#include "fail.h"
 #include "softmax_state.h"
 
 namespace lean::cuda {
@@ -10,11 +11,12 @@ namespace {
 
 constexpr int kMergeThreads = 128;
 constexpr int64_t kMaxMergeCtas = 4096;
+constexpr int64_t kMaxStates = 128;
 
 struct MergeArguments {
   MergeParams p;  // its arrays of pointers are the host's
-  const void* outs[kMaxMergedStates];
-  const float* lses[kMaxMergedStates];
+  const void* outs[kMaxStates];
+  const float* lses[kMaxStates];
 };
 
 template <class T>
@@ -45,7 +47,10 @@ merge_kernel(LEAN_KERNEL_PARAMETER MergeArguments arguments) {
 
 }  // namespace
 
-void merge_states(const MergeParams& p, void* stream) {
+void merge_states(const MergeParams& p, const Queue& queue) {
+  if (p.num_states > kMaxStates) {
+    fail("merge_states: outs has ", p.num_states, " tensors; on cuda there may be ", kMaxStates);
+  }
   MergeArguments arguments{p, {}, {}};
   std::copy_n(p.outs, p.num_states, arguments.outs);
   std::copy_n(p.lses, p.num_states, arguments.lses);
@@ -53,7 +58,7 @@ void merge_states(const MergeParams& p, void* stream) {
                                    : p.dtype == DType::bfloat16 ? &merge_kernel<hw::BFloat16>
                                                                 : &merge_kernel<float>;
   const int64_t ctas = std::min(p.batch * p.q_len * p.num_heads, kMaxMergeCtas);
-  hw::launch(kernel, arguments, ctas, kMergeThreads, 0, stream);
+  hw::launch(kernel, arguments, ctas, kMergeThreads, 0, queue.stream);
 }
 
 }  // namespace lean::cuda

@@ -36,7 +36,12 @@ def build_directory() -> Path:
 def is_built() -> bool:
     """And no source has changed since."""
     library = build_directory() / f"{NAME}.so"
-    sources = [Path(_build.__file__), *HERE.glob("*.*"), *(_build.ROOT / "csrc").rglob("*.*")]
+    sources = [
+        Path(_build.__file__),
+        *HERE.glob("*.*"),
+        *HERE.glob("ops/*.h"),
+        *(_build.ROOT / "csrc").rglob("*.*"),
+    ]
     return library.exists() and all(file.stat().st_mtime < library.stat().st_mtime for file in sources)
 
 
@@ -47,10 +52,16 @@ def load() -> ModuleType:
     if not may_build and not is_built():
         pytest.skip("the emulated device is not built; make test builds it")
     flags = [flag for flag in _build.COMPILE_FLAGS if flag != "-O3"]
-    flags += ["-O1", "-g1", "-DLEAN_EMULATED", "-Wno-unknown-pragmas"]
+    flags += ["-O1", "-g1", "-Wno-unknown-pragmas"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitized() else []
     build_directory().mkdir(parents=True, exist_ok=True)
-    sources = [_build.ROOT / source for source in _build.sources() if not source.endswith("bindings.cpp")]
+    # HERE comes first on the include path: its ops/dispatch.h sends the ops to the emulated device.
+    sources = [
+        _build.ROOT / source
+        for source in _build.sources()
+        if not source.startswith("csrc/cpu/")
+        and Path(source).name not in ("bindings.cpp", "benchmark_ops.cpp")
+    ]
     with open(build_directory() / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends, however it ends
         (build_directory() / "lock").unlink(
@@ -61,6 +72,6 @@ def load() -> ModuleType:
             sources=[str(source) for source in [*sources, *sorted(HERE.glob("*.cpp"))]],
             extra_cflags=flags + sanitizers,
             extra_ldflags=sanitizers,
-            extra_include_paths=[*_build.include_dirs(), str(HERE)],
+            extra_include_paths=[str(HERE), *_build.include_dirs()],
             build_directory=str(build_directory()),
         )

@@ -9,8 +9,7 @@
 
 #include "cpu/kernels/tile_kernel.h"
 
-// (The emulated device's tests are of other kernels, and wait for this to compile under sanitizers.)
-#if defined(__x86_64__) && !defined(LEAN_EMULATED)
+#if defined(__x86_64__)
 #define LEAN_X86
 #endif
 

@@ -1,15 +1,14 @@
-// merge_states: checks, parameters, dispatch.
-#include <torch/csrc/stable/ops.h>
+// merge_states: partial attention into one.
+#include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <tuple>
+#include <vector>
 
-#include "arguments.h"
-#include "cpu/backend.h"
-#include "cuda/backend.h"
-#include "dispatch.h"
-#include "ops.h"
+#include "ops/dispatch.h"
 
 namespace lean {
+namespace {
 
 std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                                         double base) {
@@ -34,7 +33,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
   params.num_heads = outs[0].size(2 - packed);
   params.head_dim_v = outs[0].size(3 - packed);
   params.log2_base = static_cast<float>(std::log2(base));
-  std::vector<Tensor> held;  // contiguous copies live until the end
+  Copies copies;
   std::vector<const void*> out_pointers;
   std::vector<const float*> lse_pointers;
   for (size_t i = 0; i < outs.size(); ++i) {
@@ -52,10 +51,8 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
     if (!packed) lse.has_size(0, params.batch, "the batch size of outs");
     lse.has_size(1 - packed, params.num_heads, "the num_heads of outs");
     lse.has_size(2 - packed, params.q_len, "the query tokens of outs");
-    held.push_back(torch::stable::contiguous(outs[i]));
-    out_pointers.push_back(held.back().const_data_ptr());
-    held.push_back(torch::stable::contiguous(lses[i]));
-    lse_pointers.push_back(static_cast<const float*>(held.back().const_data_ptr()));
+    out_pointers.push_back(copies.contiguous(outs[i]));
+    lse_pointers.push_back(static_cast<const float*>(copies.contiguous(lses[i])));
   }
   Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
   Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
@@ -63,15 +60,25 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
   params.lses = lse_pointers.data();
   params.out = out.mutable_data_ptr();
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const auto on_cuda = [&](int, void* stream) {
-    if (params.num_states > cuda::kMaxMergedStates) {
-      fail("merge_states: outs has ", params.num_states, " tensors; on cuda there may be ",
-           cuda::kMaxMergedStates);
-    }
-    cuda::merge_states(params, stream);
-  };
-  if (out.numel() > 0) dispatch(first, [&] { cpu::merge_states(params); }, on_cuda);
+  if (out.numel() > 0) {
+    dispatch(first, [&](const Backend& backend, const Queue& queue) { backend.merge_states(params, queue); });
+  }
   return {out, lse};
 }
 
+}  // namespace
 }  // namespace lean
+
+STABLE_TORCH_LIBRARY_FRAGMENT(LEAN_OP_LIBRARY, m) {
+  m.def(
+      "merge_states(Tensor[] outs, Tensor[] lses, *, float base=2.718281828459045) -> (Tensor out, Tensor "
+      "lse)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LEAN_OP_LIBRARY, CPU, m) {
+  m.impl("merge_states", TORCH_BOX(&lean::merge_states));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LEAN_OP_LIBRARY, CUDA, m) {
+  m.impl("merge_states", TORCH_BOX(&lean::merge_states));
+}

@@ -1,12 +1,20 @@
-// Which backend an op runs on.
+// Which backend an op runs on: that of the device where its tensors are.
+//
+// tests/emulation has another dispatch.h, under a library name of its own.
 #pragma once
 
-#include "arguments.h"
+#include "cpu/backend.h"
+#include "ops/tensor_args.h"
 
 #if defined(LEAN_WITH_CUDA)
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/backend.h"
 #endif
+
+// The ops are torch.ops.lean_attn's.
+#define LEAN_OP_LIBRARY lean_attn
 
 namespace lean {
 
@@ -28,24 +36,20 @@ inline void* current_cuda_stream(const char* op, int device) {
 }
 #endif
 
-// Calls on_cpu(), or on_cuda(device, stream), for tensors that are where `argument` is.
-template <class OnCpu, class OnCuda>
-void dispatch(const Argument& argument, const OnCpu& on_cpu, const OnCuda& on_cuda) {
-#if defined(LEAN_EMULATED)
-  (void)on_cpu;
-  on_cuda(0, nullptr);
-#else
-  if (argument.tensor.is_cpu()) return on_cpu();
+// Calls call(backend, queue) for tensors that are where `argument` is.
+template <class Call>
+void dispatch(const Argument& argument, const Call& call) {
+  if (argument.tensor.is_cpu()) return call(cpu::kBackend, Queue{});
 #if defined(LEAN_WITH_CUDA)
   const int device = argument.tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  on_cuda(device, current_cuda_stream(argument.op, device));
+  DeviceMemory memory(argument.tensor);
+  call(cuda::kBackend, Queue{device, current_cuda_stream(argument.op, device),
+                             [&](int64_t bytes) { return memory.allocate(bytes); }});
 #else
-  (void)on_cuda;
   fail(argument.op, ": ", argument.name, " is on ", device_of(argument.tensor),
        "; this build of lean_attention runs on cpu only (built without CUDA: no toolkit was found, or "
        "LEAN_ATTENTION_CUDA=0)");
-#endif
 #endif
 }
 

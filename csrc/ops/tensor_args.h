@@ -1,6 +1,7 @@
 // Checks of tensor arguments, and their errors: the argument's name, what it is, what it must be.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -8,10 +9,11 @@
 #include <array>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "fail.h"
 #include "params.h"
 
 namespace lean {
@@ -20,12 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
+inline const OptionalTensor kNoTensor;
 
 template <class Numbers>
 std::string list_of(const Numbers& numbers) {
@@ -49,6 +46,38 @@ inline std::string device_of(const Tensor& t) {
   return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
 }
 
+// The name that a user writes.
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "torch.float8_e5m2";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 // A tensor argument with the names that its errors use.
 struct Argument {
   const char* op;
@@ -57,7 +86,8 @@ struct Argument {
 
   void has_shape(const char* layout, int64_t rank) const {
     if (tensor.dim() != rank) {
-      fail(op, ": ", name, " has shape ", shape_of(tensor), "; it must have ", rank, " dimensions, ", layout);
+      fail(op, ": ", name, " has shape ", shape_of(tensor), "; it must have ", rank,
+           rank == 1 ? " dimension, " : " dimensions, ", layout);
     }
   }
   void has_size(int64_t dim, int64_t want, const char* what) const {
@@ -73,7 +103,7 @@ struct Argument {
   }
   void has_dtype(ScalarType want, const char* why) const {
     if (tensor.scalar_type() != want) {
-      fail(op, ": ", name, " is ", tensor.scalar_type(), "; it must be ", want, why);
+      fail(op, ": ", name, " is ", name_of(tensor.scalar_type()), "; it must be ", name_of(want), why);
     }
   }
   void is_on_device_of(const Argument& other) const {
@@ -126,6 +156,34 @@ inline std::optional<DType> quantised_dtype_of(const Tensor& tensor) {
   }
 }
 
+// The tensors of a call that had to be copied, until its end.
+class Copies {
+ public:
+  // The tensor's data if it is contiguous, else a contiguous copy's.
+  const void* contiguous(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return copies_.back().const_data_ptr();
+  }
+
+ private:
+  std::vector<Tensor> copies_;
+};
+
+// Device memory for a call, until its work is queued: torch gives it to later work of the same stream only.
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(const Tensor& like) : like_(like) {}
+  void* allocate(int64_t bytes) {
+    memory_ = torch::stable::new_empty(like_, {bytes}, ScalarType::Byte);
+    return memory_->mutable_data_ptr();
+  }
+
+ private:
+  const Tensor& like_;
+  OptionalTensor memory_;
+};
+
 template <class View, class Data>
 View cache_view(const Tensor& cache, DType dtype, Data* data) {
   return {.data = data,
@@ -154,8 +212,8 @@ inline DType dtype_of(const Argument& argument) {
     case ScalarType::BFloat16:
       return DType::bfloat16;
     default:
-      fail(argument.op, ": ", argument.name, " is ", argument.tensor.scalar_type(),
-           "; it must be Float, Half or BFloat16");
+      fail(argument.op, ": ", argument.name, " is ", name_of(argument.tensor.scalar_type()),
+           "; it must be torch.float32, torch.float16 or torch.bfloat16");
   }
 }
 
