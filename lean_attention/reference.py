@@ -132,35 +132,39 @@ def append_kv(
     block_table: Tensor | None = None,
     *,
     cache_batch_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    q: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """What `lean_attention.append_kv` writes into the caches and, where they quantise, into the scales.
+    """What `lean_attention.append_kv` writes: the caches, their scales where they quantise, and q.
 
     Rows that are quantised are rotated in float32 and rounded to k's dtype: the same bits everywhere.
     """
     block_size = k_cache.shape[1]
-    for b in range(len(k)):
-        for i in range(k.shape[1]):
+    rotary_dtype = torch.float64 if k_scale is None else torch.float32
+    for b in range(len(seq_lens)):
+        own = b if cu_seqlens is None else slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        for i in range(len(k[own])):
             position = int(seq_lens[b]) + i
             if block_table is None:
                 at = (b if cache_batch_idx is None else int(cache_batch_idx[b]), position)
             else:
                 at = (int(block_table[b, position // block_size]), position % block_size)
-            new = k[b, i]
+            new_k, new_v = k[own][i], v[own][i]
             if rotary_cos is not None:
-                tables = (rotary_cos[position], rotary_sin[position])
-                dtype = torch.float64 if k_scale is None else torch.float32
-                new = rotate(new, *tables, rotary_interleaved, dtype)
+                rotary = (rotary_cos[position], rotary_sin[position], rotary_interleaved, rotary_dtype)
+                new_k = rotate(new_k, *rotary)
+                if q is not None:
+                    q[own][i] = rotate(q[own][i], *rotary).to(q.dtype)
             if k_scale is None:
-                k_cache[at] = new.to(k_cache.dtype)
-                v_cache[at] = v[b, i]
+                k_cache[at], v_cache[at] = new_k.to(k_cache.dtype), new_v
             else:
-                k_cache[at], k_scale[at] = quantise(new.to(k.dtype), k_cache.dtype)
-                v_cache[at], v_scale[at] = quantise(v[b, i], v_cache.dtype)
+                k_cache[at], k_scale[at] = quantise(new_k.to(k.dtype), k_cache.dtype)
+                v_cache[at], v_scale[at] = quantise(new_v, v_cache.dtype)
 
 
 def quantise(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

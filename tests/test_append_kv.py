@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 
 import pytest
@@ -60,18 +61,11 @@ def make_arguments(dtype, paged: bool, tokens: int, rotary: str, dims=(64, 40)) 
 
 def check(append: Callable[..., None], arguments: dict, tolerance: float) -> None:
     want = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    q = want.pop("q", None)
     reference.append_kv(**want)
     append(**arguments)
-    for name in ("k_cache", "v_cache"):
+    for name in {"k_cache", "v_cache", "q"} & arguments.keys():
         torch.testing.assert_close(arguments[name], want[name], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(arguments["v_cache"], want["v_cache"], rtol=0, atol=0)
-    if q is not None:
-        for b, i in itertools.product(range(q.shape[0]), range(q.shape[1])):
-            position = int(want["seq_lens"][b]) + i
-            cos, sin = want["rotary_cos"][position], want["rotary_sin"][position]
-            rotated = reference.rotate(q[b, i], cos, sin, want["rotary_interleaved"])
-            torch.testing.assert_close(arguments["q"][b, i].double(), rotated, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
@@ -106,18 +100,12 @@ def test_quantised_tokens_are_copied(append, dtype) -> None:
 
 def test_packed_tokens(append) -> None:
     arguments = make_arguments(F32, True, 3, "half")
-    want = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    q = want.pop("q")
-    reference.append_kv(**want)
-    arguments["cu_seqlens"] = torch.tensor([0, 3, 6, 9], dtype=torch.int32)
-    for name in ("k", "v", "q"):  # and two tokens that are no sequence's
-        packed = arguments[name].flatten(0, 1)
-        arguments[name] = torch.cat([packed, packed[:2]])
-    append(**arguments)
-    for name in ("k_cache", "v_cache"):
-        torch.testing.assert_close(arguments[name], want[name])
-    assert torch.equal(arguments["q"][9:], q.flatten(0, 1)[:2])
-    assert not torch.equal(arguments["q"][:9], q.flatten(0, 1))
+    arguments["cu_seqlens"] = torch.tensor([0, 4, 4, 7], dtype=torch.int32)
+    for name in ("k", "v", "q"):  # the last two tokens are no sequence's
+        arguments[name] = arguments[name].flatten(0, 1)
+    q = arguments["q"].clone()
+    check(append, arguments, 4 * torch.finfo(F32).eps)
+    assert torch.equal(arguments["q"][7:], q[7:]) and not torch.equal(arguments["q"][:7], q[:7])
 
 
 OUTSIDE = [
@@ -141,58 +129,16 @@ def test_writes_outside_the_cache_are_refused(append, name: str, at, value: int,
             assert torch.equal(arguments[cache], before), "something was written"
         return
     append(**arguments)
-    sequence = at if isinstance(at, int) else at[0]
     if append is torch.ops.lean_attn_emulated.append_kv:
-        assert f"append_kv: a new token of sequence {sequence} would have gone" in load().take_error()
+        assert re.match(f"append_kv: {message}", load().take_error())
         assert load().take_error() == ""
     else:
-        with pytest.raises(
-            ValueError, match=f"append_kv: a new token of sequence {sequence} would have gone"
-        ):
+        with pytest.raises(ValueError, match=f"append_kv: {message}"):
             lean_attention.check_errors()
         lean_attention.check_errors()
     for cache, before in caches.items():  # the other sequences' tokens are there
         changed = (arguments[cache] != before).flatten(2).any(dim=2).sum().item()
         assert changed == (4 if value != 24 else 5)
-
-
-# cu_seqlens, what the CPU says, what check_errors says.
-BAD_COUNTS = [
-    ((2, 3, 6, 9), r"cu_seqlens\[0\] is 2; it must be 0", "cu_seqlens began with 2; it must begin with 0"),
-    ((-1, 3, 6, 9), r"cu_seqlens\[0\] is -1; it must be 0", "cu_seqlens began with -1; it must begin with 0"),
-    (
-        (0, 6, 3, 9),
-        r"cu_seqlens\[2\] is 3; it must be from 6, the",
-        "cu_seqlens of sequence 1 ended at 3, which",
-    ),
-    (
-        (0, 3, 6, 10),
-        r"cu_seqlens\[3\] is 10; .* to 9, the tokens",
-        "cu_seqlens of sequence 2 ended at 10, which",
-    ),
-]
-
-
-@pytest.mark.parametrize(("counts", "at_once", "later"), BAD_COUNTS)
-def test_wrong_counts_are_told_of(append, counts: tuple[int, ...], at_once: str, later: str) -> None:
-    arguments = make_arguments(F32, False, 3, "")
-    for name in ("k", "v"):
-        arguments[name] = arguments[name].flatten(0, 1)
-    arguments["cu_seqlens"] = torch.tensor(counts, dtype=torch.int32)
-    if append is lean_attention.append_kv:
-        caches = {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
-        with pytest.raises(ValueError, match=f"append_kv: {at_once}"):
-            append(**arguments)
-        for cache, before in caches.items():
-            assert torch.equal(arguments[cache], before), "something was written"
-        return
-    append(**arguments)
-    if append is torch.ops.lean_attn_emulated.append_kv:
-        assert f"append_kv: {later}" in load().take_error()
-        assert load().take_error() == ""
-    else:
-        with pytest.raises(ValueError, match=f"append_kv: {later}"):
-            lean_attention.check_errors()
 
 
 def one_place_twice() -> list[tuple[dict, str]]:
@@ -477,9 +423,9 @@ def test_quantised_tokens_outside_the_cache_are_not_written(append) -> None:
     arguments["block_table"][2, 1] = 99
     append(**arguments)
     if append is torch.ops.lean_attn_emulated.append_kv:
-        assert "append_kv: a new token of sequence" in load().take_error()
+        assert "(the first of " in load().take_error()
     else:
-        with pytest.raises(ValueError, match="append_kv: a new token of sequence"):
+        with pytest.raises(ValueError, match=r"\(the first of "):
             lean_attention.check_errors()
     for name in ("k_cache", "v_cache"):
         changed = (to_bits(arguments[name]) != to_bits(good[name])).flatten(2).any(dim=2).sum()

@@ -187,7 +187,7 @@ def test_packed_queries_before_the_first_sequence(first: int, decode: Decode) ->
     }
     take_error(decode)
     out, lse = decode(**arguments, cu_seqlens_q=torch.tensor([first, 3, 4], dtype=torch.int32))
-    assert f"decode: cu_seqlens_q began with {first}; it must begin with 0" in take_error(decode)
+    assert f"decode: cu_seqlens_q[0] is {first}; it must be 0" in take_error(decode)
     before = max(first, 0)
     assert (out[:before] == 0).all() and (lse[:, :before] == -torch.inf).all()
     assert (out[4:] == 0).all() and (lse[:, 4:] == -torch.inf).all()
@@ -259,32 +259,32 @@ OUT_OF_RANGE = [
     (
         {"seq_lens": torch.tensor([9, 2**31 - 1, 7], dtype=I32)},
         {"seq_lens": torch.tensor([9, 96, 7], dtype=I32)},
-        "decode: seq_lens of sequence 1 (KV head 0) was 2147483647, which is negative or more than the",
+        "decode: seq_lens[1] is 2147483647; it must be from 0 to 96, the tokens that the cache holds",
     ),
     (
         {"seq_lens": torch.tensor([-5, 20, 7], dtype=I32)},
         {"seq_lens": torch.tensor([0, 20, 7], dtype=I32)},
-        "decode: seq_lens of sequence 0 (KV head 0) was -5, which is negative",
+        "decode: seq_lens[0] is -5; it must be from 0 to 96",
     ),
     (
         {"cache_leftpad": torch.tensor([0, 0, -2], dtype=I32)},
         {},
-        "decode: cache_leftpad of sequence 2 was -2, which is negative",
+        "decode: cache_leftpad[2] is -2; it must be at least 0",
     ),
     (
         {"cache_batch_idx": torch.tensor([1, 3, 2], dtype=I32)},
         {"cache_batch_idx": torch.tensor([1, 0, 2], dtype=I32)},
-        "decode: cache_batch_idx of sequence 1 was 3, which is no slot of the cache",
+        "decode: cache_batch_idx[1] is 3; it must be from 0 to 2, the slots of the cache",
     ),
     (
         {"block_table": torch.tensor([[0, 5, 1, 2, 3, 4]] * 3, dtype=I32) % 5 - torch.eye(3, 6).int() * 9},
         {"block_table": torch.tensor([[0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4], [0, 0, 0, 2, 3, 4]]).int()},
-        "decode: block_table of sequence ",
+        "decode: block_table[",
     ),
     (
         {"cu_seqlens_q": torch.tensor([0, 2, 9, 3], dtype=I32)},
         {"cu_seqlens_q": torch.tensor([0, 2, 3, 3], dtype=I32)},
-        "decode: cu_seqlens_q of sequence ",
+        "decode: cu_seqlens_q[",
     ),
 ]
 

@@ -13,14 +13,15 @@
 
 #include <algorithm>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/check_values.h"
 #include "cpu/kernels/registry.h"
 #include "cpu/parallel.h"
+#include "fail.h"
 #include "quantise.h"
 
 namespace lean::cpu {
@@ -28,48 +29,6 @@ namespace {
 
 // With fewer bytes another thread costs more than it brings.
 constexpr int64_t kMinBytesPerThread = 256 * 1024;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << "append_kv: " << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-void check_token(const AppendParams& p, const NewToken& t) {
-  const int64_t length = p.seq_lens[t.sequence];
-  if (length < 0) fail("seq_lens[", t.sequence, "] is ", length, "; it must be at least 0");
-  if (t.position >= p.pages.capacity()) {
-    fail("seq_lens[", t.sequence, "] is ", length, ", and a new token would go to position ", t.position,
-         "; ", p.pages.block_table ? "a row of block_table" : "the cache", " holds ", p.pages.capacity(),
-         " tokens");
-  }
-  if (t.block < 0) {
-    const int64_t index = t.position / p.pages.block_size;
-    if (p.pages.block_table) {
-      fail("block_table[", t.sequence, ", ", index, "] is ", p.pages.raw_block(t.sequence, 0, index),
-           "; it must be from 0 to ", p.pages.num_blocks - 1, ", the blocks of the cache");
-    }
-    fail("cache_batch_idx[", t.sequence, "] is ", p.pages.cache_batch_idx[t.sequence],
-         "; it must be from 0 to ", p.pages.num_blocks - 1, ", the slots of the cache");
-  }
-  if (p.cos && t.position >= p.max_position) {
-    fail("a new token of sequence ", t.sequence, " is at position ", t.position,
-         "; rotary_cos has positions up to ", p.max_position - 1);
-  }
-}
-
-void check_counts(const AppendParams& p) {
-  if (!p.cu_seqlens) return;
-  if (p.cu_seqlens[0] != 0) fail("cu_seqlens[0] is ", p.cu_seqlens[0], "; it must be 0");
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
-    if (end < begin || end > p.tokens) {
-      fail("cu_seqlens[", b + 1, "] is ", end, "; it must be from ", begin, ", the entry before, to ",
-           p.tokens, ", the tokens of k");
-    }
-  }
-}
 
 // Refuses two new tokens for one slot. Tokens of neighbouring slots are compared as one run: there are few.
 class Destinations {
@@ -104,7 +63,7 @@ class Destinations {
       if (t.sequence < 0) continue;
       const auto [other, is_new] = taken.try_emplace(place_of(t), t);
       if (is_new) continue;
-      fail(name_of(t), " is ", t.block, ", as is ", name_of(other->second),
+      fail("append_kv: ", name_of(t), " is ", t.block, ", as is ", name_of(other->second),
            ", and a new token of each would go to slot ", t.slot,
            " there; each must have a place of its own");
     }
@@ -217,12 +176,12 @@ void append_all(const AppendParams& p) {
 }  // namespace
 
 void append_kv(const AppendParams& p) {
-  check_counts(p);
+  find_bad_numbers(p, 0, 1, refuse);
   Destinations destinations(p);
   for (int64_t token = 0; token < p.all_tokens(); ++token) {
     const NewToken t = new_token(p, token);
     if (t.sequence < 0) continue;
-    check_token(p, t);
+    find_bad_place(p, t, refuse);
     destinations.add(t);
   }
   destinations.check();

@@ -1,12 +1,14 @@
 // What the CPU backend refuses before it reads or writes anything.
 #pragma once
 
-#include "params.h"
+#include "bad_numbers.h"
 
 namespace lean::cpu {
 
-// Throws std::invalid_argument where a length, a slot, a block or a count of queries is out of range, naming
-// it. Entries of block_table that no row sees may hold anything.
+// Throws std::invalid_argument with the number's text.
+[[noreturn]] void refuse(const BadNumber& bad);
+
+// Refuses the first number that is out of range.
 void check_values(const DecodeParams& params);
 
 }  // namespace lean::cpu

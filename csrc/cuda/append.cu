@@ -21,20 +21,13 @@ struct AppendArguments {
 
 // Called by the threads of one CTA.
 LEAN_DEVICE void check_counts(const AppendParams& p, ErrorRecord* errors) {
-  if (hw::thread_index() == 0 && p.cu_seqlens[0] != 0) {
-    report(errors, BadNumber::append_first_cu_seqlens, 0, 0, 0, p.cu_seqlens[0]);
-  }
-  for (int64_t b = hw::thread_index(); b < p.batch; b += kAppendThreads) {
-    const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
-    if (end < begin || end > p.tokens) report(errors, BadNumber::append_cu_seqlens, b, 0, 0, end);
-  }
+  find_bad_numbers(p, hw::thread_index(), kAppendThreads,
+                   [errors](const BadNumber& bad) { report(errors, bad); });
 }
 
 // Called by the thread that has the first element of a token's first row.
 LEAN_DEVICE void check_place(const AppendParams& p, const NewToken& t, ErrorRecord* errors) {
-  if (t.block < 0 || (p.cos && t.position >= p.max_position)) {
-    report(errors, BadNumber::append, t.sequence, 0, 0, t.position);
-  }
+  find_bad_place(p, t, [errors](const BadNumber& bad) { report(errors, bad); });
 }
 
 template <class T>

@@ -84,6 +84,7 @@ class DecodeCta {
     shared().row_begin = static_cast<int>(segment.row_block) * Config::rows;
     shared().rows = static_cast<int>(geometry_.block_rows(q_len, segment.row_block));
     shared().first_token = static_cast<int>(segment.tokens(Config::tile_tokens).begin);
+    shared().bad_block = -1;
   }
 
   // Sets grid, cta and the walk; false where this CTA has nothing to do. They live in shared memory: the loop
@@ -104,7 +105,9 @@ class DecodeCta {
       if (lane_ == hw::kWarpThreads - 1) shared().warp_tiles[warp_] = sum;
     }
     hw::sync_block();
-    if (shared().ticket == 0) check_values(p_, a_.errors, thread_, kThreads);  // one CTA tells for all
+    if (shared().ticket == 0) {  // one CTA tells for all
+      find_bad_numbers(p_, thread_, kThreads, [this](const BadNumber& bad) { report(a_.errors, bad); });
+    }
     if (p_.cu_seqlens_q) write_padding();
     if (ragged()) {
       for (int w = 0; w < kWarps; ++w) {
@@ -155,11 +158,6 @@ class DecodeCta {
   // Sequences may differ in their LeanTiles.
   LEAN_DEVICE bool ragged() const { return p_.seq_lens || p_.cache_leftpad || p_.cu_seqlens_q; }
 
-  LEAN_DEVICE void report(BadNumber bad_number, int64_t sequence, int64_t kv_head, int64_t index,
-                          int64_t value) const {
-    lean::cuda::report(a_.errors, bad_number, sequence, kv_head, index, value);
-  }
-
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
   LEAN_DEVICE void write_padding() const {
     const int64_t before = p_.first_query(0), end = p_.first_query(p_.batch);
@@ -190,10 +188,13 @@ class DecodeCta {
     const SequenceLength length = p_.clamped_length(segment.sequence, segment.kv_head);
     const TokenSpan tokens = segment.tokens(Config::tile_tokens);
     tokens_ = static_cast<int>(tokens.end - tokens.begin);
-    const bool contiguous = !p_.pages.block_table && tokens_ > 0;
-    const int64_t block = contiguous ? block_at(0) : 0, slot = contiguous ? tokens.begin : 0;
-    k_ = static_cast<const Element*>(p_.k.data) + p_.k.offset(block, slot, segment.kv_head);
-    v_ = static_cast<const Element*>(p_.v.data) + p_.v.offset(block, slot, segment.kv_head);
+    k_ = static_cast<const Element*>(p_.k.data) + p_.k.offset(0, 0, segment.kv_head);
+    v_ = static_cast<const Element*>(p_.v.data) + p_.v.offset(0, 0, segment.kv_head);
+    if (!p_.pages.block_table && tokens_ > 0) {
+      const int64_t block = block_at(0);
+      k_ += p_.k.offset(block, tokens.begin, 0);
+      v_ += p_.v.offset(block, tokens.begin, 0);
+    }
     const int steps = (tokens_ + kStepTokens - 1) / kStepTokens, token_warp = warp_ / Config::dim_warps;
     steps_ = steps > token_warp ? (steps - token_warp + Config::token_warps - 1) / Config::token_warps : 0;
 
@@ -204,6 +205,7 @@ class DecodeCta {
     hw::sync_block();  // the query is there
     attend();
     merge_warps();
+    if (thread_ == 0 && shared().bad_block >= 0) report_block(segment, shared().bad_block);
     if (!segment.is_host()) {
       publish();
     } else {
@@ -274,9 +276,14 @@ class DecodeCta {
     const Segment& segment = shared().segment;
     const int64_t block = p_.pages.raw_block(segment.sequence, segment.kv_head, index);
     if (p_.pages.is_block(block)) return block;
-    report(p_.pages.block_table ? BadNumber::block_table : BadNumber::cache_batch_idx, segment.sequence,
-           segment.kv_head, index, block);
+    shared().bad_block = static_cast<int>(index);  // reported later: here are no registers to spare
     return 0;
+  }
+
+  LEAN_DEVICE void report_block(const Segment& segment, int64_t index) const {
+    const int64_t block = p_.pages.raw_block(segment.sequence, segment.kv_head, index);
+    report(a_.errors,
+           bad_block(BadNumber::decode, p_.pages, segment.sequence, segment.kv_head, index, block));
   }
 
   // Where a token of the segment lies; a token past its end lies where its last one does.

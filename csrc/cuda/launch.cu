@@ -83,7 +83,8 @@ bool has_aligned_rows(const CacheView& cache) {
                      [&](int64_t stride) { return stride * element_size(cache.dtype) % 16 == 0; });
 }
 
-LEAN_DEVICE_VARIABLE ErrorRecord error_record;
+// A device's variable may have no constructor, so this is the memory of an ErrorRecord. It is zero at first.
+alignas(ErrorRecord) LEAN_DEVICE_VARIABLE unsigned char error_record[sizeof(ErrorRecord)];
 
 // LeanTiles that a call may have at most, by its shapes alone.
 int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
@@ -99,7 +100,7 @@ int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
 ErrorRecord* error_record_of(int device) {
   static std::atomic<ErrorRecord*> records[kMaxDevices];
   if (ErrorRecord* known = records[device].load(std::memory_order_relaxed)) return known;
-  ErrorRecord* found = hw::device_address(error_record);
+  ErrorRecord* found = reinterpret_cast<ErrorRecord*>(hw::device_address(error_record));
   records[device].store(found, std::memory_order_relaxed);
   return found;
 }
@@ -139,47 +140,9 @@ void decode(const DecodeParams& p, const Queue& queue) {
 
 std::string take_error(int device) {
   const ErrorRecord record = hw::take_value(error_record_of(device));
-  std::ostringstream message;
-  switch (record.bad_number) {
-    case BadNumber::none:
-      break;
-    case BadNumber::seq_lens:
-      message << "decode: seq_lens of sequence " << record.sequence << " (KV head " << record.kv_head
-              << ") was " << record.value << ", which is negative or more than the cache holds";
-      break;
-    case BadNumber::cache_leftpad:
-      message << "decode: cache_leftpad of sequence " << record.sequence << " was " << record.value
-              << ", which is negative";
-      break;
-    case BadNumber::cache_batch_idx:
-      message << "decode: cache_batch_idx of sequence " << record.sequence << " was " << record.value
-              << ", which is no slot of the cache";
-      break;
-    case BadNumber::cu_seqlens_q:
-      message << "decode: cu_seqlens_q of sequence " << record.sequence << " ended at " << record.value
-              << ", which is before its beginning, past the tokens of q or past the columns of tree_mask";
-      break;
-    case BadNumber::first_cu_seqlens_q:
-      message << "decode: cu_seqlens_q began with " << record.value << "; it must begin with 0";
-      break;
-    case BadNumber::append_cu_seqlens:
-      message << "append_kv: cu_seqlens of sequence " << record.sequence << " ended at " << record.value
-              << ", which is before its beginning or past the tokens of k";
-      break;
-    case BadNumber::append_first_cu_seqlens:
-      message << "append_kv: cu_seqlens began with " << record.value << "; it must begin with 0";
-      break;
-    case BadNumber::append:
-      message << "append_kv: a new token of sequence " << record.sequence << " would have gone to position "
-              << record.value << ", outside the cache or the rotary tables";
-      break;
-    case BadNumber::block_table:
-      message << "decode: block_table of sequence " << record.sequence << " (KV head " << record.kv_head
-              << ") had " << record.value << " at " << record.index << ", which is no block of the cache";
-      break;
-  }
-  if (record.reports > 1) message << " (the first of " << record.reports << " such)";
-  return message.str();
+  std::string text = describe(record.first);
+  if (record.reports > 1) text += " (the first of " + std::to_string(record.reports) + " such)";
+  return text;
 }
 
 std::vector<KernelFacts> kernel_facts() {

@@ -16,6 +16,7 @@ struct SharedState {
   int row_begin;  // first packed row of it
   int rows;
   int first_token;
+  int bad_block;               // index of a block that is out of range, in the sequence's row; -1: none
   int spans[Config::rows][2];  // tokens that a row sees, relative to first_token
   alignas(SegmentWalk) char walk[sizeof(SegmentWalk)];
   float slopes[Config::rows];           // of ALiBi, in units of log2

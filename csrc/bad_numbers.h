@@ -1,0 +1,171 @@
+// Which numbers inside a caller's tensors are out of range: lengths, left padding, query counts, slots,
+// pages, and where new tokens go. One rule for all backends; each has its way to report: a CPU throws before
+// anything is written, a GPU records the first and goes on with what params.h makes of it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "append.h"
+#include "params.h"
+
+namespace lean {
+
+struct BadNumber {
+  enum Kind : int32_t {
+    none,
+    first_count,      // the first entry of cu_seqlens
+    count,            // another entry of it
+    tree_columns,     // query tokens of a sequence, beside the columns of tree_mask
+    leftpad,          // of a sequence
+    length,           // of a sequence
+    slot,             // of a sequence, in a contiguous cache
+    page,             // of a sequence, in its row of block_table
+    position,         // of a new token, in the cache
+    rotary_position,  // of a new token, in the rotary tables
+  };
+  enum Op : int32_t { decode, append_kv };
+
+  Kind kind = none;
+  Op op = decode;
+  bool paged = false;     // the caches are
+  bool per_head = false;  // each KV head has a number of its own
+  int64_t sequence = 0;   // whose number it is
+  int64_t kv_head = 0;
+  int64_t index = 0;            // of the number, among those of the sequence or in cu_seqlens
+  int64_t value = 0;            // what it is
+  int64_t least = 0, most = 0;  // what it must be from and to
+  int64_t seq_len = 0;          // of the sequence that a new token is added to
+};
+
+// The text of the error, as "decode: seq_lens[1] is 51; it must be from 0 to 50, the tokens ...".
+std::string describe(const BadNumber& bad);
+
+// Reports the entries of cu_seqlens that are sequence b's: where it ends and, of the first, where it begins.
+template <class Report>
+LEAN_HOST_DEVICE void find_bad_counts(BadNumber::Op op, const int32_t* cu_seqlens, int64_t b, int64_t tokens,
+                                      const Report& report) {
+  const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
+  if (end < begin || end > tokens) {
+    report(BadNumber{.kind = BadNumber::count,
+                     .op = op,
+                     .sequence = b,
+                     .index = b + 1,
+                     .value = end,
+                     .least = begin,
+                     .most = tokens});
+  }
+}
+template <class Report>
+LEAN_HOST_DEVICE void find_bad_first_count(BadNumber::Op op, const int32_t* cu_seqlens,
+                                           const Report& report) {
+  if (cu_seqlens[0] != 0) report(BadNumber{.kind = BadNumber::first_count, .op = op, .value = cu_seqlens[0]});
+}
+
+// Reports what is wrong with the counts, lengths and left padding of sequences first, first + step, ...
+template <class Report>
+LEAN_HOST_DEVICE void find_bad_numbers(const DecodeParams& p, int64_t first, int64_t step,
+                                       const Report& report) {
+  if (p.cu_seqlens_q && first == 0) find_bad_first_count(BadNumber::decode, p.cu_seqlens_q, report);
+  for (int64_t b = first; b < p.batch; b += step) {
+    if (p.cu_seqlens_q) {
+      find_bad_counts(BadNumber::decode, p.cu_seqlens_q, b, p.query_tokens, report);
+      const int64_t count = int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b];
+      if (p.tree_mask && count > p.tree_columns) {
+        report(BadNumber{
+            .kind = BadNumber::tree_columns, .sequence = b, .value = count, .most = p.tree_columns});
+      }
+    }
+    if (const int64_t leftpad = p.raw_leftpad(b); leftpad < 0) {
+      report(BadNumber{.kind = BadNumber::leftpad, .sequence = b, .value = leftpad});
+    }
+    for (int64_t head = 0; head < (p.lengths_per_head ? p.num_kv_heads : 1); ++head) {
+      const int64_t tokens = p.raw_seq_len(b, head);
+      if (tokens >= 0 && tokens <= p.pages.capacity()) continue;
+      report(BadNumber{.kind = BadNumber::length,
+                       .paged = p.pages.block_table != nullptr,
+                       .per_head = p.lengths_per_head,
+                       .sequence = b,
+                       .kv_head = head,
+                       .value = tokens,
+                       .most = p.pages.capacity()});
+    }
+  }
+}
+
+// What there is to report of a block (a page, or a slot of a contiguous cache) that is out of range: `value`
+// is pages.raw_block(b, kv_head, index).
+LEAN_HOST_DEVICE constexpr BadNumber bad_block(BadNumber::Op op, const PageTable& pages, int64_t b,
+                                               int64_t kv_head, int64_t index, int64_t value) {
+  return {.kind = pages.block_table ? BadNumber::page : BadNumber::slot,
+          .op = op,
+          .per_head = pages.head_stride != 0,
+          .sequence = b,
+          .kv_head = kv_head,
+          .index = index,
+          .value = value,
+          .most = pages.num_blocks - 1};
+}
+
+// Reports blocks of a sequence and head that hold `seen`, tokens that some row sees. Other entries of
+// block_table may hold anything.
+template <class Report>
+void find_bad_blocks(const DecodeParams& p, int64_t b, int64_t kv_head, TokenSpan seen,
+                     const Report& report) {
+  if (seen.begin >= seen.end) return;
+  const PageTable& pages = p.pages;
+  if (pages.block_table == nullptr) {
+    const int64_t slot = pages.raw_block(b, kv_head, 0);
+    if (!pages.is_block(slot)) report(bad_block(BadNumber::decode, pages, b, kv_head, 0, slot));
+    return;
+  }
+  const int64_t first = seen.begin / pages.block_size, end = ceil_div(seen.end, pages.block_size);
+  const int32_t* entries = pages.block_table + b * pages.batch_stride + kv_head * pages.head_stride;
+  bool bad = false;  // one comparison per entry, without a branch
+  for (int64_t i = first; i < end; ++i) bad |= static_cast<uint32_t>(entries[i]) >= pages.num_blocks;
+  if (!bad) return;
+  for (int64_t i = first; i < end; ++i) {
+    if (!pages.is_block(entries[i])) report(bad_block(BadNumber::decode, pages, b, kv_head, i, entries[i]));
+  }
+}
+
+// Reports what is wrong with the counts of sequences first, first + step, ...
+template <class Report>
+LEAN_HOST_DEVICE void find_bad_numbers(const AppendParams& p, int64_t first, int64_t step,
+                                       const Report& report) {
+  if (!p.cu_seqlens) return;
+  if (first == 0) find_bad_first_count(BadNumber::append_kv, p.cu_seqlens, report);
+  for (int64_t b = first; b < p.batch; b += step) {
+    find_bad_counts(BadNumber::append_kv, p.cu_seqlens, b, p.tokens, report);
+  }
+}
+
+// Reports what is wrong with where a new token goes.
+template <class Report>
+LEAN_HOST_DEVICE void find_bad_place(const AppendParams& p, const NewToken& t, const Report& report) {
+  const int64_t seq_len = p.seq_lens[t.sequence];
+  BadNumber bad{.op = BadNumber::append_kv,
+                .paged = p.pages.block_table != nullptr,
+                .sequence = t.sequence,
+                .value = t.position,
+                .seq_len = seq_len};
+  if (seq_len < 0) {
+    bad.kind = BadNumber::length;
+    bad.value = seq_len;
+  } else if (t.position >= p.pages.capacity()) {
+    bad.kind = BadNumber::position;
+    bad.most = p.pages.capacity();
+  } else if (t.block < 0) {
+    const int64_t index = p.pages.block_table ? t.position / p.pages.block_size : 0;
+    bad = bad_block(BadNumber::append_kv, p.pages, t.sequence, 0, index,
+                    p.pages.raw_block(t.sequence, 0, index));
+  } else if (p.cos && t.position >= p.max_position) {
+    bad.kind = BadNumber::rotary_position;
+    bad.most = p.max_position - 1;
+  } else {
+    return;
+  }
+  report(bad);
+}
+
+}  // namespace lean

@@ -1,0 +1,162 @@
+"""Numbers out of range inside tensors: every backend finds the same ones and has the same text for them.
+
+A CPU raises before anything is written. A GPU reports, and writes every row of the outputs all the same.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import lean_attention
+from tests.emulation import load
+
+BF16 = torch.bfloat16
+
+
+def ints(*values) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def decode_arguments(**changes) -> dict:
+    cache = torch.randn(2, 50, 2, 64).to(BF16)
+    q = torch.randn(2, 1, 4, 64).to(BF16)
+    return {"q": q, "k_cache": cache, "v_cache": cache, "seq_lens": ints(50, 3), **changes}
+
+
+def paged(**changes) -> dict:
+    cache = torch.randn(5, 16, 2, 64).to(BF16)
+    table = ints((0, 1), (2, 3))
+    return decode_arguments(
+        **{"k_cache": cache, "v_cache": cache, "seq_lens": ints(21, 32), "block_table": table, **changes}
+    )
+
+
+def packed(*counts: int, **changes) -> dict:
+    return decode_arguments(q=torch.randn(3, 4, 64).to(BF16), cu_seqlens_q=ints(*counts), **changes)
+
+
+def append_arguments(**changes) -> dict:
+    made = {name: torch.randn(3, 25, 2, 64) for name in ("k_cache", "v_cache")}
+    made |= {name: torch.randn(3, 2, 2, 64) for name in ("k", "v")}
+    return {**made, "seq_lens": ints(13, 0, 7), **changes}
+
+
+def append_paged(**changes) -> dict:
+    made = {name: torch.randn(15, 5, 2, 64) for name in ("k_cache", "v_cache")}
+    table = torch.arange(15, dtype=torch.int32).view(3, 5)
+    return append_arguments(**{**made, "block_table": table, **changes})
+
+
+def append_packed(*counts: int) -> dict:
+    made = {name: torch.randn(3, 2, 64) for name in ("k", "v")}
+    caches = {name: torch.randn(2, 25, 2, 64) for name in ("k_cache", "v_cache")}
+    return append_arguments(**made, **caches, seq_lens=ints(13, 0), cu_seqlens=ints(*counts))
+
+
+def with_rotary(positions: int) -> dict:
+    q = torch.randn(3, 2, 4, 64)
+    table = torch.rand(positions, 32)
+    return append_arguments(rotary_cos=table, rotary_sin=table, q=q)
+
+
+HOLDS = "the tokens that the cache holds"
+PAGES_HOLD = "the tokens that a row of block_table holds"
+PER_HEAD = ints((21, 33), (3, 3))
+TABLE_PER_HEAD = ints(((0, 1), (2, 3)), ((4, 3), (-1, 2)))
+ENTRY = "it must be from 2, the entry before, to 3, the tokens of "
+TOO_FAR = "and a new token would go to position 25; {} holds 25 tokens"
+CASES = {
+    "decode: seq_lens[1] is 51; it must be from 0 to 50, " + HOLDS: decode_arguments(seq_lens=ints(50, 51)),
+    "decode: seq_lens[0] is -1; it must be from 0 to 50, " + HOLDS: decode_arguments(seq_lens=ints(-1, 3)),
+    "decode: seq_lens[0] is 33; it must be from 0 to 32, " + PAGES_HOLD: paged(seq_lens=ints(33, 1)),
+    "decode: seq_lens[0, 1] is 33; it must be from 0 to 32, " + PAGES_HOLD: paged(seq_lens=PER_HEAD),
+    "decode: cache_leftpad[1] is -3; it must be at least 0": decode_arguments(cache_leftpad=ints(0, -3)),
+    "decode: cache_batch_idx[1] is 2; it must be from 0 to 1, the slots of the cache": decode_arguments(
+        cache_batch_idx=ints(0, 2)
+    ),
+    "decode: block_table[1, 1] is 5; it must be from 0 to 4, the blocks of the cache": paged(
+        block_table=ints((0, 1), (2, 5))
+    ),
+    "decode: block_table[1, 1, 0] is -1; it must be from 0 to 4, the blocks of the cache": paged(
+        block_table=TABLE_PER_HEAD
+    ),
+    "decode: cu_seqlens_q[0] is 1; it must be 0": packed(1, 2, 3),
+    "decode: cu_seqlens_q[0] is -1; it must be 0": packed(-1, 2, 3),
+    "decode: cu_seqlens_q[0] is 2; it must be 0": packed(2, seq_lens=ints(), cache_batch_idx=ints()),
+    "decode: cu_seqlens_q[2] is 1; " + ENTRY + "q": packed(0, 2, 1),
+    "decode: cu_seqlens_q[2] is 4; " + ENTRY + "q": packed(0, 2, 4),
+    "decode: sequence 1 has 2 query tokens by cu_seqlens_q; tree_mask has columns for 1": packed(
+        0, 1, 3, tree_mask=torch.ones(3, 1, dtype=torch.bool)
+    ),
+    "append_kv: seq_lens[0] is -1; it must be at least 0": append_arguments(seq_lens=ints(-1, 0, 7)),
+    "append_kv: seq_lens[1] is 24, " + TOO_FAR.format("the cache"): append_arguments(seq_lens=ints(1, 24, 7)),
+    "append_kv: seq_lens[1] is 24, " + TOO_FAR.format("a row of block_table"): append_paged(
+        seq_lens=ints(1, 24, 7)
+    ),
+    "append_kv: cache_batch_idx[2] is 3; it must be from 0 to 2, the slots of the cache": append_arguments(
+        cache_batch_idx=ints(0, 1, 3)
+    ),
+    "append_kv: block_table[0, 2] is 15; it must be from 0 to 14, the blocks of the cache": append_paged(
+        block_table=ints((0, 1, 15, 3, 4), (5, 6, 7, 8, 9), (10, 11, 12, 13, 14))
+    ),
+    "append_kv: a new token of sequence 0 is at position 14; rotary_cos has positions up to 13": with_rotary(
+        14
+    ),
+    "append_kv: cu_seqlens[0] is 1; it must be 0": append_packed(1, 2, 3),
+    "append_kv: cu_seqlens[0] is -1; it must be 0": append_packed(-1, 2, 3),
+    "append_kv: cu_seqlens[2] is 1; " + ENTRY + "k": append_packed(0, 2, 1),
+    "append_kv: cu_seqlens[2] is 4; " + ENTRY + "k": append_packed(0, 2, 4),
+}
+
+
+def with_outputs(arguments: dict) -> dict:
+    """Its outputs are NaN: what is not written stays so."""
+    q, dim = arguments["q"], arguments["v_cache"].shape[-1]
+    shape = (q.shape[1], len(q)) if q.dim() == 3 else (len(q), q.shape[2], q.shape[1])
+    lse = torch.full(shape, torch.nan)
+    return {**arguments, "out": torch.full((*q.shape[:-1], dim), torch.nan, dtype=q.dtype), "lse": lse}
+
+
+def clones(arguments: dict) -> dict:
+    return {name: tensor.clone() for name, tensor in arguments.items()}
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_a_cpu_raises_before_anything_is_written(message: str) -> None:
+    name = message.split(":")[0]
+    arguments = with_outputs(CASES[message]) if name == "decode" else clones(CASES[message])
+    before = clones(arguments)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(lean_attention, name)(**arguments)
+    for argument, tensor in arguments.items():
+        torch.testing.assert_close(tensor, before[argument], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("message", CASES)
+@pytest.mark.parametrize("device", ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_a_gpu_reports_it_and_writes_every_row(device: str, message: str) -> None:
+    name = message.split(":")[0]
+    arguments = with_outputs(CASES[message]) if name == "decode" else clones(CASES[message])
+    if device == "emulated":
+        load().configure(seed=torch.randint(2**31, ()).item())
+        load().take_error()
+        op = "decode_out" if name == "decode" else name
+        getattr(torch.ops.lean_attn_emulated, op)(**arguments)
+        told = load().take_error()
+    else:
+        arguments = {argument: tensor.cuda() for argument, tensor in arguments.items()}
+        getattr(lean_attention, name)(**arguments)
+        with pytest.raises(ValueError) as error:
+            lean_attention.check_errors()
+        told = str(error.value).removesuffix(" [cuda:0]")
+    assert re.sub(r" \(the first of \d+ such\)$", "", told) == message
+    if name != "decode":
+        return
+    assert not arguments["out"].isnan().any() and not arguments["lse"].isnan().any()
+    if "cu_seqlens_q" in arguments:
+        first = max(int(arguments["cu_seqlens_q"][0]), 0)
+        assert (arguments["out"][:first] == 0).all() and (arguments["lse"][:, :first] == -torch.inf).all()
