@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
@@ -10,10 +11,34 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lean_attention
-from lean_attention import ops
+from lean_attention import ops, reference
 from tests.helpers import Case, assert_close, make_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# What only one of function, op and definition has.
+OWN = {"decode": {"out", "lse", "num_ctas", "dtype"}, "append_kv": set(), "merge_states": set()}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_function_op_and_definition_have_the_same_arguments(name: str) -> None:
+    def of(function) -> list[tuple]:
+        arguments = inspect.signature(function).parameters.values()
+        return [
+            (a.name, None if a.default is a.empty else a.default)
+            for a in arguments
+            if a.name not in OWN[name]
+        ]
+
+    function = getattr(lean_attention, name)
+    schema = getattr(torch.ops.lean_attn, name).default._schema
+    op = [(a.name, a.default_value) for a in schema.arguments]
+    assert of(function) == of(getattr(reference, name))
+    assert [a for a in op if a[0] not in OWN[name]] == of(function)
+    if name == "decode":
+        into = [a.name for a in torch.ops.lean_attn.decode_out.default._schema.arguments]
+        assert into[:3] + into[5:] == [a for a, _ in op] and into[3:5] == ["out", "lse"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
