@@ -41,7 +41,7 @@ struct BadNumber {
 // The text of the error, as "decode: seq_lens[1] is 51; it must be from 0 to 50, the tokens ...".
 std::string describe(const BadNumber& bad);
 
-// Reports the entries of cu_seqlens that are sequence b's: where it ends and, of the first, where it begins.
+// Report where sequence b ends by cu_seqlens, and where the first begins.
 template <class Report>
 LEAN_HOST_DEVICE void find_bad_counts(BadNumber::Op op, const int32_t* cu_seqlens, int64_t b, int64_t tokens,
                                       const Report& report) {
