@@ -2,14 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/bench/roofline.h"
 #include "cpu/kernels/tile_kernel.h"
-#include "cpu/lean_ranges.h"
-#include "cpu/roofline.h"
+#include "cpu/plan.h"
 #include "cuda/backend.h"
 #include "schedule.h"
 #include "softmax_state.h"
@@ -41,7 +42,7 @@ std::vector<SegmentRow> segments_of(const Geometry& geometry, const std::vector<
     SegmentWalk walk(geometry, range, sequence, begin[sequence], length_of);
     for (Segment s; walk.next(s, length_of);) {
       const TokenSpan tokens = s.tokens(geometry.tile_tokens);
-      rows.emplace_back(cta, s.sequence, s.kv_head, s.row_block, s.tiles.begin - s.output_begin,
+      rows.emplace_back(cta, s.batch, s.kv_head, s.row_block, s.tiles.begin - s.output_begin,
                         s.tiles.end - s.output_begin, tokens.begin, tokens.end, grid.cta_of(s.output_begin),
                         grid.cta_of(s.output_end - 1));
     }
@@ -54,6 +55,76 @@ DType dtype_named(const std::string& name) {
   if (name == "float16") return DType::float16;
   if (name == "bfloat16") return DType::bfloat16;
   throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
+}
+
+py::dict dict_of(const cpu::Tuning& t) {
+  return py::dict(
+      py::arg("name") = t.name, py::arg("prefetch_level") = t.prefetch_level,
+      py::arg("touch_tokens") = t.touch_tokens, py::arg("max_pass_bytes") = t.max_pass_bytes,
+      py::arg("max_long_run_bytes") = t.max_long_run_bytes,
+      py::arg("max_heads_per_pass") = t.max_heads_per_pass,
+      py::arg("max_heads_per_pass_in_pages") = t.max_heads_per_pass_in_pages,
+      py::arg("min_thread_bytes") = t.min_thread_bytes, py::arg("min_range_bytes") = t.min_range_bytes,
+      py::arg("bytes_per_published_byte") = t.bytes_per_published_byte,
+      py::arg("bytes_read_per_merged_byte") = t.bytes_read_per_merged_byte,
+      py::arg("min_tiles_per_thread") = t.min_tiles_per_thread, py::arg("int8_in_fp32") = t.int8_in_fp32);
+}
+
+// The plan of a decode step by the row of this name, of a core whose L2 has so many bytes and ways. Caches
+// are contiguous and full to the longest sequence, or in pages if page_size is not 0. int8 caches have
+// dtype's queries.
+py::dict plan_of(const std::string& tuning, std::pair<int64_t, int64_t> l2, const std::string& dtype,
+                 bool int8, const std::vector<int32_t>& seq_lens, int64_t q_len, int64_t num_heads,
+                 int64_t num_kv_heads, int64_t head_dim, bool tokens_first, int64_t page_size,
+                 int64_t num_ctas, int64_t threads) {
+  const std::vector<cpu::Tuning> rows = cpu::tuning_rows({l2.first, l2.second});
+  const auto row = std::find_if(rows.begin(), rows.end(), [&](const auto& r) { return tuning == r.name; });
+  if (row == rows.end()) throw std::invalid_argument("plan: unknown row " + tuning);
+  const int32_t no_block = 0;
+  DecodeParams p{};
+  p.batch = static_cast<int64_t>(seq_lens.size());
+  p.seq_lens = seq_lens.data();
+  p.seq_lens_batch_stride = 1;
+  const int64_t longest = seq_lens.empty() ? 0 : *std::max_element(seq_lens.begin(), seq_lens.end());
+  p.pages.block_size = page_size > 0 ? page_size : longest;
+  p.pages.max_blocks = page_size > 0 ? ceil_div(longest, page_size) : 1;
+  p.pages.num_blocks = p.batch * p.pages.max_blocks;
+  if (page_size > 0) p.pages.block_table = &no_block;
+  p.dtype = dtype_named(dtype);
+  p.query_tokens = q_len;
+  p.num_heads = num_heads;
+  p.num_kv_heads = num_kv_heads;
+  p.k.dtype = int8 ? DType::int8 : p.dtype;
+  p.k.dims = head_dim;
+  p.k.token_stride = tokens_first ? num_kv_heads * head_dim : head_dim;
+  p.k.head_stride = tokens_first ? head_dim : p.pages.block_size * head_dim;
+  p.v = p.k;
+  p.visibility = {-1, 0};
+  p.num_ctas = num_ctas;
+  const cpu::Plan plan = cpu::make_plan(p, cpu::tile_kernel(p.dtype, p.k.dtype), *row, threads);
+
+  const auto length = [&](int64_t i) { return p.scheduled_length(i); };
+  std::vector<int64_t> range_tiles;
+  // (range, sequence, first KV head, KV heads, row block, first token, end token)
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> segments;
+  for (int64_t i = 0, sequence = 0; i < plan.ranges.count(); ++i) {
+    const LeanRange range = plan.ranges.range(i);
+    range_tiles.push_back(range.end - range.begin);
+    while (plan.sequence_begin[sequence + 1] <= range.begin) ++sequence;
+    SegmentWalk walk(plan.geometry, range, sequence, plan.sequence_begin[sequence], length);
+    for (Segment s; walk.next(s, length);) {
+      const TokenSpan tokens = s.tokens(plan.geometry.tile_tokens);
+      segments.emplace_back(i, s.batch, s.kv_head, s.kv_heads, s.row_block, tokens.begin, tokens.end);
+    }
+  }
+  return py::dict(
+      py::arg("dequantises") = plan.dequantises, py::arg("run_tokens") = plan.run_tokens,
+      py::arg("prefetch_level") = plan.prefetch_level, py::arg("touch_tokens") = plan.touch_tokens,
+      py::arg("rows_per_block") = plan.rows_per_block, py::arg("heads_per_pass") = plan.heads_per_pass,
+      py::arg("partial_bytes") = plan.partial_floats * sizeof(float),
+      py::arg("tile_tokens") = plan.geometry.tile_tokens, py::arg("passes") = plan.geometry.passes,
+      py::arg("range_tiles") = range_tiles, py::arg("threads") = plan.threads,
+      py::arg("segments") = segments);
 }
 
 // (dtype, head_dim, head_dim_v, rows, quantised caches, threads, shared bytes, bytes in flight) of every CUDA
@@ -87,8 +158,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lean::Geometry>(m, "Geometry")
       .def(py::init([](int64_t num_kv_heads, int64_t group, int64_t rows_per_block, int64_t tile_tokens,
                        int64_t window_left, int64_t window_right) {
-             return lean::Geometry{
-                 num_kv_heads, group, rows_per_block, tile_tokens, {window_left, window_right}};
+             return lean::Geometry{num_kv_heads,
+                                   false,
+                                   num_kv_heads,
+                                   group,
+                                   rows_per_block,
+                                   tile_tokens,
+                                   {window_left, window_right}};
            }),
            py::kw_only(), py::arg("num_kv_heads"), py::arg("group"), py::arg("rows_per_block"),
            py::arg("tile_tokens"), py::arg("window_left"), py::arg("window_right"))
@@ -132,6 +208,17 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("log_sum_exp", [](float state_m, float state_l) { return lean::log_sum_exp({state_m, state_l}); });
   m.def("lean_tile_tokens", &lean::lean_tile_tokens);
+  // Rows of the CPU's tuning as dicts: the one in force, and all (generic for a core with this L2).
+  m.def("tuning", [] { return lean::dict_of(lean::cpu::tuning()); });
+  m.def("tuning_rows", [](int64_t l2_bytes, int64_t l2_ways) {
+    std::vector<py::dict> rows;
+    for (const auto& row : lean::cpu::tuning_rows({l2_bytes, l2_ways})) rows.push_back(lean::dict_of(row));
+    return rows;
+  });
+  m.def("plan", &lean::plan_of, py::kw_only(), py::arg("tuning"), py::arg("l2"), py::arg("dtype"),
+        py::arg("int8"), py::arg("seq_lens"), py::arg("q_len"), py::arg("num_heads"), py::arg("num_kv_heads"),
+        py::arg("head_dim"), py::arg("tokens_first"), py::arg("page_size"), py::arg("num_ctas"),
+        py::arg("threads"));
   m.def("instruction_sets", &lean::cpu::runnable_instruction_sets);
   m.def("chosen_instruction_set", [](const std::string& dtype) {
     const lean::DType type = lean::dtype_named(dtype);

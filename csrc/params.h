@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "schedule.h"
+#include "softmax_state.h"
 
 namespace lean {
 
@@ -123,15 +124,8 @@ struct DecodeParams {
   }
   LEAN_HOST_DEVICE constexpr int64_t sequences() const { return batch * num_kv_heads / heads_per_sequence(); }
   LEAN_HOST_DEVICE constexpr Geometry geometry(int64_t rows_per_block, int64_t tile_tokens) const {
-    return {heads_per_sequence(), group(), rows_per_block, tile_tokens, visibility};
-  }
-  // The schedule's segment with its place in the batch.
-  LEAN_HOST_DEVICE constexpr Segment in_batch(Segment s) const {
-    if (lengths_per_head) {
-      s.kv_head = s.sequence % num_kv_heads;
-      s.sequence /= num_kv_heads;
-    }
-    return s;
+    return {num_kv_heads, lengths_per_head, heads_per_sequence(), group(), rows_per_block,
+            tile_tokens,  visibility};
   }
 
   // What a caller's numbers say, and what is made of them: brought into range, so that nothing outside a
@@ -154,6 +148,18 @@ struct DecodeParams {
                             : clamped_length(sequence, 0);
   }
 };
+
+// What a call makes of all its scores; score-inl.h has the order.
+struct ScoreOptions {
+  float unit;     // brings scaled dot products to units of log2; with a softcap, to units of that
+  float softcap;  // in units of log2; 0: none
+
+  // Scaled dot products are the scores.
+  LEAN_HOST_DEVICE constexpr bool only_scale() const { return softcap == 0.0f; }
+};
+LEAN_HOST_DEVICE constexpr ScoreOptions score_options(const DecodeParams& p) {
+  return {p.softcap == 0.0f ? kLog2e : 1.0f / p.softcap, p.softcap * kLog2e};
+}
 
 // Partial attention states to merge: outs[i] and lses[i] are the i-th state of every row.
 struct MergeParams {

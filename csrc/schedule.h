@@ -1,9 +1,9 @@
 // The stream-K schedule of LeanAttention (arXiv 2405.10480, section 4): who computes what.
 //
 // All KV caches of a batch are cut into LeanTiles and laid end to end, ordered by sequence, then KV
-// head, then row block. Each CTA takes one contiguous run of them, its lean range; the lengths of any
-// two lean ranges differ by at most one LeanTile. (A CPU's threads take several, of lengths of their
-// own: cpu/lean_ranges.h.)
+// head (on a CPU, several that one pass takes), then row block. Each CTA takes one contiguous run of them,
+// its lean range; the lengths of any two lean ranges differ by at most one LeanTile. (A CPU's threads take
+// several, of lengths of their own: cpu/lean_ranges.h.)
 //
 //   output tile      |--------- A ---------|--- B ---|-------------- C --------------|
 //   LeanTiles        | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 |10 |11 |12 |13 |14 |
@@ -56,12 +56,21 @@ LEAN_HOST_DEVICE constexpr TokenSpan visible_tokens(const Visibility& v, Sequenc
   return {begin, max(begin, end)};
 }
 
+// The KV heads of the cache that one pass over a sequence's tokens takes.
+struct HeadSpan {
+  int64_t first;
+  int64_t count;
+};
+
 // The shape of the work, lengths saved. The query rows of a KV head (its `group` query heads times
 // q_len query tokens, token-major) are packed as rows and cut into row blocks; one row block of one
-// KV head of one sequence is an output tile. Where every KV head has a length of its own, each counts as a
-// sequence of one head.
+// pass of one sequence is an output tile. A pass takes one KV head or, on a CPU, several neighbouring ones,
+// whose LeanTiles are taken together. Where every KV head has a length of its own, each counts as a
+// sequence of one pass.
 struct Geometry {
-  int64_t num_kv_heads;    // of a sequence; or groups of them whose LeanTiles are taken together
+  int64_t num_kv_heads;  // of the cache
+  bool lengths_per_head;
+  int64_t passes;          // of a sequence, num_kv_heads at most
   int64_t group;           // query heads per KV head
   int64_t rows_per_block;  // rows that share one pass over K and V
   int64_t tile_tokens;     // tokens of a LeanTile
@@ -83,7 +92,7 @@ struct Geometry {
   LEAN_HOST_DEVICE constexpr int64_t block_tiles(TokenSpan span) const {
     return max(1, ceil_div(span.end - span.begin, tile_tokens));
   }
-  LEAN_HOST_DEVICE constexpr int64_t head_tiles(SequenceLength length) const {
+  LEAN_HOST_DEVICE constexpr int64_t pass_tiles(SequenceLength length) const {
     int64_t tiles = 0;
     for (int64_t block = 0; block < row_blocks(length.q_len); ++block) {
       tiles += block_tiles(block_span(length, block));
@@ -91,7 +100,18 @@ struct Geometry {
     return tiles;
   }
   LEAN_HOST_DEVICE constexpr int64_t sequence_tiles(SequenceLength length) const {
-    return num_kv_heads * head_tiles(length);
+    return passes * pass_tiles(length);
+  }
+
+  // What a sequence of the schedule is in the batch, and which KV heads one of its passes takes.
+  LEAN_HOST_DEVICE constexpr int64_t batch_of(int64_t sequence) const {
+    return lengths_per_head ? sequence / num_kv_heads : sequence;
+  }
+  LEAN_HOST_DEVICE constexpr HeadSpan heads_of(int64_t sequence, int64_t pass) const {
+    if (lengths_per_head) return {sequence % num_kv_heads, 1};
+    if (passes == num_kv_heads) return {pass, 1};
+    const int64_t first = pass * num_kv_heads / passes;
+    return {first, (pass + 1) * num_kv_heads / passes - first};
   }
 };
 
@@ -129,9 +149,11 @@ LEAN_HOST_DEVICE constexpr int64_t useful_ctas(int64_t total_tiles, int64_t max_
 
 // The LeanTiles of one output tile that one CTA computes.
 struct Segment {
-  int64_t sequence;
-  int64_t kv_head;
+  int64_t batch;
+  int64_t kv_head;   // the first of the pass
+  int64_t kv_heads;  // how many it takes
   int64_t row_block;
+  SequenceLength length;
   TokenSpan span;        // visible tokens of the output tile
   int64_t output_begin;  // index of the output tile's first LeanTile in the batch
   int64_t output_end;    // and one past its last
@@ -157,9 +179,9 @@ class SegmentWalk {
     if (next_ >= end_) return;
     length_ = length_of(sequence_);
     const int64_t in_sequence = next_ - sequence_begin;
-    const int64_t head_tiles = geometry_.head_tiles(length_);
-    kv_head_ = in_sequence / head_tiles;
-    output_begin_ = sequence_begin + kv_head_ * head_tiles;
+    const int64_t pass_tiles = geometry_.pass_tiles(length_);
+    pass_ = in_sequence / pass_tiles;
+    output_begin_ = sequence_begin + pass_ * pass_tiles;
     while (next_ >= output_begin_ + geometry_.block_tiles(geometry_.block_span(length_, row_block_))) {
       output_begin_ += geometry_.block_tiles(geometry_.block_span(length_, row_block_));
       ++row_block_;
@@ -173,7 +195,16 @@ class SegmentWalk {
     const TokenSpan span = geometry_.block_span(length_, row_block_);
     const int64_t output_end = output_begin_ + geometry_.block_tiles(span);
     const int64_t stop = min(end_, output_end);
-    segment = {sequence_, kv_head_, row_block_, span, output_begin_, output_end, {next_, stop}};
+    const HeadSpan heads = geometry_.heads_of(sequence_, pass_);
+    segment = {geometry_.batch_of(sequence_),
+               heads.first,
+               heads.count,
+               row_block_,
+               length_,
+               span,
+               output_begin_,
+               output_end,
+               {next_, stop}};
     next_ = stop;
     if (stop == output_end) advance(output_end, length_of);
     return true;
@@ -185,8 +216,8 @@ class SegmentWalk {
     output_begin_ = output_end;
     if (++row_block_ < geometry_.row_blocks(length_.q_len)) return;
     row_block_ = 0;
-    if (++kv_head_ < geometry_.num_kv_heads) return;
-    kv_head_ = 0;
+    if (++pass_ < geometry_.passes) return;
+    pass_ = 0;
     if (next_ >= end_) return;
     do {
       length_ = length_of(++sequence_);
@@ -197,7 +228,7 @@ class SegmentWalk {
   int64_t next_;
   int64_t end_;
   int64_t sequence_;
-  int64_t kv_head_ = 0;
+  int64_t pass_ = 0;
   int64_t row_block_ = 0;
   int64_t output_begin_ = 0;
   SequenceLength length_{0, 0, 0};

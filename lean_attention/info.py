@@ -18,7 +18,9 @@ def describe() -> str:
     """One fact per line."""
     chosen = ", ".join(f"{core.chosen_instruction_set(dtype)} for {dtype}" for dtype in DTYPES)
     kernels = len(core.cuda_kernels())
-    forced = os.environ.get("LEAN_ATTENTION_CPU")
+    forced = {name: os.environ.get(name) for name in ("LEAN_ATTENTION_CPU", "LEAN_ATTENTION_TUNING")}
+    says = {name: f" ({name}={value})" if value else "" for name, value in forced.items()}
+    tuning = core.tuning()
     facts = {
         "lean_attention": __version__,
         "torch": f"{torch.__version__} (the core runs with any from 2.10 on)",
@@ -26,7 +28,9 @@ def describe() -> str:
         "core": core.__file__,
         "backends": "cpu" + (f", cuda ({kernels} kernels)" if kernels else " (built without CUDA)"),
         "instruction sets": f"this machine runs {core.instruction_sets().replace(' ', ', ')}",
-        "in use": chosen + (f" (LEAN_ATTENTION_CPU={forced})" if forced else ""),
+        "in use": chosen + says["LEAN_ATTENTION_CPU"],
+        "tuning": tuning.pop("name") + says["LEAN_ATTENTION_TUNING"],
+        "tuned": ", ".join(f"{field} {value}" for field, value in tuning.items()),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "compiler": core.compiler(),
         "build flags": " ".join(_build.COMPILE_FLAGS),

@@ -6,31 +6,13 @@
 #include <cstdlib>
 #include <utility>
 
-#include "cpu/core_caches.h"
-#include "cpu/kernels/tile_kernel.h"
+#include "cpu/plan.h"
 
 namespace lean::cpu {
 
 // This row stands in for those of a run after its last token. (That token's own would not do: if it is
 // infinite, its product with no weight is not 0.)
 alignas(64) inline constexpr char kZeroRow[kMaxHeadDim * sizeof(float)] = {};
-
-// A run is this short where several heads with long rows are read in one pass, or quantised rows are
-// dequantised before they are multiplied. The next run of those is prefetched meanwhile, and dequantising
-// takes less time than reading: in two halves, more of the reading is left to the multiplication between
-// them.
-inline constexpr int kShortRunTokens = kRunTokens / 2;
-
-// How many tokens of a head have their memory pages touched at once: many where rows are prefetched into L2;
-// a core that prefetches them into L1 has fewer places for it.
-inline int64_t touch_tokens() {
-  return prefetches_into_l1() ? kRunTokens : 512;
-}
-
-// The most heads that a thread takes in one pass: many where whole tokens are contiguous (NHD), fewer in
-// pages that are stored head by head (HND), whose pieces are long enough.
-inline constexpr int64_t kMaxHeadsPerPass = 32;
-inline constexpr int64_t kMaxHeadsPerPassInPages = 8;
 
 // The same tokens of neighbouring heads of a sequence.
 struct TokenRange {
@@ -160,16 +142,15 @@ class PageWalk {
 template <class NextRange>
 class RunReader {
  public:
-  // Runs have `run_tokens` tokens, but for the last of a range. `joins_rows`: rows that adjoin, also those of
-  // several heads, are prefetched as one long row.
-  RunReader(const PageWalk& walk, int run_tokens, bool joins_rows, const TokenRange& range,
-            const NextRange& next_range)
+  RunReader(const PageWalk& walk, const Plan& plan, const TokenRange& range, const NextRange& next_range)
       : walk_(walk),
         k_(walk.k(), walk.k_bytes),
         v_(walk.v(), walk.v_bytes),
-        run_tokens_(run_tokens),
-        joins_rows_(joins_rows),
-        heads_adjoin_(joins_rows && walk.k_bytes.heads_adjoin() && walk.v_bytes.heads_adjoin()),
+        run_tokens_(plan.run_tokens),
+        touch_tokens_(plan.touch_tokens),
+        prefetch_level_(plan.prefetch_level),
+        joins_rows_(!plan.dequantises),
+        heads_adjoin_(joins_rows_ && walk.k_bytes.heads_adjoin() && walk.v_bytes.heads_adjoin()),
         shuffles_(range.heads > 1 && walk.rows_attract_prefetchers()),
         from_(range),
         next_range_(next_range),
@@ -195,12 +176,12 @@ class RunReader {
   // What is prefetched while those rows are multiplied. Into L2, which has room for it, goes the same of the
   // next run; into L1 what is read next: V of the head, or after V of all heads K of the next run.
   Prefetch prefetch_beside_keys(int64_t head) {
-    return into_l1_ ? prefetch_in(now(), v_.bytes, now().v, head)
-                    : prefetch_in(next(), k_.bytes, next().k, head);
+    return prefetch_level_ == 1 ? prefetch_in(now(), v_.bytes, now().v, head)
+                                : prefetch_in(next(), k_.bytes, next().k, head);
   }
   Prefetch prefetch_beside_values(int64_t head) {
-    return into_l1_ ? prefetch_in(next(), k_.bytes, next().k, head)
-                    : prefetch_in(next(), v_.bytes, next().v, head);
+    return prefetch_level_ == 1 ? prefetch_in(next(), k_.bytes, next().k, head)
+                                : prefetch_in(next(), v_.bytes, next().v, head);
   }
 
  private:
@@ -271,7 +252,7 @@ class RunReader {
     const bool adjoin =
         joins_rows_ && static_cast<const char*>(rows[count - 1]) - static_cast<const char*>(rows[0]) ==
                            int64_t{count - 1} * bytes;
-    return {rows, adjoin ? 1 : count, adjoin ? count * bytes : bytes, begin, into_l1_ ? 1 : 2};
+    return {rows, adjoin ? 1 : count, adjoin ? count * bytes : bytes, begin, prefetch_level_};
   }
 
   void fill_next() {
@@ -297,12 +278,12 @@ class RunReader {
 
   const PageWalk& walk_;
   Cache k_, v_;
-  const int run_tokens_;
-  const bool joins_rows_;
+  const int run_tokens_;  // of every run, but for the last of a range
+  const int64_t touch_tokens_;
+  const int prefetch_level_;
+  const bool joins_rows_;  // rows that adjoin, also those of several heads, are prefetched as one long row
   const bool heads_adjoin_;
   const bool shuffles_;
-  const bool into_l1_ = prefetches_into_l1();
-  const int64_t touch_tokens_ = touch_tokens();
   TokenRange from_;
   const NextRange& next_range_;
   int64_t begin_;
@@ -320,11 +301,6 @@ class DequantisedRows {
       : kernel_(kernel), table_(table), from_(p.k.dtype) {
     k_ = {p.k.dims, reinterpret_cast<char*>(memory), {}};
     v_ = {p.v.dims, k_.memory + kShortRunTokens * p.k.dims * element_size(kernel.row_dtype), {}};
-  }
-
-  // The kernel does not take quantised rows as they are. `table` is null where caches have q's dtype.
-  static bool are_needed(const TileKernel& kernel, const DequantiseTable* table) {
-    return table != nullptr && kernel.dequantise != nullptr;
   }
 
   static int64_t memory_floats(const DecodeParams& p, const TileKernel& kernel) {

@@ -72,37 +72,36 @@ struct HeadState {
 
 class Workspace {
  public:
-  // Output tiles have at most `rows` rows. `table` is null where caches have q's dtype.
-  Workspace(const DecodeParams& params, const TileKernel& kernel, const DequantiseTable* table, int64_t rows)
+  // `table` is null where caches have q's dtype.
+  Workspace(const DecodeParams& params, const TileKernel& kernel, const DequantiseTable* table,
+            const Plan& plan)
       : p_(params),
         table_(table),
-        rows_(rows),
+        rows_(plan.rows_per_block),
+        heads_(plan.heads_per_pass),
+        partial_floats_(plan.partial_floats),
         padded_head_dim_(round_up(params.k.dims, kernel.chunk_columns)),
         padded_head_dim_v_(round_up(params.v.dims, kernel.chunk_columns)),
-        dequantised_floats_(DequantisedRows::are_needed(kernel, table)
+        dequantised_floats_(plan.dequantises
                                 ? round_up(DequantisedRows::memory_floats(params, kernel), kCacheLineFloats)
                                 : 0) {}
 
-  // The size of one partial state.
-  int64_t partial_floats() const { return round_up(rows_ * (padded_head_dim_v_ + 2), kCacheLineFloats); }
-
-  // Makes room for `partials` partial states, and for threads that take at most `heads` heads per pass. The
-  // memory is the calling thread's, until its next call.
-  void reserve(int64_t partials, int64_t threads, int64_t heads) {
+  // Makes room for `partials` partial states and for the threads. The memory is the calling thread's, until
+  // its next call.
+  void reserve(int64_t partials, int64_t threads) {
     static thread_local ScratchMemory memory;
-    heads_ = heads;
-    partials_ = memory.reserve(partials * partial_floats() + threads * thread_floats());
-    threads_ = partials_ + partials * partial_floats();
+    partials_ = memory.reserve(partials * partial_floats_ + threads * thread_floats());
+    threads_ = partials_ + partials * partial_floats_;
   }
 
-  Partial partial(int64_t i) const { return partial_at(partials_ + i * partial_floats()); }
+  Partial partial(int64_t i) const { return partial_at(partials_ + i * partial_floats_); }
 
   std::array<HeadState, kMaxHeadsPerPass> heads_of(int64_t thread) const {
     std::array<HeadState, kMaxHeadsPerPass> heads{};
     for (int64_t i = 0; i < heads_; ++i) {
       float* memory = threads_ + thread * thread_floats() + i * head_floats();
       float* const run_output = run_outputs(thread) + i * run_output_floats();
-      heads[i] = {0, tile_state(memory + partial_floats(), run_output), partial_at(memory)};
+      heads[i] = {0, tile_state(memory + partial_floats_, run_output), partial_at(memory)};
     }
     return heads;
   }
@@ -111,8 +110,6 @@ class Workspace {
   float* dequantised_rows(int64_t thread) const { return run_outputs(thread) + heads_ * run_output_floats(); }
 
  private:
-  static constexpr int64_t kCacheLineFloats = 16;
-
   // A thread has the memory of its HeadStates, then their run_outputs, then that of its DequantisedRows. The
   // run_outputs of one pass's heads are written in turn, so they are neighbours: in L1 they do not push each
   // other out.
@@ -131,7 +128,7 @@ class Workspace {
 
   // A HeadState's memory holds the saved partial state, then what its TileState points to.
   int64_t head_floats() const {
-    return partial_floats() + rows_ * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
+    return partial_floats_ + rows_ * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
            4 * stats_floats() + kRunTokens * (rows_ + kMaxMicrokernelRows);
   }
   int64_t stats_floats() const { return round_up(rows_ + kMaxLanes, kCacheLineFloats); }
@@ -139,7 +136,7 @@ class Workspace {
     TileState t{};
     t.head_dim = static_cast<int>(p_.k.dims);
     t.head_dim_v = static_cast<int>(p_.v.dims);
-    t.softcap = p_.softcap * kLog2e;
+    t.score = score_options(p_);
     t.output_stride = padded_head_dim_v_;
     t.table = table_;
     t.q = memory;
@@ -157,11 +154,12 @@ class Workspace {
 
   const DecodeParams& p_;
   const DequantiseTable* const table_;
-  const int64_t rows_;
+  const int64_t rows_;   // of an output tile, at most
+  const int64_t heads_;  // of a pass, at most
+  const int64_t partial_floats_;
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
   const int64_t dequantised_floats_;
-  int64_t heads_ = 0;
   float* partials_ = nullptr;
   float* threads_ = nullptr;  // they come after the partial states
 };

@@ -17,6 +17,18 @@
 
 namespace lean::cuda {
 
+#define LEAN_BACKEND_INLINE LEAN_DEVICE
+#include "score-inl.h"
+
+// The Math of score-inl.h.
+struct ScoreMath {
+  using F = float;
+  static LEAN_DEVICE F set1(F x) { return x; }
+  static LEAN_DEVICE F mul(F a, F b) { return a * b; }
+  static LEAN_DEVICE F fma(F a, F b, F c) { return fmaf(a, b, c); }
+  static LEAN_DEVICE F tanh(F x) { return tanhf(x); }
+};
+
 struct DecodeArguments {
   DecodeParams p;
   Workspace workspace;
@@ -56,7 +68,7 @@ class DecodeCta {
       hw::sync_block();  // the last segment's state has been read
       if (thread_ == 0) {
         shared().more = walk().next(shared().segment, length);
-        if (shared().more) load_segment(p_.in_batch(shared().segment));
+        if (shared().more) load_segment(shared().segment);
       }
       hw::sync_block();
       if (!shared().more) return;
@@ -79,10 +91,8 @@ class DecodeCta {
   LEAN_DEVICE SegmentWalk& walk() const { return *reinterpret_cast<SegmentWalk*>(shared().walk); }
 
   LEAN_DEVICE void load_segment(const Segment& segment) {
-    const int64_t q_len = p_.clamped_length(segment.sequence, segment.kv_head).q_len;
-    shared().segment = segment;
     shared().row_begin = static_cast<int>(segment.row_block) * Config::rows;
-    shared().rows = static_cast<int>(geometry_.block_rows(q_len, segment.row_block));
+    shared().rows = static_cast<int>(geometry_.block_rows(segment.length.q_len, segment.row_block));
     shared().first_token = static_cast<int>(segment.tokens(Config::tile_tokens).begin);
     shared().bad_block = -1;
   }
@@ -185,7 +195,6 @@ class DecodeCta {
   }
 
   LEAN_DEVICE void process(const Segment& segment) {
-    const SequenceLength length = p_.clamped_length(segment.sequence, segment.kv_head);
     const TokenSpan tokens = segment.tokens(Config::tile_tokens);
     tokens_ = static_cast<int>(tokens.end - tokens.begin);
     k_ = static_cast<const Element*>(p_.k.data) + p_.k.offset(0, 0, segment.kv_head);
@@ -201,7 +210,7 @@ class DecodeCta {
     read_slot_ = 0;
     start_copies();
     load_query(segment);
-    find_row_spans(length);
+    find_row_spans(segment.length);
     hw::sync_block();  // the query is there
     attend();
     merge_warps();
@@ -222,8 +231,8 @@ class DecodeCta {
       const int row = i / kChunks, chunk = i % kChunks;
       Chunk elements{};
       if (row < shared().rows && chunk * 8 < p_.k.dims) {
-        const auto* from = static_cast<const uint16_t*>(p_.q) + segment.sequence * p_.q_batch_stride +
-                           (p_.first_query(segment.sequence) + query_token(row)) * p_.q_token_stride +
+        const auto* from = static_cast<const uint16_t*>(p_.q) + segment.batch * p_.q_batch_stride +
+                           (p_.first_query(segment.batch) + query_token(row)) * p_.q_token_stride +
                            (segment.kv_head * p_.group() + query_head(row)) * p_.q_head_stride + chunk * 8;
         for (int e = 0; e < 8; ++e) elements.bits[e] = from[e];
       }
@@ -246,7 +255,7 @@ class DecodeCta {
       shared().positions[thread_] =
           static_cast<int>(new_tokens - shared().first_token) + query_token(thread_);
       const Segment& segment = shared().segment;
-      shared().slopes[thread_] = kLog2e * p_.alibi_slopes[segment.sequence * p_.alibi_batch_stride +
+      shared().slopes[thread_] = kLog2e * p_.alibi_slopes[segment.batch * p_.alibi_batch_stride +
                                                           segment.kv_head * p_.group() + query_head(thread_)];
     }
     if (thread_ < Config::rows) {
@@ -260,7 +269,7 @@ class DecodeCta {
 
   // Rows that do not exist have that of the first.
   LEAN_DEVICE void find_tree_row(int64_t new_tokens, int query) {
-    const int64_t sequence = shared().segment.sequence;
+    const int64_t sequence = shared().segment.batch;
     const int64_t first = p_.first_query(sequence), own = thread_ < shared().rows ? query : query_token(0);
     shared().tree_rows[thread_] = p_.tree_mask + sequence * p_.tree_batch_stride +
                                   (first + own) * p_.tree_row_stride - (new_tokens - shared().first_token);
@@ -274,16 +283,15 @@ class DecodeCta {
   // The block of the sequence's tokens from index * block_size on; one out of range is another one.
   LEAN_DEVICE int64_t block_at(int64_t index) const {
     const Segment& segment = shared().segment;
-    const int64_t block = p_.pages.raw_block(segment.sequence, segment.kv_head, index);
+    const int64_t block = p_.pages.raw_block(segment.batch, segment.kv_head, index);
     if (p_.pages.is_block(block)) return block;
     shared().bad_block = static_cast<int>(index);  // reported later: here are no registers to spare
     return 0;
   }
 
   LEAN_DEVICE void report_block(const Segment& segment, int64_t index) const {
-    const int64_t block = p_.pages.raw_block(segment.sequence, segment.kv_head, index);
-    report(a_.errors,
-           bad_block(BadNumber::decode, p_.pages, segment.sequence, segment.kv_head, index, block));
+    const int64_t block = p_.pages.raw_block(segment.batch, segment.kv_head, index);
+    report(a_.errors, bad_block(BadNumber::decode, p_.pages, segment.batch, segment.kv_head, index, block));
   }
 
   // Where a token of the segment lies; a token past its end lies where its last one does.
@@ -509,7 +517,8 @@ class DecodeCta {
   // the A operand of P V; sums and outputs so far are brought to that maximum.
   LEAN_DEVICE void online_softmax_step(float (&scores)[Config::row_tiles][2][4],
                                        uint32_t (&weights)[Config::row_tiles][4], int first_token) {
-    const float scale = p_.scale * (p_.softcap == 0.0f ? kLog2e : 1.0f / p_.softcap);
+    const ScoreOptions options = score_options(p_);
+    const float scale = p_.scale * options.unit;
     RowScales scales;
     if constexpr (Config::quantised) scales = scales_of(first_token);
     const bool masked = first_token < common_begin_ || first_token + kStepTokens > common_end_;
@@ -519,18 +528,19 @@ class DecodeCta {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float maximum = kMinusInfinity;
+        const int row = rt * kTileRows + half * 8 + lane_ / 4;
+        ScoreTerms<ScoreMath> terms(options);
+        terms.row_scaled = Config::quantised;
+        terms.biased = p_.alibi_slopes != nullptr;
+        if (terms.biased) terms.minus_slope = -shared().slopes[row];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& score = scores[rt][i / 2][half * 2 + i % 2];
           const int column = i / 2 * 8 + lane_ % 4 * 2 + i % 2, token = first_token + column;
-          const int row = rt * kTileRows + half * 8 + lane_ / 4;
-          score *= scale;
-          if constexpr (Config::quantised) score *= hw::shuffle(scales.k, column);
-          if (p_.softcap != 0.0f) score = p_.softcap * kLog2e * tanhf(score);
-          if (p_.alibi_slopes) {
-            score -= shared().slopes[row] * static_cast<float>(abs(shared().positions[row] - token));
-          }
-          if (masked && !is_seen(row, token)) score = kMinusInfinity;
+          score = modified_score<ScoreMath>(
+              scaled_score<ScoreMath>(score, scale), terms, [&] { return hw::shuffle(scales.k, column); },
+              [&] { return static_cast<float>(abs(shared().positions[row] - token)); },
+              [&](float x) { return masked && !is_seen(row, token) ? kMinusInfinity : x; });
           maximum = fmaxf(maximum, score);
         }
         maximum = fmaxf(maximum, hw::shuffle_xor(maximum, 1));
@@ -578,8 +588,8 @@ class DecodeCta {
   LEAN_DEVICE RowScales scales_of(int first_token) const {
     const Segment& segment = shared().segment;
     const Place place = place_of(first_token + lane_ % kStepTokens);
-    return {p_.k.scale.at(segment.sequence, place.block, place.slot, segment.kv_head),
-            p_.v.scale.at(segment.sequence, place.block, place.slot, segment.kv_head)};
+    return {p_.k.scale.at(segment.batch, place.block, place.slot, segment.kv_head),
+            p_.v.scale.at(segment.batch, place.block, place.slot, segment.kv_head)};
   }
 
   template <int... kPanels>
@@ -698,7 +708,7 @@ class DecodeCta {
       wait_flag(a_.workspace, peer);
     }
     hw::sync_block();
-    const int64_t first_query = p_.first_query(segment.sequence);
+    const int64_t first_query = p_.first_query(segment.batch);
     if (thread_ < shared().rows) {
       const SoftmaxState own{shared().merged_m[thread_], shared().l[0][thread_]};
       SoftmaxState merged = own;
@@ -718,7 +728,7 @@ class DecodeCta {
         lse = log_sum_exp_to(with_sink.state, kLog2e);
       }
       shared().l[0][thread_] = factor;
-      p_.lse[segment.sequence * p_.lse_batch_stride + head * p_.lse_head_stride + first_query +
+      p_.lse[segment.batch * p_.lse_batch_stride + head * p_.lse_head_stride + first_query +
              query_token(thread_)] = lse;
     }
     hw::sync_block();
@@ -736,7 +746,7 @@ class DecodeCta {
                 reinterpret_cast<const hw::Float4*>(partial + row * Config::head_dim_v + column)));
       }
       const float factor = shared().l[0][row];
-      auto* out = reinterpret_cast<uint32_t*>(out_row(segment.sequence, first_query + query_token(row),
+      auto* out = reinterpret_cast<uint32_t*>(out_row(segment.batch, first_query + query_token(row),
                                                       segment.kv_head * p_.group() + query_head(row)) +
                                               column);
       out[0] = hw::pack<T>(sum.x * factor, sum.y * factor);

@@ -12,11 +12,11 @@ LEAN_INLINE inline void prefetch_bytes(const void* from, int bytes) {
 
 // Issues the prefetches of a Prefetch in the order of their addresses, which memory reads faster than any
 // other. (Where rows are neither adjacent nor whole lines, some lines are left to the hardware.)
-template <bool paced, int level>
-class Prefetcher {
+template <int level, bool paced>
+class PrefetcherInto {
  public:
   // Begins `skip` bytes further on.
-  explicit Prefetcher(const Prefetch& a, int skip)
+  explicit PrefetcherInto(const Prefetch& a, int skip)
       : rows_at_once_(a.bytes >= kLine ? 1 : (kLine + a.bytes - 1) / a.bytes),
         bytes_at_once_(rows_at_once_ * a.bytes) {
     int row = 0, offset = a.begin + skip;

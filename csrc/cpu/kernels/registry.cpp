@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/tuning.h"
+
 namespace lean::cpu {
 namespace {
 
@@ -16,8 +18,8 @@ struct InstructionSet {
   // The kernels that take quantised rows as they are, by q's DType.
   const TileKernel* over_fp8[3] = {};
   const TileKernel* over_int8[3] = {};
-  // The next set is faster over int8, so this one is taken only where it is named.
-  bool (*slower_over_int8)() = [] { return false; };
+  // Over int8 it multiplies in bf16, so that it is taken only where it is named if fp32 is faster there.
+  bool int8_in_bf16 = false;
 
   const TileKernel* kernel(DType dtype, DType cache_dtype) const {
     const int i = static_cast<int>(dtype);
@@ -40,8 +42,7 @@ const InstructionSet kInstructionSets[] = {
      {nullptr, nullptr, &avx512_bf16::bfloat16},
      {nullptr, &avx512_bf16::float16_over_fp8, &avx512_bf16::bfloat16_over_fp8},
      {nullptr, nullptr, &avx512_bf16::bfloat16_over_int8},
-     // Intel's cores start one of its bf16 dot products every other cycle, but two fp32 products in each.
-     [] { return __builtin_cpu_is("intel") != 0; }},
+     true},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -82,7 +83,7 @@ const TileKernel& tile_kernel(DType dtype, DType cache_dtype, const std::string&
       }
       allowed = true;
     }
-    if (at_most.empty() && cache_dtype == DType::int8 && set.slower_over_int8()) continue;
+    if (at_most.empty() && cache_dtype == DType::int8 && set.int8_in_bf16 && tuning().int8_in_fp32) continue;
     const TileKernel* kernel = set.kernel(dtype, cache_dtype);
     if (allowed && kernel != nullptr && set.runnable()) return *kernel;
   }

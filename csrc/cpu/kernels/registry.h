@@ -27,6 +27,7 @@
 #endif
 
 #define LEAN_INLINE __attribute__((always_inline))
+#define LEAN_BACKEND_INLINE LEAN_INLINE inline
 
 namespace lean::cpu {
 

@@ -1,6 +1,8 @@
 // Scores: the packed query rows of a microkernel, their dot products with the K rows of a run, and what is
 // made of these. Included by tile_kernel-inl.h.
 
+#include "score-inl.h"
+
 template <class T, class KvRows, int rows>
 struct Scores : MicrokernelShape<T, KvRows, rows> {
   using Base = MicrokernelShape<T, KvRows, rows>;
@@ -8,11 +10,12 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   using F = S::F;
   using Base::kBlockTokens;
   using Base::kFewRows;
-  using Base::kPaced;
   using Base::kPeriod;
   using Base::kRoundTokens;
   using Base::kWholeRows;
   using Base::padded_tokens;
+  using typename Base::IntoL1;
+  using typename Base::IntoL2;
 
   // The dot products of so many pairs of tokens are summed at a time, so that they share loads of q. They are
   // few where memory is the bound: the fewer rows are read together, the closer the reads come to the order
@@ -23,10 +26,10 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // Computes the dot products of kRoundTokens tokens, which are two vectors, some tokens together, column by
   // column. `q` holds the microkernel's packed rows. Each product is summed in half a vector: an accumulator
   // holds one row's sums for two neighbouring tokens, so that half as many need reducing.
-  template <int level>
+  template <class Prefetcher>
   LEAN_INLINE static void dot_tokens_together(const KvRows& kv_rows, int head_dim,
                                               const typename KvRows::Query* q, const void* const* k_rows,
-                                              Prefetcher<kPaced, level>& prefetcher, F (&dots)[2]) {
+                                              Prefetcher& prefetcher, F (&dots)[2]) {
     constexpr int kColumns = KvRows::kDotColumns;
     F sums[2][S::kLanes / 2];
 #pragma GCC unroll 16
@@ -77,10 +80,9 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   }
 
   // Computes the same row by row.
-  template <int level>
-  LEAN_INLINE static void dot_row_by_row(const KvRows& kv_rows, int head_dim, const typename KvRows::Query* q,
-                                         const void* const* k_rows, Prefetcher<kPaced, level>& prefetcher,
-                                         F (&dots)[2]) {
+  template <class Prefetcher>
+  LEAN_INLINE static void dot_row_by_row(int head_dim, const typename KvRows::Query* q,
+                                         const void* const* k_rows, Prefetcher& prefetcher, F (&dots)[2]) {
     // So many chunks of each query row fit into registers beside the sums.
     constexpr int kQueryVectors = S::kLanes / 2;
     constexpr int kChunkVectors = sizeof(typename KvRows::Chunk) / sizeof(F);
@@ -116,11 +118,11 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
 
   // Writes the dot products of several heads' rows with a run of whole vectors of tokens: token by token with
   // all heads of each, which is the order of addresses where a token's rows are neighbours.
-  template <int level>
+  template <class Prefetcher>
   __attribute__((noinline)) static void multiply_keys_of_heads(const TileState* const* heads, int count,
                                                                const Rows& run, const Prefetch& prefetch) {
     const int head_dim = heads[0]->head_dim;
-    Prefetcher<kPaced, level> prefetcher(prefetch, 0);
+    Prefetcher prefetcher(prefetch, 0);
     const T* row = static_cast<const T*>(run.row[0]);
     for (int token = 0, head = 0; token < run.tokens;) {
       // There are as many pairs of a token and a head as tokens in a vector of one head's scores.
@@ -130,13 +132,13 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
         const auto* const q = static_cast<const typename KvRows::Query*>(heads[head]->q);
         scores[i] = heads[head]->scores + token * kPeriod;
         unrolled<rows>([&](auto r) LEAN_INLINE { sums[i][r] = S::zero(); });
-        Base::template for_each_chunk<level>(
-            row, head_dim, prefetcher, [&](int column, typename KvRows::Chunk k) LEAN_INLINE {
-              unrolled<rows>([&](auto r) LEAN_INLINE {
-                const auto* const q_chunk = q + column * rows + r * KvRows::kColumns;
-                sums[i][r] = KvRows::dot(sums[i][r], k, KvRows::load_whole_query(q_chunk));
-              });
-            });
+        Base::for_each_chunk(row, head_dim, prefetcher,
+                             [&](int column, typename KvRows::Chunk k) LEAN_INLINE {
+                               unrolled<rows>([&](auto r) LEAN_INLINE {
+                                 const auto* const q_chunk = q + column * rows + r * KvRows::kColumns;
+                                 sums[i][r] = KvRows::dot(sums[i][r], k, KvRows::load_whole_query(q_chunk));
+                               });
+                             });
         row += head_dim;
         if (++head == count) {
           head = 0;
@@ -153,25 +155,25 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // Writes the scaled dot products of the run's tokens, and of some after them, and returns their maximum per
   // row. Not inlined, nor are the loops over V: what the callers keep in registers would push the sums out of
   // them.
-  template <int level>
+  template <class Prefetcher>
   __attribute__((noinline)) static F multiply_keys(const TileState& t, int first_row, float* dots,
                                                    const Rows& run, int tokens, const Prefetch& prefetch) {
     // These are copies, because for all the compiler knows storing a score changes what lies behind t.
-    const KvRows kv_rows(t);
+    [[maybe_unused]] const KvRows kv_rows(t);
     const int head_dim = t.head_dim;
     const F scale = S::set1(t.scale);
     const auto* q = static_cast<const typename KvRows::Query*>(t.q) + first_row * query_stride(head_dim);
-    Prefetcher<kPaced, level> prefetcher(prefetch, 0);
+    Prefetcher prefetcher(prefetch, 0);
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kRoundTokens) {
       F x[2];
       if constexpr (kWholeRows) {
-        dot_row_by_row(kv_rows, head_dim, q, run.row + token, prefetcher, x);
+        dot_row_by_row(head_dim, q, run.row + token, prefetcher, x);
       } else {
         dot_tokens_together(kv_rows, head_dim, q, run.row + token, prefetcher, x);
       }
       unrolled<2>([&](auto i) LEAN_INLINE {
-        const F s = S::mul(x[i], scale);
+        const F s = scaled_score<ScoreMath>(x[i], scale);
         S::store(dots + (token + i * kBlockTokens) * kPeriod, s);
         m = S::max(s, m);  // m where s is NaN
       });
@@ -183,7 +185,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   static void score(const TileState& t, int first_row, float* scores, const Rows& run, const RowView* views,
                     const Prefetch& prefetch) {
     const int tokens = padded_tokens(run);
-    const auto multiply = prefetch.cache_level == 1 ? multiply_keys<1> : multiply_keys<2>;
+    const auto multiply = prefetch.cache_level == 1 ? multiply_keys<IntoL1> : multiply_keys<IntoL2>;
     finish_run(t, first_row, scores, run, tokens, views,
                multiply(t, first_row, scores, run, tokens, prefetch));
   }
@@ -191,14 +193,15 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // The same for several heads' rows and a run of whole vectors of tokens.
   static void score_heads(const TileState* const* heads, int count, const Rows& run, const RowView* views,
                           const Prefetch& prefetch) {
-    const auto multiply = prefetch.cache_level == 1 ? multiply_keys_of_heads<1> : multiply_keys_of_heads<2>;
+    const auto multiply =
+        prefetch.cache_level == 1 ? multiply_keys_of_heads<IntoL1> : multiply_keys_of_heads<IntoL2>;
     multiply(heads, count, run, prefetch);
     for (int head = 0; head < count; ++head) {
       const TileState& t = *heads[head];
       const F scale = S::set1(t.scale);
       F m = S::set1(kMinusInfinity);
       for (int i = 0; i < run.tokens * kPeriod; i += S::kLanes) {
-        const F s = S::mul(S::load(t.scores + i), scale);
+        const F s = scaled_score<ScoreMath>(S::load(t.scores + i), scale);
         S::store(t.scores + i, s);
         m = S::max(s, m);  // m where s is NaN
       }
@@ -209,7 +212,7 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // Makes scores of scaled dot products, whose maximum is `m`, and notes the maximum per row.
   static void finish_run(const TileState& t, int first_row, float* scores, const Rows& run, int tokens,
                          const RowView* views, F m) {
-    if (views != nullptr || tokens != run.tokens || t.softcap != 0.0f || run.scales != nullptr) {
+    if (views != nullptr || tokens != run.tokens || !t.score.only_scale() || run.scales != nullptr) {
       m = finish_scores(t, first_row, scores, run, tokens, views);
     }
     S::store(t.run_max + first_row, S::fold<kPeriod, S::max>(m));
@@ -218,22 +221,25 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
   // Makes scores of scaled dot products, where that takes more. Returns their maximum per row.
   static F finish_scores(const TileState& t, int first_row, float* scores, const Rows& run, int tokens,
                          const RowView* views) {
-    const F softcap = S::set1(t.softcap);
-    const bool masked = views != nullptr || tokens != run.tokens, capped = t.softcap != 0.0f;
+    const bool masked = views != nullptr || tokens != run.tokens;
     const float* const scales = run.scales;
     LaneViews lanes{};
     if (masked) lanes = lane_views(t, first_row, run, views);
+    ScoreTerms<ScoreMath> terms(t.score);
+    terms.row_scaled = scales != nullptr;
+    terms.biased = masked && t.slopes != nullptr;
+    terms.minus_slope = lanes.minus_slope;
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kBlockTokens) {
-      F s = S::load(scores + token * kPeriod);
-      if (scales != nullptr) s = S::mul(s, S::spread<kPeriod>(scales + token));
-      if (capped) s = S::mul(tanh(s), softcap);
-      if (masked) {
-        const F distance = S::abs(S::sub(lanes.position, lanes.index));
-        s = S::fma(lanes.minus_slope, distance, s);
-        s = S::where_between(lanes.index, lanes.begin, lanes.end, s, S::set1(kMinusInfinity));
-        lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
-      }
+      const F s = modified_score<ScoreMath>(
+          S::load(scores + token * kPeriod), terms,
+          [&]() LEAN_INLINE { return S::spread<kPeriod>(scales + token); },
+          [&]() LEAN_INLINE { return S::abs(S::sub(lanes.position, lanes.index)); },
+          [&](F score) LEAN_INLINE {
+            if (!masked) return score;
+            return S::where_between(lanes.index, lanes.begin, lanes.end, score, S::set1(kMinusInfinity));
+          });
+      lanes.index = S::add(lanes.index, S::set1(static_cast<float>(kBlockTokens)));
       S::store(scores + token * kPeriod, s);
       m = S::max(s, m);  // m where s is NaN
     }

@@ -18,6 +18,12 @@ namespace lean::cpu {
 inline constexpr int kRunTokens = 64;
 static_assert(lean_tile_tokens(64) % kRunTokens == 0 && lean_tile_tokens(256) % kRunTokens == 0);
 
+// A run is this short where several heads with long rows are read in one pass, or quantised rows are
+// dequantised before they are multiplied. The next run of those is prefetched meanwhile, and dequantising
+// takes less time than reading: in two halves, more of the reading is left to the multiplication between
+// them.
+inline constexpr int kShortRunTokens = kRunTokens / 2;
+
 // One pass over K and V serves at most this many rows; their O must stay in L2.
 inline constexpr int kMaxRows = 64;
 
@@ -75,9 +81,9 @@ struct TileState {
   int rows;
   int head_dim;
   int head_dim_v;
-  float scale;    // of the dot products, to units of log2; with a softcap, to units of the softcap
-  float softcap;  // in units of log2; 0: none
-  float* slopes;  // [rows + kMaxLanes], of ALiBi, in units of log2; null: none
+  float scale;                   // of the dot products, to the units of `score`
+  ScoreOptions score;            // what is made of them then
+  float* slopes;                 // [rows + kMaxLanes], of ALiBi, in units of log2; null: none
   const DequantiseTable* table;  // of quantised rows that are taken as they are
   void* q;                       // packed query rows, in the kernel's own form
   // [rows + kMaxLanes]: the partial state's m and l of each row, and the maximum of the current run's scores;
@@ -131,10 +137,6 @@ struct TileKernel {
 // variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if the name
 // is unknown or the machine lacks the instructions.
 const TileKernel& tile_kernel(DType dtype, DType cache_dtype);
-
-// The kernel for a cache of `cache_dtype`, but its `score` and `accumulate` only read the run's rows (and
-// prefetch), so that heads stay as empty as they are: for benchmarks.
-TileKernel read_only_kernel(TileKernel like, DType cache_dtype);
 
 // The values are in fp16 for `to` float16, else in bf16.
 const DequantiseTable& dequantise_table(DType from, DType to);

@@ -10,19 +10,20 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
   using S = Simd;
   using F = S::F;
   using Base::kBlockTokens;
-  using Base::kPaced;
   using Base::kPeriod;
   using Base::padded_tokens;
+  using typename Base::IntoL1;
+  using typename Base::IntoL2;
 
   // Adds columns [column, column + chunks * kColumns) of the weighted sum of V to the rescaled output. Not
   // inlined: what the caller keeps in registers would push the sums out of them.
-  template <int chunks, bool tail, int level>
+  template <int chunks, bool tail, class Prefetcher>
   __attribute__((noinline)) static void add_values(const TileState& t, int first_row, const Rows& run,
                                                    const Prefetch& prefetch, int tokens,
                                                    const typename KvRows::Weight* weights,
                                                    const float* correction, int column) {
     const KvRows kv_rows(t);
-    Prefetcher<kPaced, level> prefetcher(prefetch, column * sizeof(T) * tokens);
+    Prefetcher prefetcher(prefetch, column * sizeof(T) * tokens);
     F sums[chunks][rows][2];
     unrolled<chunks>([&](auto c) LEAN_INLINE {
       unrolled<rows>([&](auto r) LEAN_INLINE { sums[c][r][0] = sums[c][r][1] = S::zero(); });
@@ -74,7 +75,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
   }
 
   // Adds all columns.
-  template <int level>
+  template <class Prefetcher>
   static void add_all_values(const TileState& t, int first_row, const Rows& run, const Prefetch& prefetch,
                              int tokens, const typename KvRows::Weight* weights, const float* correction) {
     // Few rows leave registers for more columns at once, which hides the latency of the additions.
@@ -82,19 +83,20 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
     const int whole = t.head_dim_v / KvRows::kColumns * KvRows::kColumns;
     int column = 0;
     for (; column + kChunks * KvRows::kColumns <= whole; column += kChunks * KvRows::kColumns) {
-      add_values<kChunks, false, level>(t, first_row, run, prefetch, tokens, weights, correction, column);
+      add_values<kChunks, false, Prefetcher>(t, first_row, run, prefetch, tokens, weights, correction,
+                                             column);
     }
     if constexpr (kChunks == 4) {
       if (column + 2 * KvRows::kColumns <= whole) {
-        add_values<2, false, level>(t, first_row, run, prefetch, tokens, weights, correction, column);
+        add_values<2, false, Prefetcher>(t, first_row, run, prefetch, tokens, weights, correction, column);
         column += 2 * KvRows::kColumns;
       }
     }
     for (; column < whole; column += KvRows::kColumns) {
-      add_values<1, false, level>(t, first_row, run, prefetch, tokens, weights, correction, column);
+      add_values<1, false, Prefetcher>(t, first_row, run, prefetch, tokens, weights, correction, column);
     }
     if (column < t.head_dim_v) {
-      add_values<1, true, level>(t, first_row, run, prefetch, tokens, weights, correction, column);
+      add_values<1, true, Prefetcher>(t, first_row, run, prefetch, tokens, weights, correction, column);
     }
   }
 
@@ -107,7 +109,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
                KvRows::template store_weights<kPeriod>(scores, i, a, b);
              }));
     const auto* weights = reinterpret_cast<const typename KvRows::Weight*>(scores);
-    const auto add = prefetch.cache_level == 1 ? add_all_values<1> : add_all_values<2>;
+    const auto add = prefetch.cache_level == 1 ? add_all_values<IntoL1> : add_all_values<IntoL2>;
     add(t, first_row, run, prefetch, tokens, weights, correction);
   }
 
@@ -123,18 +125,18 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
       S::store(t.run_max,
                correction);  // the maximum is no longer needed; add_values_of_heads takes this from there
     }
-    const auto add = prefetch.cache_level == 1 ? add_values_of_heads<1> : add_values_of_heads<2>;
+    const auto add = prefetch.cache_level == 1 ? add_values_of_heads<IntoL1> : add_values_of_heads<IntoL2>;
     add(heads, count, run, prefetch);
   }
 
   // Goes token by token with all heads of each, which is the order of addresses where a token's rows are
   // neighbours. The sums do not stay in registers.
-  template <int level>
+  template <class Prefetcher>
   __attribute__((noinline)) static void add_values_of_heads(const TileState* const* heads, int count,
                                                             const Rows& run, const Prefetch& prefetch) {
     const int head_dim = heads[0]->head_dim_v;
     const int64_t stride = heads[0]->output_stride;
-    Prefetcher<kPaced, level> prefetcher(prefetch, 0);
+    Prefetcher prefetcher(prefetch, 0);
     for (int head = 0; head < count; ++head) std::fill_n(heads[head]->run_output, rows * stride, 0.0f);
     for (int token = 0; token < run.tokens; ++token) {
       const T* row = static_cast<const T*>(run.row[token]);
@@ -143,16 +145,16 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
         F weights[rows];
         unrolled<rows>([&](auto r)
                            LEAN_INLINE { weights[r] = S::set1(heads[head]->scores[token * kPeriod + r]); });
-        Base::template for_each_chunk<level>(row, head_dim, prefetcher,
-                                             [&](int column, typename KvRows::Chunk v) LEAN_INLINE {
-                                               unrolled<rows>([&](auto r) LEAN_INLINE {
-                                                 float* const to = sums + r * stride + column;
-                                                 F a = S::load(to), b = S::load(to + S::kLanes);
-                                                 KvRows::accumulate_token(a, b, weights[r], v);
-                                                 S::store(to, a);
-                                                 S::store(to + S::kLanes, b);
-                                               });
-                                             });
+        Base::for_each_chunk(row, head_dim, prefetcher,
+                             [&](int column, typename KvRows::Chunk v) LEAN_INLINE {
+                               unrolled<rows>([&](auto r) LEAN_INLINE {
+                                 float* const to = sums + r * stride + column;
+                                 F a = S::load(to), b = S::load(to + S::kLanes);
+                                 KvRows::accumulate_token(a, b, weights[r], v);
+                                 S::store(to, a);
+                                 S::store(to + S::kLanes, b);
+                               });
+                             });
       }
     }
     for (int head = 0; head < count; ++head) {

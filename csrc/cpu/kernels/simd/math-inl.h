@@ -20,17 +20,19 @@ inline Simd::F exp2(Simd::F x) {
   return S::scale_by_power(S::fma(exp2_slope(f), f, S::set1(1.0f)), n);
 }
 
-// tanh to some 3e-7 relative, also near 0: with e = e^(-2|x|) - 1, summed so that nothing cancels, its
-// magnitude is -e / (2 + e).
-inline Simd::F tanh(Simd::F x) {
-  using S = Simd;
-  const S::F y = S::max(S::set1(-127.0f), S::mul(S::abs(x), S::set1(-2.0f * kLog2e)));
-  const S::F n = S::round(y);
-  const S::F f = S::sub(y, n);
-  const S::F power = S::scale_by_power(S::set1(1.0f), n);
-  const S::F e = S::fma(S::mul(power, f), exp2_slope(f), S::sub(power, S::set1(1.0f)));
-  return S::copy_sign(S::div(e, S::add(e, S::set1(2.0f))), x);
-}
+// The Math of score-inl.h.
+struct ScoreMath : Simd {
+  // tanh to some 3e-7 relative, also near 0: with e = e^(-2|x|) - 1, summed so that nothing cancels, its
+  // magnitude is -e / (2 + e).
+  static F tanh(F x) {
+    const F y = max(set1(-127.0f), mul(abs(x), set1(-2.0f * kLog2e)));
+    const F n = round(y);
+    const F f = sub(y, n);
+    const F power = scale_by_power(set1(1.0f), n);
+    const F e = fma(mul(power, f), exp2_slope(f), sub(power, set1(1.0f)));
+    return copy_sign(div(e, add(e, set1(2.0f))), x);
+  }
+};
 
 // Calls `take` with 0 to n - 1, each a constant to the compiler: what it does with arrays stays in registers.
 template <int n, class Take>

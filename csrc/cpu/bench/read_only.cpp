@@ -1,8 +1,9 @@
-// A tile kernel that only reads: what memory and the schedule allow, for benchmarks.
+// Decoding with a tile kernel that only reads: what memory and the schedule allow.
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/kernels/tile_kernel.h"
+#include "cpu/backend.h"
+#include "cpu/decode.h"
 
 namespace lean::cpu {
 namespace {
@@ -75,8 +76,8 @@ void read_values(const TileState& t, const Rows& run, const Prefetch& prefetch) 
   read(run.row, run.tokens, t.head_dim_v * static_cast<int>(element_bytes), prefetch);
 }
 
-}  // namespace
-
+// The kernel for a cache of `cache_dtype`, but its `score` and `accumulate` only read the run's rows (and
+// prefetch), so that heads stay as empty as they are.
 TileKernel read_only_kernel(TileKernel like, DType cache_dtype) {
   const auto of_bytes = [&](auto bytes) {
     like.score = read_keys<bytes>;
@@ -93,6 +94,12 @@ TileKernel read_only_kernel(TileKernel like, DType cache_dtype) {
     default:
       return of_bytes(std::integral_constant<size_t, 4>{});
   }
+}
+
+}  // namespace
+
+void read_only(const DecodeParams& params) {
+  decode_with(params, read_only_kernel(tile_kernel(params.dtype, params.k.dtype), params.k.dtype));
 }
 
 }  // namespace lean::cpu

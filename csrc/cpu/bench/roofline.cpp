@@ -1,4 +1,4 @@
-#include "cpu/roofline.h"
+#include "cpu/bench/roofline.h"
 
 #include <atomic>
 
