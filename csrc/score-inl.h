@@ -16,25 +16,23 @@ LEAN_BACKEND_INLINE typename Math::F scaled_score(typename Math::F dot, typename
 template <class Math>
 struct ScoreTerms {
   LEAN_BACKEND_INLINE explicit ScoreTerms(const ScoreOptions& options)
-      : capped(options.softcap != 0.0f),
-        softcap(Math::set1(options.softcap)),
-        minus_slope(Math::set1(0.0f)) {}
+      : capped(options.softcap != 0.0f), softcap(Math::set1(options.softcap)) {}
 
   bool row_scaled = false;  // tokens have scales of their own
   bool capped;
   bool biased = false;  // by ALiBi
   typename Math::F softcap;
-  typename Math::F minus_slope;  // in units of log2
 };
 
-// Makes a score of a scaled one. row_scale() is the token's, distance() that of token and query row; each is
-// called where the terms need it. mask(score) is -inf where the row does not see the token.
-template <class Math, class RowScale, class Distance, class Mask>
+// Makes a score of a scaled one. row_scale() is the token's, minus_slope() ALiBi's slope in units of log2,
+// negated, distance() that of token and query row: they are called where the terms need them, so that a GPU
+// keeps none of them in registers. mask(score) is -inf where the row does not see the token.
+template <class Math, class RowScale, class Slope, class Distance, class Mask>
 LEAN_BACKEND_INLINE typename Math::F modified_score(typename Math::F score, const ScoreTerms<Math>& terms,
-                                                    const RowScale& row_scale, const Distance& distance,
-                                                    const Mask& mask) {
+                                                    const RowScale& row_scale, const Slope& minus_slope,
+                                                    const Distance& distance, const Mask& mask) {
   if (terms.row_scaled) score = Math::mul(score, row_scale());
   if (terms.capped) score = Math::mul(Math::tanh(score), terms.softcap);
-  if (terms.biased) score = Math::fma(terms.minus_slope, distance(), score);
+  if (terms.biased) score = Math::fma(minus_slope(), distance(), score);
   return mask(score);
 }

@@ -129,11 +129,10 @@ class Attention {
         for (int64_t i = 0; i < range.heads; ++i) {
           const Rows& keys = runs.keys(i);
           const Prefetch prefetch = runs.prefetch_beside_keys(i);
-          const void* const next_q = range.heads == 1 ? nullptr : heads[(i + 1) % range.heads].tile.q;
           if (dequantises) {
-            kernel_.score(heads[i].tile, dequantised.keys(keys, prefetch), seen, {}, next_q);
+            kernel_.score(heads[i].tile, dequantised.keys(keys, prefetch), seen, {});
           } else {
-            kernel_.score(heads[i].tile, keys, seen, prefetch, next_q);
+            kernel_.score(heads[i].tile, keys, seen, prefetch);
           }
         }
       }

@@ -532,13 +532,13 @@ class DecodeCta {
         ScoreTerms<ScoreMath> terms(options);
         terms.row_scaled = Config::quantised;
         terms.biased = p_.alibi_slopes != nullptr;
-        if (terms.biased) terms.minus_slope = -shared().slopes[row];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& score = scores[rt][i / 2][half * 2 + i % 2];
           const int column = i / 2 * 8 + lane_ % 4 * 2 + i % 2, token = first_token + column;
           score = modified_score<ScoreMath>(
               scaled_score<ScoreMath>(score, scale), terms, [&] { return hw::shuffle(scales.k, column); },
+              [&] { return -shared().slopes[row]; },
               [&] { return static_cast<float>(abs(shared().positions[row] - token)); },
               [&](float x) { return masked && !is_seen(row, token) ? kMinusInfinity : x; });
           maximum = fmaxf(maximum, score);

@@ -55,7 +55,7 @@ void read(const void* const* rows, int count, int bytes, const Prefetch& prefetc
 }
 
 template <size_t element_bytes>
-void read_keys(const TileState& t, const Rows& run, const RowView*, const Prefetch& prefetch, const void*) {
+void read_keys(const TileState& t, const Rows& run, const RowView*, const Prefetch& prefetch) {
   read(run.row, run.tokens, t.head_dim * static_cast<int>(element_bytes), prefetch);
 }
 

@@ -228,12 +228,12 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
     ScoreTerms<ScoreMath> terms(t.score);
     terms.row_scaled = scales != nullptr;
     terms.biased = masked && t.slopes != nullptr;
-    terms.minus_slope = lanes.minus_slope;
     F m = S::set1(kMinusInfinity);
     for (int token = 0; token < tokens; token += kBlockTokens) {
       const F s = modified_score<ScoreMath>(
           S::load(scores + token * kPeriod), terms,
           [&]() LEAN_INLINE { return S::spread<kPeriod>(scales + token); },
+          [&]() LEAN_INLINE { return lanes.minus_slope; },
           [&]() LEAN_INLINE { return S::abs(S::sub(lanes.position, lanes.index)); },
           [&](F score) LEAN_INLINE {
             if (!masked) return score;

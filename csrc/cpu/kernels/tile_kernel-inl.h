@@ -62,12 +62,7 @@ struct TileKernelFor {
       row += count;
     }
   }
-  static void score(const TileState& t, const Rows& run, const RowView* views, const Prefetch& prefetch,
-                    const void* next_q) {
-    // Later its lines would wait for places among the many that are on their way from memory.
-    if (next_q != nullptr) {
-      prefetch_bytes<1>(next_q, t.rows * query_stride(t.head_dim) * sizeof(typename KvRows::Query));
-    }
+  static void score(const TileState& t, const Rows& run, const RowView* views, const Prefetch& prefetch) {
     for_each_microkernel(t, run.row, t.head_dim, prefetch,
                          [&](auto microkernel, int row, float* scores, const Prefetch& its_prefetch) {
                            microkernel.score(t, row, scores, run, views, its_prefetch);

@@ -109,10 +109,8 @@ struct TileKernel {
   void (*pack_query)(const TileState& state, int row, const void* q);
   // Attends all rows to a run in two steps: `score` multiplies them with its K rows, `accumulate` adds what
   // the weights make of its V rows. `views` (one per row) may be null if every row sees every token of the
-  // run and there are no slopes. `next_q`, if not null, are the packed query rows, as many, that are scored
-  // next.
-  void (*score)(const TileState& state, const Rows& run, const RowView* views, const Prefetch& prefetch,
-                const void* next_q);
+  // run and there are no slopes.
+  void (*score)(const TileState& state, const Rows& run, const RowView* views, const Prefetch& prefetch);
   // The same for `count` heads of as many rows, token by token with all heads of each, because their rows of
   // a token adjoin: that is the order of addresses. `run` has the first head's rows, as many tokens as it can
   // hold, or half as many, and no scales. accumulate_heads is for kMaxRowsAdded rows at most.
