@@ -63,7 +63,7 @@ def test_compiles() -> None:
         ({"out": torch.empty(3, 2, 6, 72).bfloat16()}, r"out has shape .* dimension 3 must be 64"),
         ({"out": torch.empty(2, 6, 64).bfloat16()}, r"out has shape .* it must have 4 dimensions"),
         ({"lse": torch.empty(3, 2, 6)}, r"lse has shape .* dimension 1 must be 6, the num_heads"),
-        ({"lse": torch.empty(3, 6, 2).double()}, "lse is Double; it must be Float"),
+        ({"lse": torch.empty(3, 6, 2).double()}, "lse is torch.float64; it must be torch.float32"),
         (
             {"out": torch.empty(3, 2, 1, 64).bfloat16().expand(3, 2, 6, 64)},
             "out has .* elements share memory",
