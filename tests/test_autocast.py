@@ -7,7 +7,7 @@ import torch
 
 import lean_attention
 from lean_attention import reference
-from tests.helpers import Case, make_inputs
+from tests.cases import Case, make_inputs
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -1,95 +1,35 @@
-"""The CUDA kernels: on the emulated device everywhere, and the same tests on a GPU where there is one."""
+"""What only CUDA has: kernels, launches, graphs, streams, interleavings, errors that are told of later."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import lean_attention
 from lean_attention import reference
+from tests.backends import Backend, only
+from tests.cases import BF16, F16, F32, INT8, Case, assert_close, make_inputs
 from tests.emulation import load
-from tests.helpers import Case, assert_close, assert_same, make_inputs
-from tests.matrix import TOGETHER, FeatureCase, all_pairs, any_case, make_arguments
-from tests.test_decode import CASES
 
-F16, BF16 = torch.float16, torch.bfloat16
-Decode = Callable[..., tuple[Tensor, Tensor]]
-
-SMALL_CASES = [
-    dataclasses.replace(case, dtype=BF16 if case.dtype == torch.float32 else case.dtype) for case in CASES
-]
+on_cuda = only("emulated", "cuda")
 
 
 def decode_emulated(**arguments) -> tuple[Tensor, Tensor]:
     return torch.ops.lean_attn_emulated.decode(**arguments)
 
 
-def decode_on_gpu(**arguments) -> tuple[Tensor, Tensor]:
-    moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    out, lse = lean_attention.decode(**moved)
-    return out.cpu(), lse.cpu()
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def decode(request: pytest.FixtureRequest) -> Decode:
-    if request.param == "gpu":
-        return decode_on_gpu
-    seed = random.randrange(2**32)
-    print(f"emulated device: seed={seed}")
-    load().configure(seed=seed, resident_ctas=1 + seed % 7, sms=1 + seed % 5)
-    return decode_emulated
-
-
-@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
-@pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
-def test_matches_the_definition(case: Case, layout: str, decode: Decode) -> None:
-    inputs = make_inputs(case, layout)
-    assert_close(case, inputs, *decode(**inputs, **case.options()))
-
-
-SMALL = {
-    "dtype": [BF16, F16],
-    "lens": [(150, 1, 0), (63, 65, 64), (200, 3, 33)],
-    "query": [1, 3, 9, "packed"],
-}
-
-
-@pytest.mark.parametrize("case", [*all_pairs(**SMALL), *TOGETHER], ids=str)
-def test_pairs_of_features(case: FeatureCase, decode: Decode) -> None:
-    arguments = make_arguments(case)
-    assert_same(str(case), arguments, *decode(**arguments))
-
-
-@pytest.mark.slow
-@settings(max_examples=40, deadline=None)
-@given(case=any_case(**SMALL), seed=st.integers(0, 2**32))
-def test_any_combination_of_features(case: FeatureCase, seed: int) -> None:
-    load().configure(seed=seed, resident_ctas=1 + seed % 7, sms=1 + seed % 5)
-    arguments = make_arguments(case)
-    assert_same(str(case), arguments, *decode_emulated(**arguments))
-
-
-@pytest.mark.parametrize("num_ctas", [1, 2, 3, 5, 16, 61, 500, 2**40])
-def test_every_grid_gives_the_result(num_ctas: int, decode: Decode) -> None:
-    case = Case(F16, lens=(700, 0, 129, 64), heads=6, kv_heads=2, q_len=2)
-    inputs = make_inputs(case)
-    assert_close(case, inputs, *decode(**inputs, num_ctas=num_ctas))
-
-
+@on_cuda
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("rows", [1, 16, 17, 40])
-def test_every_kernel(head_dim: int, rows: int, decode: Decode) -> None:
-    for dtype in (F16, BF16):
-        case = Case(dtype, lens=(333, 15), heads=rows, kv_heads=1, head_dim=head_dim)
+def test_every_kernel(head_dim: int, backend: Backend) -> None:
+    for dtype, rows in itertools.product((F16, BF16), (1, 16, 17, 40)):
+        case = Case(dtype, lens=(333, 15), heads=rows, kv_heads=1, head_dim=head_dim, num_ctas=3)
         inputs = make_inputs(case)
-        assert_close(case, inputs, *decode(**inputs, num_ctas=3))
+        assert_close(case, inputs, *backend.decode(**inputs))
 
 
 @pytest.mark.slow
@@ -157,26 +97,9 @@ def test_the_launch_does_not_depend_on_lengths() -> None:
     assert len(grids) == 1
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
-@pytest.mark.parametrize("num_ctas", [0, 3])
-@pytest.mark.parametrize("batch", [0, 2])
-def test_packed_queries_of_no_sequence(backend: str, num_ctas: int, batch: int, decode: Decode) -> None:
-    """As in a captured graph whose batch has gone: rows that see nothing, not what memory held."""
-    cache = torch.randn(batch, 40, 2, 64).to(BF16)
-    arguments = {
-        "q": torch.randn(3, 4, 64).to(BF16),
-        "k_cache": cache,
-        "v_cache": cache,
-        "seq_lens": torch.full((batch,), 17, dtype=torch.int32),
-        "cu_seqlens_q": torch.zeros(batch + 1, dtype=torch.int32),
-        "num_ctas": num_ctas,
-    }
-    out, lse = (lean_attention.decode if backend == "cpu" else decode)(**arguments)
-    assert (out == 0).all() and (lse == -torch.inf).all()
-
-
+@on_cuda
 @pytest.mark.parametrize("first", [2, -1])
-def test_packed_queries_before_the_first_sequence(first: int, decode: Decode) -> None:
+def test_packed_queries_before_the_first_sequence(first: int, backend: Backend) -> None:
     """They come out as rows that see nothing, not as what memory held, and are told of."""
     cache = torch.randn(2, 40, 2, 64).to(BF16)
     arguments = {
@@ -185,72 +108,16 @@ def test_packed_queries_before_the_first_sequence(first: int, decode: Decode) ->
         "v_cache": cache,
         "seq_lens": torch.tensor([17, 3], dtype=torch.int32),
     }
-    take_error(decode)
-    out, lse = decode(**arguments, cu_seqlens_q=torch.tensor([first, 3, 4], dtype=torch.int32))
-    assert f"decode: cu_seqlens_q[0] is {first}; it must be 0" in take_error(decode)
+    backend.take_error()
+    out, lse = backend.decode(**arguments, cu_seqlens_q=torch.tensor([first, 3, 4], dtype=torch.int32))
+    assert f"decode: cu_seqlens_q[0] is {first}; it must be 0" in backend.take_error()
     before = max(first, 0)
     assert (out[:before] == 0).all() and (lse[:, :before] == -torch.inf).all()
     assert (out[4:] == 0).all() and (lse[:, 4:] == -torch.inf).all()
     arguments["q"] = arguments["q"][before:]
     ends = torch.tensor([0, 3 - before, 4 - before], dtype=torch.int32)
-    want, want_lse = decode(**arguments, cu_seqlens_q=ends)
+    want, want_lse = backend.decode(**arguments, cu_seqlens_q=ends)
     assert torch.equal(out[before:], want) and torch.equal(lse[:, before:], want_lse)
-
-
-def test_whole_cache_without_lengths(decode: Decode) -> None:
-    case = Case(BF16, lens=(333, 333), heads=8, kv_heads=2)
-    inputs = make_inputs(case)
-    inputs["k_cache"] = inputs["k_cache"][:, :333]
-    inputs["v_cache"] = inputs["v_cache"][:, :333]
-    inputs["seq_lens"] = None
-    assert_close(case, inputs, *decode(**inputs))
-
-
-@pytest.mark.parametrize("pad", [8, 1, 2])
-def test_strides_are_layout(pad: int, decode: Decode) -> None:
-    """K and V in one pool, rows that begin at multiples of 16 bytes (pad 8) and not (pads 1 and 2)."""
-    case = Case(F16, lens=(200, 31), heads=4, kv_heads=2, head_dim=64)
-    inputs = make_inputs(case)
-    tokens = inputs["k_cache"].shape[1]
-    pool = torch.full((2, tokens, 2, 4, 64 + pad), torch.nan, dtype=F16)
-    views = {**inputs, "k_cache": pool[:, :, 0, ::2, :64], "v_cache": pool[:, :, 1, ::2, pad:]}
-    for name in ("k_cache", "v_cache"):
-        views[name].copy_(inputs[name])
-    assert_close(case, inputs, *decode(**views))
-
-
-def test_more_than_two_to_the_31_elements_by_strides() -> None:
-    load().configure(seed=1)
-    stride = 2**32
-    storage = torch.empty(stride + 64, dtype=F16)
-    k = torch.as_strided(storage, (1, 2, 1, 64), (0, stride, 64, 1))
-    k.copy_(torch.randn(1, 2, 1, 64))
-    q = torch.randn(1, 1, 1, 64, dtype=F16)
-    inputs = {"q": q, "k_cache": k, "v_cache": k, "seq_lens": torch.tensor([2], dtype=torch.int32)}
-    assert_close(Case(F16, lens=(2,), heads=1, kv_heads=1, head_dim=64), inputs, *decode_emulated(**inputs))
-
-
-def test_many_sequences(decode: Decode) -> None:
-    lens = torch.randint(0, 40, (4096,)).tolist()
-    lens[1234] = 3000
-    case = Case(BF16, lens=tuple(lens), heads=2, kv_heads=1, head_dim=8)
-    inputs = make_inputs(case)
-    out, lse = decode(**inputs, num_ctas=13)
-    picked = torch.tensor([0, 1, 1233, 1234, 1235, 4095])
-    subset = {name: tensor[picked] for name, tensor in inputs.items()}
-    few = dataclasses.replace(case, lens=tuple(lens[i] for i in picked))
-    assert_close(few, subset, out[picked], lse[picked])
-
-
-def take_error(decode: Decode) -> str:
-    """What check_errors would raise with; on the emulated device, from its own record."""
-    if decode is decode_emulated:
-        return load().take_error()
-    try:
-        lean_attention.check_errors()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 I32 = torch.int32
@@ -289,11 +156,12 @@ OUT_OF_RANGE = [
 ]
 
 
+@on_cuda
 @pytest.mark.parametrize(
     ("given", "taken", "message"), OUT_OF_RANGE, ids=[next(iter(given)) for given, _, _ in OUT_OF_RANGE]
 )
 def test_numbers_out_of_range_are_brought_into_range_and_told_of(
-    given: dict, taken: dict, message: str, decode: Decode
+    given: dict, taken: dict, message: str, backend: Backend
 ) -> None:
     name = next(iter(given))
     arguments = {
@@ -306,24 +174,24 @@ def test_numbers_out_of_range_are_brought_into_range_and_told_of(
         "seq_lens": torch.tensor([96, 20, 48], dtype=I32),
     }
     arguments["v_cache"] = arguments["k_cache"].flip(1)
-    take_error(decode)
-    want = decode(**{**arguments, **taken})
-    assert take_error(decode) == ""
-    got = decode(**{**arguments, **given})
+    backend.take_error()
+    want = backend.decode(**{**arguments, **taken})
+    assert backend.take_error() == ""
+    got = backend.decode(**{**arguments, **given})
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-    assert message in take_error(decode)
-    assert take_error(decode) == "", "it was told twice"
+    assert message in backend.take_error()
+    assert backend.take_error() == "", "it was told twice"
 
 
 def test_replays_with_changing_pages() -> None:
     """A captured graph again, with other block tables, lengths, slots of scales and query counts."""
     emulated = load()
     emulated.configure(seed=12, resident_ctas=3)
-    case = FeatureCase(
-        BF16, torch.int8, "row", "paged", 16, "packed", lens=(200, 33, 90), group=4, dims=(64, 64)
+    case = Case(
+        BF16, (200, 33, 90), 8, head_dim=64, q_len="packed", quantised=INT8, scales="row", layout="paged"
     )
-    arguments = make_arguments(case)
+    arguments = make_inputs(case)
     for name in ("k_cache", "v_cache"):
         arguments[name].copy_(torch.randint(-128, 128, arguments[name].shape, dtype=torch.int8))
         arguments[name[0] + "_scale"].uniform_(0.01, 0.02)
@@ -337,34 +205,21 @@ def test_replays_with_changing_pages() -> None:
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
         emulated.replay()
-        assert_same("replay", arguments, out, lse)
+        assert_close("replay", arguments, out, lse)
     assert emulated.take_error() == ""
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("where", ["k_cache", "v_cache"])
-def test_non_finite_values_in_use_propagate(value: float, where: str, decode: Decode) -> None:
-    inputs = make_inputs(Case(BF16, lens=(300, 100), heads=4, kv_heads=2, head_dim=64))
-    inputs[where][0, 257, 1, 3] = value
-    inputs["q"][..., 3].abs_()
-    out, lse = decode(**inputs, num_ctas=5)
-    want, want_lse = reference.decode(**inputs)
-    for got, ref in ((out, want), (lse, want_lse)):
-        assert torch.equal(got.isnan(), ref.isnan())
-        assert torch.equal(got == torch.inf, ref == torch.inf)
-        assert torch.equal(got == -torch.inf, ref == -torch.inf)
-
-
-def test_errors(decode: Decode) -> None:
-    inputs = make_inputs(Case(torch.float32, lens=(64,), head_dim=64))
+@on_cuda
+def test_errors(backend: Backend) -> None:
+    inputs = make_inputs(Case(F32, lens=(64,), head_dim=64))
     with pytest.raises(
         ValueError, match=r"q is torch.float32; on cuda it must be torch.float16 or torch.bfloat16"
     ):
-        decode(**inputs)
+        backend.decode(**inputs)
     small = {name: t[..., :8].half() if t.dim() == 4 else t for name, t in inputs.items()}
     small["k_cache"] = small["v_cache"] = small["k_cache"][:, :1].expand(1, 2**31 - 1, 2, 8)
     with pytest.raises(ValueError, match=r"num_ctas is 16777216; on cuda it must be at most 1048575"):
-        decode(**small, num_ctas=2**24)
+        backend.decode(**small, num_ctas=2**24)
 
 
 @pytest.mark.gpu

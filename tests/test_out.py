@@ -6,15 +6,14 @@ import pytest
 import torch
 
 import lean_attention
-from tests.helpers import Case, make_inputs
-from tests.matrix import FeatureCase, make_arguments
+from tests.cases import Case, make_inputs
 
 CASE = Case(torch.bfloat16, lens=(300, 0, 17), heads=6, kv_heads=2, head_dim=64, q_len=2)
 
 
-@pytest.mark.parametrize("query", [3, "packed"])
-def test_out_and_lse_are_written_and_returned(query: int | str) -> None:
-    arguments = make_arguments(FeatureCase(query=query, group=4, lens=(300, 0, 17)))
+@pytest.mark.parametrize("q_len", [3, "packed"])
+def test_out_and_lse_are_written_and_returned(q_len: int | str) -> None:
+    arguments = make_inputs(Case(q_len=q_len, heads=8, lens=(300, 0, 17)))
     want, want_lse = lean_attention.decode(**arguments)
     pool = torch.full((*want.shape[:-1], 2, want.shape[-1] + 8), torch.nan, dtype=want.dtype)
     out = pool[..., 1, :-8]  # a view with gaps

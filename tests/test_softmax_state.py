@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import lean_attention
 from lean_attention import reference
 from lean_attention._core import core
+from tests.cases import Case, make_inputs
 from tests.emulation import load
-from tests.helpers import Case, make_inputs
 
 EMPTY = (-math.inf, 0.0)
 scores = st.lists(

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lean_attention
 from lean_attention import ops, reference
-from tests.helpers import Case, assert_close, make_inputs
+from tests.cases import Case, assert_close, make_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -41,12 +41,17 @@ def test_function_op_and_definition_have_the_same_arguments(name: str) -> None:
         assert into[:3] + into[5:] == [a for a, _ in op] and into[3:5] == ["out", "lse"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
-@pytest.mark.parametrize("q_len", [1, 3])
-def test_opcheck_decode(dtype: torch.dtype, layout: str, q_len: int) -> None:
-    case = Case(dtype, lens=(70, 0, 9), heads=6, kv_heads=2, head_dim=40, head_dim_v=24, q_len=q_len)
-    inputs = make_inputs(case, layout)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(torch.float32, lens=(70, 0, 9), heads=6, head_dim=40, head_dim_v=24),
+        Case(torch.float16, lens=(70, 0, 9), heads=6, head_dim=40, head_dim_v=24, q_len=3),
+        Case(lens=(70, 0, 9), heads=6, head_dim=40, head_dim_v=24, layout="heads_first"),
+    ],
+    ids=str,
+)
+def test_opcheck_decode(case: Case) -> None:
+    inputs = make_inputs(case)
     caches = {name: inputs.pop(name).nan_to_num() for name in ("k_cache", "v_cache")}
     arguments = (inputs["q"], caches["k_cache"], caches["v_cache"], inputs["seq_lens"])
     torch.library.opcheck(torch.ops.lean_attn.decode.default, arguments)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from tests.cases import Case, assert_close, make_inputs
 from tests.emulation import load
-from tests.helpers import Case, assert_close, make_inputs
 
 
 def bits(matrix: torch.Tensor) -> list[list[int]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lean_attention
-from tests.helpers import Case, assert_close, make_inputs
+from tests.cases import Case, assert_close, make_inputs
 
 CASE = Case(torch.bfloat16, lens=(3000, 12, 0), heads=8, kv_heads=2)
 
@@ -64,8 +64,8 @@ def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_threads_that_take_many_ranges(threads: int, layout: str) -> None:
     """22 MB, so that ranges grow shorter; more threads than cores, which wait for each other."""
-    case = Case(torch.float32, lens=(9000, 1, 0, 2000), heads=8, kv_heads=2)
-    inputs = make_inputs(case, layout)
+    case = Case(torch.float32, lens=(9000, 1, 0, 2000), heads=8, layout=layout)
+    inputs = make_inputs(case)
     torch.set_num_threads(threads)
     out, lse = lean_attention.decode(**inputs)
     assert_close(case, inputs, out, lse)
@@ -152,13 +152,3 @@ def test_the_interpreter_runs_on_while_it_decodes() -> None:
         assert longest < 0.9 * one_call or one_call < 0.02
     """
     run_python(code)
-
-
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33])
-def test_every_microkernel_of_every_instruction_set(head_dim: int, group: int, instruction_set: str) -> None:
-    """All counts of rows that the kernels have code of their own for."""
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        case = Case(dtype, lens=(70, 200), heads=group, kv_heads=1, head_dim=head_dim)
-        inputs = make_inputs(case)
-        assert_close(case, inputs, *lean_attention.decode(**inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.cpu_decode import full_grid, subset
 from benchmarks.harness import Case as StudyCase
 from lean_attention import info
 from lean_attention._core import core
-from tests.helpers import Case, assert_close, make_inputs
+from tests.cases import BF16, F32, Case, assert_close, make_inputs
 
 ROWS = ("zen5", "zen4", "generic")
 # (bytes, ways): of a Zen 4 core, and of a server core of Intel's.
@@ -49,7 +50,7 @@ def token_bytes(case: StudyCase, int8: bool = False) -> int:
 
 
 VARIANTS = {
-    "": {},
+    "plain": {},
     "threads1": {"threads": 1},
     "threads7": {"threads": 7},
     "q5": {"q_len": 5},
@@ -61,10 +62,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("row", ROWS)
-def test_every_token_is_read_once_and_limits_hold(row: str, variant: str) -> None:
-    changes, limits = VARIANTS[variant], tuning(row)
-    for case in [*subset(), *full_grid()]:
+def test_every_token_is_read_once_and_limits_hold(variant: str) -> None:
+    changes = VARIANTS[variant]
+    for row, case in itertools.product(ROWS, [*subset(), *full_grid()]):
+        limits = tuning(row)
+        print(f"{row}: {case.id}")
         p = plan(row, case, **changes)
         q_len, group = changes.get("q_len", 1), case.heads // case.kv_heads
         blocks = -(-group * q_len // p["rows_per_block"])
@@ -198,23 +200,15 @@ def test_with_a_grid_threads_change_nothing(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("layout", ["tokens_first", "heads_first", "paged"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_row_can_be_forced(
-    dtype: torch.dtype, layout: str, row: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_row_can_be_forced(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEAN_ATTENTION_TUNING", row)
     assert core.tuning()["name"] == row
     assert f"{row} (LEAN_ATTENTION_TUNING={row})" in info.describe()
-    case = Case(dtype, lens=(3000, 17, 0), heads=8, kv_heads=4)
-    inputs = make_inputs(case, layout.replace("paged", "heads_first"))
-    if layout == "paged":
-        for name in ("k_cache", "v_cache"):
-            pages = torch.randn(256, 4, 16, case.head_dim, dtype=dtype)
-            inputs[name] = pages.transpose(1, 2)  # HND
-        inputs["block_table"] = torch.randperm(256, dtype=torch.int32)[: 3 * 80].view(3, 80)
-        inputs["seq_lens"] = torch.tensor([1280, 17, 0], dtype=torch.int32)
-    assert_close(case, inputs, *lean_attention.decode(**inputs))
+    layouts = ("tokens_first", "heads_first", "paged_heads_first")
+    for dtype, layout in itertools.product((BF16, F32), layouts):
+        case = Case(dtype, lens=(3000, 17, 0), heads=8, kv_heads=4, layout=layout)
+        inputs = make_inputs(case)
+        assert_close(case, inputs, *lean_attention.decode(**inputs))
 
 
 def test_an_unknown_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
