@@ -1,38 +1,20 @@
-"""append_kv against its definition, on the CPU and through the CUDA kernel."""
+"""append_kv against its definition, on every backend."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
+from allpairspy import AllPairs
 from torch import Tensor
 
 import lean_attention
 from lean_attention import reference
-from tests.emulation import load
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-@pytest.fixture(params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def append(request: pytest.FixtureRequest) -> Callable[..., None]:
-    if request.param == "cpu":
-        return lean_attention.append_kv
-    if request.param == "emulated":
-        load().configure(seed=torch.randint(2**31, ()).item())
-        return torch.ops.lean_attn_emulated.append_kv
-
-    def on_gpu(**arguments) -> None:
-        moved = {n: value.cuda() if isinstance(value, Tensor) else value for n, value in arguments.items()}
-        lean_attention.append_kv(**moved)
-        for name in ("k_cache", "v_cache", "q", "k_scale", "v_scale"):
-            if arguments.get(name) is not None:
-                arguments[name].copy_(moved[name])
-
-    return on_gpu
+from tests.backends import Backend, devices, only
+from tests.cases import BF16, DTYPES, E4M3, E5M2, F32, INT8, QUANTISED, SHORT
+from tests.errors import assert_each_raises
 
 
 def make_arguments(dtype, paged: bool, tokens: int, rotary: str, dims=(64, 40)) -> dict:
@@ -59,37 +41,72 @@ def make_arguments(dtype, paged: bool, tokens: int, rotary: str, dims=(64, 40)) 
     return made
 
 
-def check(append: Callable[..., None], arguments: dict, tolerance: float) -> None:
-    want = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+def clones(arguments: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def pack(arguments: dict) -> dict:
+    """What was in sequences of one length; q stays a view, which is written."""
+    tokens = arguments["k"].shape[1]
+    packed = {name: arguments[name].flatten(0, 1) for name in ("k", "v", "q") if name in arguments}
+    return {**arguments, **packed, "cu_seqlens": torch.arange(4, dtype=torch.int32) * tokens}
+
+
+def check(backend: Backend, arguments: dict, tolerance: float, packed: bool = False) -> None:
+    want = clones(arguments)
     reference.append_kv(**want)
-    append(**arguments)
+    backend.append_kv(**(pack(arguments) if packed else arguments))
     for name in {"k_cache", "v_cache", "q"} & arguments.keys():
         torch.testing.assert_close(arguments[name], want[name], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(arguments["v_cache"], want["v_cache"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
-@pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("rotary", ["", "half", "interleaved", "partial"])
-def test_matches_the_definition(append, dtype, paged: bool, tokens: int, rotary: str) -> None:
-    check(append, make_arguments(dtype, paged, tokens, rotary), 4 * torch.finfo(dtype).eps)
+# dtype of the tokens and of the caches, paged, tokens, rotary embedding, packed.
+PAIRS = [
+    pytest.param(
+        dtype,
+        None if cache == "same" else cache,
+        *rest,
+        id="-".join(filter(None, [
+            SHORT[dtype], SHORT.get(cache), "paged" if rest[0] else "slots", f"q{rest[1]}", rest[2],
+            "packed" if rest[3] else "",
+        ])),
+    )
+    for dtype, cache, *rest in AllPairs([
+        DTYPES, ["same", *QUANTISED], [False, True], [1, 4], ["", "half", "interleaved", "partial"],
+        [False, True],
+    ])
+]  # fmt: skip
 
 
-def test_tables_in_the_dtype_of_k(append) -> None:
+@devices
+@pytest.mark.parametrize(("dtype", "quantised", "paged", "tokens", "rotary", "packed"), PAIRS)
+def test_matches_the_definition(
+    backend: Backend, dtype, quantised, paged: bool, tokens: int, rotary: str, packed: bool
+) -> None:
+    arguments = make_arguments(dtype, paged, tokens, rotary)
+    if quantised:
+        check_bits(backend, with_quantised_caches(arguments, quantised), packed)
+    else:
+        check(backend, arguments, 4 * torch.finfo(dtype).eps, packed)
+
+
+@devices
+def test_tables_in_the_dtype_of_k(backend: Backend) -> None:
     arguments = make_arguments(BF16, True, 2, "half")
     for name in ("rotary_cos", "rotary_sin"):
         arguments[name] = arguments[name].bfloat16()
-    check(append, arguments, 0.02)
+    check(backend, arguments, 0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
-def test_quantised_tokens_are_copied(append, dtype) -> None:
+@devices
+@pytest.mark.parametrize("dtype", QUANTISED, ids=SHORT.get)
+def test_quantised_tokens_are_copied(backend: Backend, dtype) -> None:
     arguments = make_arguments(F32, True, 3, "")
     for name in ("k", "v", "k_cache", "v_cache"):
         arguments[name] = arguments[name].to(dtype)
-    want = {name: value.clone() for name, value in arguments.items()}
-    append(**arguments)
+    want = clones(arguments)
+    backend.append_kv(**arguments)
     for name in ("k", "v"):
         for b, i in itertools.product(range(3), range(3)):
             position = int(want["seq_lens"][b]) + i
@@ -98,13 +115,14 @@ def test_quantised_tokens_are_copied(append, dtype) -> None:
             assert torch.equal(got, want[name].view(torch.uint8)[b, i])
 
 
-def test_packed_tokens(append) -> None:
+@devices
+def test_packed_tokens(backend: Backend) -> None:
     arguments = make_arguments(F32, True, 3, "half")
     arguments["cu_seqlens"] = torch.tensor([0, 4, 4, 7], dtype=torch.int32)
     for name in ("k", "v", "q"):  # the last two tokens are no sequence's
         arguments[name] = arguments[name].flatten(0, 1)
     q = arguments["q"].clone()
-    check(append, arguments, 4 * torch.finfo(F32).eps)
+    check(backend, arguments, 4 * torch.finfo(F32).eps)
     assert torch.equal(arguments["q"][7:], q[7:]) and not torch.equal(arguments["q"][:7], q[:7])
 
 
@@ -117,25 +135,25 @@ OUTSIDE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "at", "value", "message"), OUTSIDE)
-def test_writes_outside_the_cache_are_refused(append, name: str, at, value: int, message: str) -> None:
+@devices
+@pytest.mark.parametrize(
+    ("name", "at", "value", "message"), OUTSIDE, ids=[f"{name}_{value}" for name, _, value, _ in OUTSIDE]
+)
+def test_writes_outside_the_cache_are_refused(
+    backend: Backend, name: str, at, value: int, message: str
+) -> None:
     arguments = make_arguments(F32, name == "block_table", 2, "")
     arguments[name][at] = value
     caches = {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
-    if append is lean_attention.append_kv:
+    if backend.raises_at_once:
         with pytest.raises(ValueError, match=f"append_kv: {message}"):
-            append(**arguments)
+            backend.append_kv(**arguments)
         for cache, before in caches.items():
             assert torch.equal(arguments[cache], before), "something was written"
         return
-    append(**arguments)
-    if append is torch.ops.lean_attn_emulated.append_kv:
-        assert re.match(f"append_kv: {message}", load().take_error())
-        assert load().take_error() == ""
-    else:
-        with pytest.raises(ValueError, match=f"append_kv: {message}"):
-            lean_attention.check_errors()
-        lean_attention.check_errors()
+    backend.append_kv(**arguments)
+    assert re.match(f"append_kv: {message}", backend.take_error())
+    assert backend.take_error() == ""
     for cache, before in caches.items():  # the other sequences' tokens are there
         changed = (arguments[cache] != before).flatten(2).any(dim=2).sum().item()
         assert changed == (4 if value != 24 else 5)
@@ -164,7 +182,9 @@ def one_place_twice() -> list[tuple[dict, str]]:
     ]
 
 
-@pytest.mark.parametrize(("changes", "message"), one_place_twice())
+@pytest.mark.parametrize(
+    ("changes", "message"), one_place_twice(), ids=["two_blocks", "one_sequence", "slots"]
+)
 def test_one_place_for_two_tokens_is_refused(changes: dict, message: str) -> None:
     tokens = changes.pop("tokens", 2)
     arguments = {**make_arguments(F32, "block_table" in changes, tokens, ""), **changes}
@@ -175,58 +195,61 @@ def test_one_place_for_two_tokens_is_refused(changes: dict, message: str) -> Non
         assert torch.equal(arguments[cache], before), "something was written"
 
 
-def test_blocks_may_be_shared_where_nothing_is_written(append) -> None:
+@devices
+def test_blocks_may_be_shared_where_nothing_is_written(backend: Backend) -> None:
     arguments = make_arguments(F32, True, 2, "")
     arguments["block_table"][2, 0] = arguments["block_table"][0, 0]  # a common prefix
     arguments["block_table"][1, 1:] = arguments["block_table"][0, 1]
-    check(append, arguments, 1e-6)
+    check(backend, arguments, 1e-6)
 
 
-def test_one_slot_for_two_sequences_at_other_positions(append) -> None:
+@devices
+def test_one_slot_for_two_sequences_at_other_positions(backend: Backend) -> None:
     arguments = make_arguments(F32, False, 4, "")
     arguments["cache_batch_idx"] = torch.tensor([1, 1, 1], dtype=torch.int32)
     arguments["seq_lens"] = torch.tensor([8, 4, 12], dtype=torch.int32)
-    check(append, arguments, 1e-6)
+    check(backend, arguments, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["k_cache", "v_cache", "q"])
-@pytest.mark.parametrize("shape", ["expanded", "windows"])
-def test_memory_that_overlaps_itself_is_refused(append, name: str, shape: str) -> None:
-    arguments = make_arguments(F32, False, 1, "half")
-    tensor = arguments[name]
-    if shape == "expanded":
-        arguments[name] = tensor[:1].expand_as(tensor)
-    else:
-        token = tensor.shape[2] * tensor.shape[3]
-        arguments[name] = tensor.flatten()[: 100 * token].as_strided(
-            tensor.shape, (token, token, tensor.shape[3], 1) if tensor.shape[1] > 1 else (7, 7, 7, 1)
-        )
-    with pytest.raises(ValueError, match=rf"append_kv: {name} has shape .* strides .* elements share memory"):
-        append(**arguments)
+@devices
+def test_memory_that_overlaps_itself_is_refused(backend: Backend) -> None:
+    for name, shape in itertools.product(("k_cache", "v_cache", "q"), ("expanded", "windows")):
+        arguments = make_arguments(F32, False, 1, "half")
+        tensor = arguments[name]
+        if shape == "expanded":
+            arguments[name] = tensor[:1].expand_as(tensor)
+        else:
+            token = tensor.shape[2] * tensor.shape[3]
+            arguments[name] = tensor.flatten()[: 100 * token].as_strided(
+                tensor.shape, (token, token, tensor.shape[3], 1) if tensor.shape[1] > 1 else (7, 7, 7, 1)
+            )
+        print(name, shape)
+        message = rf"append_kv: {name} has shape .* strides .* elements share memory"
+        with pytest.raises(ValueError, match=message):
+            backend.append_kv(**arguments)
 
 
-def test_one_memory_for_keys_and_values(append) -> None:
+@devices
+def test_one_memory_for_keys_and_values(backend: Backend) -> None:
     arguments = make_arguments(F32, False, 2, "", dims=(64, 64))
     arguments["v_cache"] = arguments["k_cache"]
     with pytest.raises(ValueError, match="append_kv: v_cache is k_cache's memory, and v is not k's"):
-        append(**arguments)
+        backend.append_kv(**arguments)
     # Latent attention: values are the first dims of keys.
     arguments["v_cache"], arguments["v"] = arguments["k_cache"][..., :40], arguments["k"][..., :40]
-    check(append, arguments, 1e-6)
+    check(backend, arguments, 1e-6)
     tables = {"rotary_cos": torch.ones(30, 8), "rotary_sin": torch.zeros(30, 8)}
     with pytest.raises(ValueError, match="append_kv: v_cache is k_cache's memory; rotary_cos would rotate k"):
-        append(**arguments, **tables)
+        backend.append_kv(**arguments, **tables)
 
 
+@devices
 @pytest.mark.parametrize("paged", [False, True], ids=["pool", "pages"])
-def test_keys_and_values_in_one_pool(append, paged: bool) -> None:
+def test_keys_and_values_in_one_pool(backend: Backend, paged: bool) -> None:
     arguments = make_arguments(F32, paged, 2, "", dims=(64, 64))
     pool = torch.stack([arguments["k_cache"], arguments["v_cache"]], dim=1 if paged else 2)
     arguments["k_cache"], arguments["v_cache"] = pool.unbind(1 if paged else 2)
-    check(append, arguments, 1e-6)
-
-
-QUANTISED = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+    check(backend, arguments, 1e-6)
 
 
 def with_quantised_caches(arguments: dict, dtype: torch.dtype) -> dict:
@@ -244,53 +267,33 @@ def to_bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8 if tensor.itemsize == 1 else torch.int32)
 
 
-def clones(arguments: dict) -> dict:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
-def check_bits(append: Callable[..., None], arguments: dict, packed: bool = False) -> None:
+def check_bits(backend: Backend, arguments: dict, packed: bool = False, name: str = "") -> None:
     """Of the caches and scales, all of them: what no token goes to stays."""
     want = clones(arguments)
-    want.pop("q", None)
     reference.append_kv(**want)
-    if packed:
-        tokens = arguments["k"].shape[1]
-        arguments["cu_seqlens"] = torch.arange(4, dtype=torch.int32) * tokens
-        for name in ("k", "v", "q"):
-            if name in arguments:
-                arguments[name] = arguments[name].flatten(0, 1)
-    append(**arguments)
-    for name in ("k_scale", "v_scale", "k_cache", "v_cache"):
-        got, wanted = to_bits(arguments[name]), to_bits(want[name])
-        wrong = (got != wanted).nonzero()
-        assert len(wrong) == 0, f"{name}{wrong[0].tolist()}, and {len(wrong) - 1} more"
+    backend.append_kv(**(pack(arguments) if packed else arguments))
+    for tensor in ("k_scale", "v_scale", "k_cache", "v_cache"):
+        wrong = (to_bits(arguments[tensor]) != to_bits(want[tensor])).nonzero()
+        assert len(wrong) == 0, f"{name} {tensor}{wrong[0].tolist()}, and {len(wrong) - 1} more"
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
-@pytest.mark.parametrize("rotary", ["", "half", "interleaved", "partial"])
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_rows_are_quantised(append, dtype, quantised, paged: bool, rotary: str, packed: bool) -> None:
-    arguments = with_quantised_caches(make_arguments(dtype, paged, 3, rotary), quantised)
-    check_bits(append, arguments, packed)
-
-
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
-@pytest.mark.parametrize("dim", [8, 24, 129, 576])
-def test_rows_of_any_length_and_size(append, dtype, quantised, dim: int) -> None:
-    arguments = make_arguments(F32, False, 12, "", dims=(dim, dim))
+@devices
+@pytest.mark.parametrize("quantised", QUANTISED, ids=SHORT.get)
+def test_rows_of_any_length_and_size(backend: Backend, quantised: torch.dtype) -> None:
     powers = 2.0 ** torch.linspace(-44, 15, 3 * 12 * 2).view(3, 12, 2, 1)
-    for name, sign in (("k", 1), ("v", -1)):
-        arguments[name] = (arguments[name].clamp(-1.9, 1.9) * powers**sign).to(dtype)
-    check_bits(append, with_quantised_caches(arguments, quantised))
+    for dtype, dim in itertools.product(DTYPES, (8, 24, 129, 576)):
+        arguments = make_arguments(F32, False, 12, "", dims=(dim, dim))
+        for name, sign in (("k", 1), ("v", -1)):
+            arguments[name] = (arguments[name].clamp(-1.9, 1.9) * powers**sign).to(dtype)
+        arguments = with_quantised_caches(arguments, quantised)
+        check_bits(backend, arguments, name=f"{SHORT[dtype]}, {dim} dims:")
 
 
-def test_all_halves_are_rounded_to_even(append) -> None:
+@devices
+def test_all_halves_are_rounded_to_even(backend: Backend) -> None:
     """Steps and the middles between them, of the whole range of each dtype."""
     for quantised in QUANTISED:
-        if quantised == torch.int8:
+        if quantised == INT8:
             numbers = torch.arange(-127, 128).float()
         else:
             numbers = torch.arange(256, dtype=torch.uint8).view(quantised).float()
@@ -304,11 +307,11 @@ def test_all_halves_are_rounded_to_even(append) -> None:
         caches = torch.zeros(2, 3, 4, 1, rows.shape[3], dtype=quantised)
         arguments = {"k_cache": caches[0], "v_cache": caches[1], "k": rows, "v": -rows}
         arguments |= {name: torch.zeros(3, 4, 1) for name in ("k_scale", "v_scale")}
-        check_bits(append, {**arguments, "seq_lens": torch.zeros(3, dtype=torch.int32)})
+        check_bits(backend, {**arguments, "seq_lens": torch.zeros(3, dtype=torch.int32)})
         assert (arguments["k_scale"][:, 0] == 1).all()
         assert torch.equal(
             to_bits(caches[0, :, 0]),
-            to_bits((rows[:, 0].round() if quantised == torch.int8 else rows[:, 0]).to(quantised)),
+            to_bits((rows[:, 0].round() if quantised == INT8 else rows[:, 0]).to(quantised)),
         )
 
 
@@ -328,40 +331,49 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
-@pytest.mark.parametrize("row", ROWS)
-def test_rows_at_the_ends_of_float32(append, quantised: torch.dtype, row: str) -> None:
+@devices
+@pytest.mark.parametrize("row", ROWS, ids=[row.replace(" ", "_") for row in ROWS])
+def test_rows_at_the_ends_of_float32(backend: Backend, row: str) -> None:
+    for quantised in QUANTISED:
+        check_row(backend, quantised, row)
+
+
+def check_row(backend: Backend, quantised: torch.dtype, row: str) -> None:
     arguments = make_arguments(F32, True, 2, "")
     values = torch.tensor(ROWS[row])
     for name in ("k", "v"):
         new = arguments[name][1]
         new.copy_(values.repeat(new.numel())[: new.numel()].view_as(new))
     arguments = with_quantised_caches(arguments, quantised)
-    check_bits(append, arguments)
+    check_bits(backend, arguments, name=SHORT[quantised])
     blocks, slots = arguments["block_table"][1, 0].long(), torch.arange(2)
     # In float64: the largest float times 127, divided by 127, is beyond it.
     stored = arguments["k_cache"][blocks, slots].double() * arguments["k_scale"][blocks, slots][..., None]
     if values.isfinite().all():
         largest = values.abs().max()
-        step = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 1 / 16, torch.float8_e5m2: 1 / 8}[quantised]
+        step = {INT8: 0.5 / 127, E4M3: 1 / 16, E5M2: 1 / 8}[quantised]
         error = (stored - arguments["k"][1]).abs().max()
         has_few_bits = largest < 1e-33  # the scale
-        assert error <= largest * (1 if has_few_bits else 1.001 * step), f"{error=} {largest=}"
+        assert error <= largest * (1 if has_few_bits else 1.001 * step), f"{quantised}: {error=} {largest=}"
     else:
-        assert stored.isnan().all()
+        assert stored.isnan().all(), quantised
 
 
-@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("side", ["k", "v"])
-def test_attention_to_a_row_that_is_not_finite_is_nan(append, quantised, bad: float, side: str) -> None:
+@devices
+def test_attention_to_a_row_that_is_not_finite_is_nan(backend: Backend) -> None:
+    for quantised, bad, side in itertools.product(QUANTISED, (torch.nan, torch.inf), "kv"):
+        print(f"{bad} in {side} of {quantised} caches")
+        check_attention_to(backend, quantised, bad, side)
+
+
+def check_attention_to(backend: Backend, quantised: torch.dtype, bad: float, side: str) -> None:
     arguments = with_quantised_caches(make_arguments(F32, True, 2, "", dims=(64, 64)), quantised)
     for name in ("k_scale", "v_scale"):
         arguments[name].zero_()
     for name in ("k_cache", "v_cache"):
         to_bits(arguments[name]).zero_()
     arguments[side][1, 1, 0, 5] = bad
-    append(**arguments)
+    backend.append_kv(**arguments)
     where = {name: arguments[name] for name in ("k_cache", "v_cache", "block_table", "k_scale", "v_scale")}
     q, lens = torch.randn(3, 1, 4, 64), arguments["seq_lens"] + 2
     out, _ = lean_attention.decode(q, seq_lens=lens, **where)
@@ -371,9 +383,14 @@ def test_attention_to_a_row_that_is_not_finite_is_nan(append, quantised, bad: fl
     assert lean_attention.decode(q, seq_lens=lens, **where)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-def test_decode_over_appended_rows(append, dtype: torch.dtype, quantised: torch.dtype) -> None:
+@devices
+@pytest.mark.parametrize("quantised", QUANTISED, ids=SHORT.get)
+def test_decode_over_appended_rows(backend: Backend, quantised: torch.dtype) -> None:
+    for dtype in DTYPES:
+        check_decode_over_appended_rows(backend, dtype, quantised)
+
+
+def check_decode_over_appended_rows(backend: Backend, dtype: torch.dtype, quantised: torch.dtype) -> None:
     batch, tokens, heads = 2, 50, 2
     lens = torch.zeros(batch, dtype=torch.int32)
     k, v = torch.randn(2, batch, tokens, heads, 64).to(dtype)
@@ -382,51 +399,48 @@ def test_decode_over_appended_rows(append, dtype: torch.dtype, quantised: torch.
     prompt = {"k": k[:, :49], "v": v[:, :49], "seq_lens": lens}
     token = {"k": k[:, 49:], "v": v[:, 49:], "seq_lens": lens + 49}
     for new in (prompt, token):
-        append(k_cache=caches[0], v_cache=caches[1], k_scale=scales[0], v_scale=scales[1], **new)
+        backend.append_kv(k_cache=caches[0], v_cache=caches[1], k_scale=scales[0], v_scale=scales[1], **new)
     q = torch.randn(batch, 1, 4, 64).to(dtype)
     got, _ = lean_attention.decode(q, *caches, lens + tokens, k_scale=scales[0], v_scale=scales[1])
     rows = caches.double() * scales.double()[..., None]
     want, _ = reference.decode(q, *rows, lens + tokens)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert (got.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps, dtype
     unquantised, _ = reference.decode(q, k, v, lens + tokens)
     error = (got - unquantised).abs().max()
-    assert error < {torch.int8: 0.02, torch.float8_e4m3fn: 0.08, torch.float8_e5m2: 0.16}[quantised], error
+    assert error < {INT8: 0.03, E4M3: 0.12, E5M2: 0.25}[quantised], (dtype, error)
 
 
-def test_one_quantised_memory_for_keys_and_values(append) -> None:
-    arguments = with_quantised_caches(make_arguments(BF16, False, 2, "", dims=(64, 64)), torch.int8)
+@devices
+def test_one_quantised_memory_for_keys_and_values(backend: Backend) -> None:
+    arguments = with_quantised_caches(make_arguments(BF16, False, 2, "", dims=(64, 64)), INT8)
     arguments["v_cache"], arguments["v"] = arguments["k_cache"], arguments["k"]
     arguments["v_scale"] = arguments["k_scale"]
-    check_bits(append, arguments)
+    check_bits(backend, arguments)
     arguments["v_cache"], arguments["v"] = arguments["k_cache"][..., :40], arguments["k"][..., :40]
     with pytest.raises(
         ValueError, match="append_kv: v_cache is k_cache's memory, and v has head_dim 40, k 64"
     ):
-        append(**arguments)
+        backend.append_kv(**arguments)
 
 
-def test_one_memory_for_scales_of_two_caches_is_refused(append) -> None:
-    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+@devices
+def test_one_memory_for_scales_of_two_caches_is_refused(backend: Backend) -> None:
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), INT8)
     arguments["v_scale"] = arguments["k_scale"]
     with pytest.raises(
         ValueError, match="append_kv: v_scale is k_scale's memory, and v_cache is not k_cache's"
     ):
-        append(**arguments)
+        backend.append_kv(**arguments)
 
 
-def test_quantised_tokens_outside_the_cache_are_not_written(append) -> None:
-    if append is lean_attention.append_kv:
-        pytest.skip("refused as any other")
-    arguments = with_quantised_caches(make_arguments(F32, True, 2, "half"), torch.int8)
+@only("emulated", "cuda")  # a CPU refuses them as any others
+def test_quantised_tokens_outside_the_cache_are_not_written(backend: Backend) -> None:
+    arguments = with_quantised_caches(make_arguments(F32, True, 2, "half"), INT8)
     good = clones(arguments)
     arguments["seq_lens"][1] = 24
     arguments["block_table"][2, 1] = 99
-    append(**arguments)
-    if append is torch.ops.lean_attn_emulated.append_kv:
-        assert "(the first of " in load().take_error()
-    else:
-        with pytest.raises(ValueError, match=r"\(the first of "):
-            lean_attention.check_errors()
+    backend.append_kv(**arguments)
+    assert "(the first of " in backend.take_error()
     for name in ("k_cache", "v_cache"):
         changed = (to_bits(arguments[name]) != to_bits(good[name])).flatten(2).any(dim=2).sum()
         assert changed == 3
@@ -447,14 +461,14 @@ BAD_SCALES = [
     ({"v_scale": torch.zeros(2).expand(4, 25, 2)}, "v_scale has shape .* by which elements share memory"),
     ({"v_cache": torch.zeros(4, 25, 2, 40)}, "v_cache is torch.float32; it must be torch.int8, like k_cache"),
     (
-        {"v_cache": torch.zeros(4, 25, 2, 40).to(torch.float8_e5m2)},
+        {"v_cache": torch.zeros(4, 25, 2, 40).to(E5M2)},
         "v_cache is torch.float8_e5m2; it must be torch.int8",
     ),
     (
         {"k": torch.randn(3, 1, 2, 64).double()},
         "k is torch.float64; it must be torch.float32, torch.float16 or torch.bfloat16",
     ),
-    ({"v": torch.zeros(3, 1, 2, 40, dtype=torch.int8)}, "v is torch.int8; it must be torch.float32, like k"),
+    ({"v": torch.zeros(3, 1, 2, 40, dtype=INT8)}, "v is torch.int8; it must be torch.float32, like k"),
     (
         {"k": torch.zeros(3, 1, 2, 64).char(), "v": torch.zeros(3, 1, 2, 40).char()},
         "k_scale is given, and k is torch.int8, as is k_cache; scales are written where a quantised cache",
@@ -466,19 +480,21 @@ BAD_SCALES = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD_SCALES, ids=[message[:50] for _, message in BAD_SCALES])
-def test_errors_of_quantised_caches(changes: dict, message: str) -> None:
-    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+def test_errors_of_quantised_caches() -> None:
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), INT8)
     before = clones(arguments)
-    with pytest.raises(ValueError, match=f"append_kv: {message}"):
+
+    def append(changes: dict) -> None:
         lean_attention.append_kv(**{**arguments, **changes})
+
+    assert_each_raises(ValueError, "append_kv", append, BAD_SCALES)
     for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
         assert torch.equal(arguments[name], before[name]), "something was written"
 
 
 @pytest.mark.gpu
 def test_scales_on_another_device() -> None:
-    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), INT8)
     moved = {name: t.cuda() if isinstance(t, Tensor) else t for name, t in arguments.items()}
     with pytest.raises(
         ValueError, match="append_kv: v_scale is on cpu, k on cuda:0; they must be on the same"
@@ -487,7 +503,7 @@ def test_scales_on_another_device() -> None:
 
 
 def test_scales_that_are_no_tensors() -> None:
-    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), torch.int8)
+    arguments = with_quantised_caches(make_arguments(F32, False, 1, ""), INT8)
     with pytest.raises(TypeError, match=r"append_kv: k_scale is 1.0, a float; it must be a Tensor or None"):
         lean_attention.append_kv(**{**arguments, "k_scale": 1.0})
 
@@ -507,10 +523,10 @@ BAD = [
     ({"seq_lens": torch.zeros(3)}, "seq_lens is torch.float32; it must be torch.int32"),
     ({"rotary_cos": torch.ones(9, 32)}, "rotary_sin is missing; rotary_cos and rotary_sin come together"),
     ({"q": torch.randn(3, 1, 4, 64)}, "q is given without rotary_cos and rotary_sin"),
-    ({"rotary_cos": torch.ones(9, 33), "rotary_sin": torch.ones(9, 33)}, "rotates 66 dims; k has 64"),
+    ({"rotary_cos": torch.ones(9, 33), "rotary_sin": torch.ones(9, 33)}, ".* rotates 66 dims; k has 64"),
     (
         {"rotary_cos": torch.ones(9, 32), "rotary_sin": torch.ones(9, 32)},
-        "is at position 13; rotary_cos has pos",
+        ".* is at position 13; rotary_cos has pos",
     ),
     ({**PACKED, "cu_seqlens": torch.empty(0, dtype=torch.int32)}, "cu_seqlens is empty; it must have batch"),
     ({"block_table": torch.zeros(3, 5).int()}, "cache_batch_idx cannot be combined with block_table"),
@@ -518,10 +534,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message[:40] for _, message in BAD])
-def test_errors(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=f"append_kv: .*{message}"):
+def test_errors() -> None:
+    def append(changes: dict) -> None:
         lean_attention.append_kv(**{**make_arguments(F32, False, 1, ""), **changes})
+
+    assert_each_raises(ValueError, "append_kv", append, BAD)
 
 
 @pytest.mark.parametrize("rotary", ["", "half"])
@@ -531,7 +548,7 @@ def test_opcheck(rotary: str) -> None:
 
 
 def test_opcheck_of_quantised_caches() -> None:  # int8: opcheck multiplies, which torch's fp8 cannot
-    arguments = with_quantised_caches(make_arguments(BF16, True, 2, "half"), torch.int8)
+    arguments = with_quantised_caches(make_arguments(BF16, True, 2, "half"), INT8)
     torch.library.opcheck(torch.ops.lean_attn.append_kv.default, (), arguments)
 
 
@@ -562,7 +579,7 @@ def test_compiles_with_the_decode_step_over_quantised_caches() -> None:
         lens = seq_lens + k.shape[1]
         return lean_attention.decode(q, k_cache, v_cache, lens, k_scale=k_scale, v_scale=v_scale)[0]
 
-    caches, scales = torch.zeros(2, 3, 32, 2, 64, dtype=torch.int8), torch.zeros(2, 3, 32, 2)
+    caches, scales = torch.zeros(2, 3, 32, 2, 64, dtype=INT8), torch.zeros(2, 3, 32, 2)
     k, v = torch.randn(2, 3, 5, 2, 64)
     rest = (k, v, torch.randn(3, 5, 4, 64), torch.tensor([0, 0, 0], dtype=torch.int32))
     compiled_caches, compiled_scales = caches.clone(), scales.clone()
