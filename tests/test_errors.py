@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lean_attention
+from tests.errors import assert_each_raises, by_argument
 
 
 def arguments(**changes) -> dict:
@@ -159,10 +160,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message[:40] for _, message in BAD])
-def test_decode(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=f"decode: {message}"):
-        lean_attention.decode(**arguments(**changes))
+def decode(changes: dict) -> None:
+    lean_attention.decode(**arguments(**changes))
+
+
+@by_argument(BAD)
+def test_decode(cases: list) -> None:
+    assert_each_raises(ValueError, "decode", decode, cases)
 
 
 WRONG_TYPES = [
@@ -184,11 +188,10 @@ WRONG_TYPES = [
 ]
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("changes", "message"), WRONG_TYPES)
-def test_decode_of_wrong_types(changes: dict, message: str, grad: bool) -> None:
-    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"^decode: {message}"):
-        lean_attention.decode(**arguments(**changes))
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_decode_of_wrong_types(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        assert_each_raises(TypeError, "decode", decode, WRONG_TYPES)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,7 @@ def test_decode_of_wrong_types(changes: dict, message: str, grad: bool) -> None:
         ({"causal": np.bool_(False)}, {"causal": False}),
         ({"num_ctas": np.int32(3)}, {"num_ctas": 3}),
     ],
+    ids=["int64", "float32", "int", "bool", "int32"],
 )
 def test_numbers_of_other_types(changes: dict, plain: dict) -> None:
     given = arguments()
@@ -207,19 +211,19 @@ def test_numbers_of_other_types(changes: dict, plain: dict) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_append_kv_of_wrong_types() -> None:
+    given = arguments(k=torch.randn(2, 1, 2, 64), v=torch.randn(2, 1, 2, 64))
+    del given["q"]
+    cases = [
         ({"seq_lens": [50, 3]}, r"seq_lens is \[50, 3\], a list; it must be a Tensor$"),
         ({"v": None}, "v is None; it must be a Tensor$"),
         ({"block_table": [[1]]}, r"block_table is \[\[1\]\], a list; it must be a Tensor or None"),
-    ],
-)
-def test_append_kv_of_wrong_types(changes: dict, message: str) -> None:
-    given = arguments(k=torch.randn(2, 1, 2, 64), v=torch.randn(2, 1, 2, 64))
-    del given["q"]
-    with pytest.raises(TypeError, match=f"^append_kv: {message}"):
+    ]
+
+    def append(changes: dict) -> None:
         lean_attention.append_kv(**{**given, **changes})
+
+    assert_each_raises(TypeError, "append_kv", append, cases)
 
 
 def test_devices_must_agree() -> None:
@@ -247,26 +251,23 @@ BAD_MERGES = [
 ]
 
 
-@pytest.mark.parametrize(("outs", "lses", "message"), BAD_MERGES)
-def test_merge_states(outs: list, lses: list, message: str) -> None:
-    with pytest.raises(ValueError, match=f"merge_states: {message}"):
-        lean_attention.merge_states(outs, lses)
+def test_merge_states() -> None:
+    assert_each_raises(ValueError, "merge_states", lean_attention.merge_states, BAD_MERGES)
 
 
-@pytest.mark.parametrize(
-    ("outs", "lses", "message"),
-    [
+def test_merge_states_of_wrong_types() -> None:
+    cases = [
         (OUT, LSE, r"outs is a Tensor of shape \[2, 1, 4, 16\]; it must be a list of Tensors"),
         (None, [LSE], "outs is None; it must be a list of Tensors"),
         ([OUT, OUT], [LSE, 1.0], r"lses\[1\] is 1.0, a float; it must be a Tensor"),
-    ],
-)
-def test_merge_states_of_wrong_types(outs: object, lses: object, message: str) -> None:
-    with pytest.raises(TypeError, match=f"^merge_states: {message}"):
-        lean_attention.merge_states(outs, lses)
+    ]
+    assert_each_raises(TypeError, "merge_states", lean_attention.merge_states, cases)
 
 
-@pytest.mark.parametrize("base", [1.0, -2.0, float("nan"), float("inf")])
-def test_merge_states_base(base: float) -> None:
-    with pytest.raises(ValueError, match=r"merge_states: base is .*; it must be a finite number above 1"):
+def test_merge_states_base() -> None:
+    def merge(base: float) -> None:
         lean_attention.merge_states([OUT], [LSE], base=base)
+
+    message = "base is .*; it must be a finite number above 1"
+    cases = [(base, message) for base in (1.0, -2.0, float("nan"), float("inf"))]
+    assert_each_raises(ValueError, "merge_states", merge, cases)

@@ -7,12 +7,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from allpairspy import AllPairs
 from torch import Tensor
 
 import lean_attention
 from lean_attention import flash_attn_with_kvcache, reference
-
-F32, BF16 = torch.float32, torch.bfloat16
+from tests.cases import BF16, E4M3, F32, SHORT
+from tests.errors import assert_each_raises, by_argument
 
 # As in flash_attn 2.8: names, order, defaults.
 FLASH_ATTENTION_2 = {
@@ -53,16 +54,38 @@ def rotated(q: Tensor, cos: Tensor, sin: Tensor, lens: Tensor, along: bool, inte
     return out
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
-@pytest.mark.parametrize("new", [0, 1, 3])
-@pytest.mark.parametrize("rotary", [None, True, False], ids=["plain", "interleaved", "half"])
-@pytest.mark.parametrize(("causal", "window"), [(False, (-1, -1)), (True, (-1, -1)), (False, (20, 0))])
+# What a call has: dtype, paged, new tokens, rotary_interleaved or None without rotation, causal, windows.
+FEATURES = [
+    [F32, BF16],
+    [False, True],
+    [0, 1, 3],
+    [None, True, False],
+    [(False, (-1, -1)), (True, (-1, -1)), (False, (20, 0))],
+]
+
+
+def rotates_only_with_new_tokens(values: list) -> bool:
+    return len(values) < 4 or values[2] > 0 or values[3] is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "paged", "new", "rotary", "sees"),
+    [
+        pytest.param(
+            *values,
+            id="-".join([
+                SHORT[values[0]], "paged" if values[1] else "slots", f"new{values[2]}",
+                {None: "plain", True: "interleaved", False: "half"}[values[3]],
+                "causal" if values[4][0] else "full" if values[4][1][0] < 0 else "window",
+            ]),
+        )
+        for values in AllPairs(FEATURES, filter_func=rotates_only_with_new_tokens)
+    ],
+)  # fmt: skip
 def test_appends_rotates_and_attends(
-    dtype: torch.dtype, paged: bool, new: int, rotary: bool | None, causal: bool, window: tuple[int, int]
+    dtype: torch.dtype, paged: bool, new: int, rotary: bool | None, sees: tuple[bool, tuple[int, int]]
 ) -> None:
-    if new == 0 and rotary is not None:
-        pytest.skip("rotary embedding comes with new tokens")
+    causal, window = sees
     batch, heads, kv_heads, dim, q_len = 2, 6, 2, 64, max(new, 1)
     lens = torch.tensor([45, 0], dtype=torch.int32)
     options: dict = {}
@@ -142,7 +165,7 @@ def test_packed_queries_and_new_tokens() -> None:
 
 
 @pytest.mark.parametrize("dim", [20, 57])
-@pytest.mark.parametrize("dtype", [F32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [F32, E4M3], ids=SHORT.get)
 def test_head_dims_that_are_no_multiple_of_8(dim: int, dtype: torch.dtype) -> None:
     q, k, v = torch.randn(2, 1, 4, dim), torch.randn(2, 50, 2, dim), torch.randn(2, 50, 2, dim + 3)
     out = flash_attn_with_kvcache(q, k.to(dtype), v.to(dtype))
@@ -180,151 +203,156 @@ PAGES = {"k_cache": torch.randn(6, 16, 2, 64), "v_cache": torch.randn(6, 16, 2, 
 INT8 = {name: torch.ones(2, 50, 2, 64, dtype=torch.int8) for name in ("k_cache", "v_cache")}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cache_seqlens": I32(50, 51)}, r"cache_seqlens\[1\] is 51; it must be from 0 to 50"),
-        ({"cache_seqlens": 51}, "cache_seqlens is 51; it must be from 0 to 50"),
-        ({"cache_seqlens": -1}, "cache_seqlens is -1; it must be from 0"),
-        ({"cache_seqlens": 2**40}, "cache_seqlens is 1099511627776; it must be from 0"),
-        ({"cache_seqlens": torch.tensor([50, 3])}, "cache_seqlens is torch.int64; it must be torch.int32"),
-        ({"cache_seqlens": I32(50)}, r"cache_seqlens has shape \[1\]; its dimension 0 must be 2"),
-        (
-            {**NEW, "cache_seqlens": I32(3, 50)},
-            r"cache_seqlens\[1\] is 50, and a new token would go to position",
-        ),
-        ({**NEW, "cache_seqlens": 50}, "cache_seqlens is 50, and a new token would go to position 50"),
-        ({"k_descale": torch.tensor(1.0)}, "k_descale is given, but the caches are torch.float32"),
-        ({**INT8}, "k_descale is missing; int8 caches need it"),
-        ({**INT8, "k_descale": torch.tensor(1.0)}, "v_descale is missing; int8 caches need it"),
-        ({"softmax_scale": float("nan")}, "softmax_scale is nan; it must be finite"),
-        ({"softcap": -2.0}, "softcap is -2; it must be positive and finite"),
-        ({"window_size": (-2, 0)}, r"window_size\[0\] is -2; it must be -1"),
-        ({"window_size": (5, -3)}, r"window_size\[1\] is -3; it must be -1"),
-        ({"window_size": 5}, r"window_size is 5; it must be \(left, right\) or None"),
-        ({"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\); it must be \(left, right\) or None"),
-        ({**PAGES, "block_table": TABLE.long()}, "block_table is torch.int64; it must be torch.int32"),
-        ({**PAGES, "page_table": TABLE.long()}, "page_table is torch.int64; it must be torch.int32"),
-        ({**PAGES, "page_table": TABLE - 1}, r"page_table\[0, 0\] is -1; it must be from 0 to 5"),
-        (
-            {**PAGES, "page_table": TABLE, "cache_seqlens": 99},
-            "cache_seqlens is 99; .* a row of page_table holds",
-        ),
-        (
-            {"page_table": TABLE, "cache_batch_idx": I32(0, 1)},
-            "cache_batch_idx cannot be combined with page_table",
-        ),
-        (
-            {**NEW, **PAGES, "page_table": TABLE[:1].expand(2, 3), "cache_seqlens": 4},
-            r"page_table\[1, 0\] is 0, as is page_table\[0, 0\], and a new token of each",
-        ),
-        (
-            {
-                "k": torch.randn(2, 2, 64),
-                "v": torch.randn(2, 2, 64),
-                "cache_seqlens": 4,
-                "cu_seqlens_k_new": I32(1, 1, 2),
-            },
-            r"cu_seqlens_k_new\[0\] is 1; it must be 0",
-        ),
-        (
-            {"q": torch.randn(2, 4, 64), "cu_seqlens_q": I32(1, 1, 2)},
-            r"cu_seqlens_q\[0\] is 1; it must be 0",
-        ),
-        (
-            {"q": torch.randn(2, 4, 64)},
-            r"q has shape \[2, 4, 64\]; it must have 4 dimensions, \[batch, seqlen_q",
-        ),
-        (
-            {"cu_seqlens_q": I32(0, 1, 2)},
-            r"q has shape \[2, 1, 4, 64\]; it must have 3 dimensions, \[tokens of",
-        ),
-        ({"v_cache": torch.randn(50, 2, 64)}, r"v_cache has shape \[50, 2, 64\]; it must have 4 dimensions"),
-        ({"q": torch.tensor(1.0)}, r"q has shape \[\]; it must have 4 dimensions"),
-        ({"q": torch.randn(2, 1, 4, 57)}, "k_cache has headdim 64, q has 57; they must be equal"),
-        (
-            {"q": torch.randn(2, 1, 4, 60), "k_cache": torch.randn(2, 50, 2, 57)},
-            "k_cache has headdim 57, q has 60; they must be equal",
-        ),
-        (
-            {"q": torch.randn(2, 1, 4, 515), "k_cache": torch.randn(2, 50, 2, 515)},
-            "headdim is 515; it must be from 1 to 512",
-        ),
-        (
-            {"k": torch.randn(3, 1, 2, 64), "v": torch.randn(3, 1, 2, 64), "cache_seqlens": 4},
-            "k is of 3 sequences, q of 2; they must be as many",
-        ),
-        ({"rotary_sin": torch.ones(9, 8)}, "rotary_sin is given without k and v"),
-        ({"cu_seqlens_k_new": I32(0, 1, 2)}, "cu_seqlens_k_new is given without k and v"),
-        ({"k": torch.randn(2, 1, 2, 64)}, "v is missing; k and v come together"),
-        ({"rotary_cos": torch.ones(9, 8)}, "rotary_cos is given without k and v"),
-        ({"k": torch.randn(2, 1, 2, 64), "v": torch.randn(2, 1, 2, 64)}, "k is given without cache_seqlens"),
-        (
-            {"page_table": torch.ones(1), "block_table": torch.ones(1)},
-            "block_table and page_table are the same",
-        ),
-        ({"qv": torch.ones(1)}, "qv is not supported"),
-        ({"attention_chunk": 128}, "attention_chunk is not supported"),
-    ],
-)
-def test_errors(changes: dict, message: str) -> None:
-    """They name what the caller wrote, also where an op found it."""
+# They name what the caller wrote, also where an op found it.
+BAD = [
+    ({"cache_seqlens": I32(50, 51)}, r"cache_seqlens\[1\] is 51; it must be from 0 to 50"),
+    ({"cache_seqlens": 51}, "cache_seqlens is 51; it must be from 0 to 50"),
+    ({"cache_seqlens": -1}, "cache_seqlens is -1; it must be from 0"),
+    ({"cache_seqlens": 2**40}, "cache_seqlens is 1099511627776; it must be from 0"),
+    ({"cache_seqlens": torch.tensor([50, 3])}, "cache_seqlens is torch.int64; it must be torch.int32"),
+    ({"cache_seqlens": I32(50)}, r"cache_seqlens has shape \[1\]; its dimension 0 must be 2"),
+    (
+        {**NEW, "cache_seqlens": I32(3, 50)},
+        r"cache_seqlens\[1\] is 50, and a new token would go to position",
+    ),
+    ({**NEW, "cache_seqlens": 50}, "cache_seqlens is 50, and a new token would go to position 50"),
+    ({"k_descale": torch.tensor(1.0)}, "k_descale is given, but the caches are torch.float32"),
+    ({**INT8}, "k_descale is missing; int8 caches need it"),
+    ({**INT8, "k_descale": torch.tensor(1.0)}, "v_descale is missing; int8 caches need it"),
+    ({"softmax_scale": float("nan")}, "softmax_scale is nan; it must be finite"),
+    ({"softcap": -2.0}, "softcap is -2; it must be positive and finite"),
+    ({"window_size": (-2, 0)}, r"window_size\[0\] is -2; it must be -1"),
+    ({"window_size": (5, -3)}, r"window_size\[1\] is -3; it must be -1"),
+    ({"window_size": 5}, r"window_size is 5; it must be \(left, right\) or None"),
+    ({"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\); it must be \(left, right\) or None"),
+    ({**PAGES, "block_table": TABLE.long()}, "block_table is torch.int64; it must be torch.int32"),
+    ({**PAGES, "page_table": TABLE.long()}, "page_table is torch.int64; it must be torch.int32"),
+    ({**PAGES, "page_table": TABLE - 1}, r"page_table\[0, 0\] is -1; it must be from 0 to 5"),
+    (
+        {**PAGES, "page_table": TABLE, "cache_seqlens": 99},
+        "cache_seqlens is 99; .* a row of page_table holds",
+    ),
+    (
+        {"page_table": TABLE, "cache_batch_idx": I32(0, 1)},
+        "cache_batch_idx cannot be combined with page_table",
+    ),
+    (
+        {**NEW, **PAGES, "page_table": TABLE[:1].expand(2, 3), "cache_seqlens": 4},
+        r"page_table\[1, 0\] is 0, as is page_table\[0, 0\], and a new token of each",
+    ),
+    (
+        {
+            "k": torch.randn(2, 2, 64),
+            "v": torch.randn(2, 2, 64),
+            "cache_seqlens": 4,
+            "cu_seqlens_k_new": I32(1, 1, 2),
+        },
+        r"cu_seqlens_k_new\[0\] is 1; it must be 0",
+    ),
+    (
+        {"q": torch.randn(2, 4, 64), "cu_seqlens_q": I32(1, 1, 2)},
+        r"cu_seqlens_q\[0\] is 1; it must be 0",
+    ),
+    (
+        {"q": torch.randn(2, 4, 64)},
+        r"q has shape \[2, 4, 64\]; it must have 4 dimensions, \[batch, seqlen_q",
+    ),
+    (
+        {"cu_seqlens_q": I32(0, 1, 2)},
+        r"q has shape \[2, 1, 4, 64\]; it must have 3 dimensions, \[tokens of",
+    ),
+    ({"v_cache": torch.randn(50, 2, 64)}, r"v_cache has shape \[50, 2, 64\]; it must have 4 dimensions"),
+    ({"q": torch.tensor(1.0)}, r"q has shape \[\]; it must have 4 dimensions"),
+    ({"q": torch.randn(2, 1, 4, 57)}, "k_cache has headdim 64, q has 57; they must be equal"),
+    (
+        {"q": torch.randn(2, 1, 4, 60), "k_cache": torch.randn(2, 50, 2, 57)},
+        "k_cache has headdim 57, q has 60; they must be equal",
+    ),
+    (
+        {"q": torch.randn(2, 1, 4, 515), "k_cache": torch.randn(2, 50, 2, 515)},
+        "headdim is 515; it must be from 1 to 512",
+    ),
+    (
+        {"k": torch.randn(3, 1, 2, 64), "v": torch.randn(3, 1, 2, 64), "cache_seqlens": 4},
+        "k is of 3 sequences, q of 2; they must be as many",
+    ),
+    ({"rotary_sin": torch.ones(9, 8)}, "rotary_sin is given without k and v"),
+    ({"cu_seqlens_k_new": I32(0, 1, 2)}, "cu_seqlens_k_new is given without k and v"),
+    ({"k": torch.randn(2, 1, 2, 64)}, "v is missing; k and v come together"),
+    ({"rotary_cos": torch.ones(9, 8)}, "rotary_cos is given without k and v"),
+    ({"k": torch.randn(2, 1, 2, 64), "v": torch.randn(2, 1, 2, 64)}, "k is given without cache_seqlens"),
+    (
+        {"page_table": torch.ones(1), "block_table": torch.ones(1)},
+        "block_table and page_table are the same",
+    ),
+    ({"qv": torch.ones(1)}, "qv is not supported"),
+    ({"attention_chunk": 128}, "attention_chunk is not supported"),
+]
+
+
+def call(changes: dict) -> None:
     good = {"q": torch.randn(2, 1, 4, 64), "k_cache": CACHE.clone(), "v_cache": CACHE.clone()}
-    with pytest.raises(ValueError, match=f"^flash_attn_with_kvcache: {message}"):
-        flash_attn_with_kvcache(**{**good, **changes})
+    flash_attn_with_kvcache(**{**good, **changes})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cache_seqlens": [3, 5]}, r"cache_seqlens is \[3, 5\], a list; it must be an int or a Tensor"),
-        ({"cache_seqlens": 3.0}, "cache_seqlens is 3.0, a float; it must be an int or a Tensor"),
-        ({"cache_seqlens": np.array([3, 5])}, "cache_seqlens is array.*, a ndarray; it must be an int or"),
-        ({"q": None}, "q is None; it must be a Tensor"),
-        ({"v_cache": [1]}, r"v_cache is \[1\], a list; it must be a Tensor"),
-        (
-            {**NEW, "cache_seqlens": 3, "sinks": [1.0]},
-            r"sinks is \[1.0\], a list; it must be a Tensor or None",
-        ),
-        ({"block_table": [[0]]}, r"block_table is \[\[0\]\], a list; it must be a Tensor or None"),
-        ({"page_table": [[0]]}, r"page_table is \[\[0\]\], a list; it must be a Tensor or None"),
-        ({"cu_seqlens_q": [0, 1]}, r"cu_seqlens_q is \[0, 1\], a list; it must be a Tensor or None"),
-        ({"k_descale": 1.0}, "k_descale is 1.0, a float; it must be a Tensor or None"),
-        ({"softmax_scale": "1"}, "softmax_scale is '1', a str; it must be a float or None"),
-        ({"softcap": [0]}, r"softcap is \[0\], a list; it must be a float or None"),
-        ({"window_size": (1.5, 0)}, r"window_size\[0\] is 1.5, a float; it must be an int or None"),
-    ],
-)
-def test_wrong_types(changes: dict, message: str) -> None:
-    good = {"q": torch.randn(2, 1, 4, 64), "k_cache": CACHE.clone(), "v_cache": CACHE.clone()}
-    with pytest.raises(TypeError, match=f"^flash_attn_with_kvcache: {message}"):
-        flash_attn_with_kvcache(**{**good, **changes})
-    assert torch.equal(good["k_cache"], CACHE), "something was written"
+@by_argument(BAD)
+def test_errors(cases: list) -> None:
+    assert_each_raises(ValueError, "flash_attn_with_kvcache", call, cases)
 
 
-@pytest.mark.parametrize(
-    ("given", "plain"),
-    [
-        ({"cache_seqlens": np.int64(33)}, {"cache_seqlens": 33}),
-        ({"window_size": None}, {}),
-        ({"window_size": (None, None)}, {}),
-        ({"window_size": [9, None]}, {"window_size": (9, -1)}),
-        ({"window_size": (np.int32(9), np.int64(0))}, {"window_size": (9, 0)}),
-        ({"window_size": np.array([9, 0])}, {"window_size": (9, 0)}),
-        ({"softcap": None}, {}),
-        ({"softcap": np.float32(5)}, {"softcap": 5.0}),
-        ({"softmax_scale": 1}, {"softmax_scale": 1.0}),
-        ({"softmax_scale": np.float64(0.5)}, {"softmax_scale": 0.5}),
-        ({"causal": 1}, {"causal": True}),
-        ({"causal": np.bool_(True)}, {"causal": True}),
-        ({"attention_chunk": np.int64(0)}, {}),
-        ({"num_splits": np.int64(3)}, {}),
-    ],
-)
-def test_numbers_of_other_types(given: dict, plain: dict) -> None:
+WRONG_TYPES = [
+    ({"cache_seqlens": [3, 5]}, r"cache_seqlens is \[3, 5\], a list; it must be an int or a Tensor"),
+    ({"cache_seqlens": 3.0}, "cache_seqlens is 3.0, a float; it must be an int or a Tensor"),
+    ({"cache_seqlens": np.array([3, 5])}, "cache_seqlens is array.*, a ndarray; it must be an int or"),
+    ({"q": None}, "q is None; it must be a Tensor"),
+    ({"v_cache": [1]}, r"v_cache is \[1\], a list; it must be a Tensor"),
+    (
+        {**NEW, "cache_seqlens": 3, "sinks": [1.0]},
+        r"sinks is \[1.0\], a list; it must be a Tensor or None",
+    ),
+    ({"block_table": [[0]]}, r"block_table is \[\[0\]\], a list; it must be a Tensor or None"),
+    ({"page_table": [[0]]}, r"page_table is \[\[0\]\], a list; it must be a Tensor or None"),
+    ({"cu_seqlens_q": [0, 1]}, r"cu_seqlens_q is \[0, 1\], a list; it must be a Tensor or None"),
+    ({"k_descale": 1.0}, "k_descale is 1.0, a float; it must be a Tensor or None"),
+    ({"softmax_scale": "1"}, "softmax_scale is '1', a str; it must be a float or None"),
+    ({"softcap": [0]}, r"softcap is \[0\], a list; it must be a float or None"),
+    ({"window_size": (1.5, 0)}, r"window_size\[0\] is 1.5, a float; it must be an int or None"),
+]
+
+
+def test_wrong_types() -> None:
+    cache = CACHE.clone()
+
+    def call_with_one_cache(changes: dict) -> None:
+        call({"k_cache": cache, **changes})
+
+    assert_each_raises(TypeError, "flash_attn_with_kvcache", call_with_one_cache, WRONG_TYPES)
+    assert torch.equal(cache, CACHE), "something was written"
+
+
+OTHER_TYPES = [
+    ({"cache_seqlens": np.int64(33)}, {"cache_seqlens": 33}),
+    ({"window_size": None}, {}),
+    ({"window_size": (None, None)}, {}),
+    ({"window_size": [9, None]}, {"window_size": (9, -1)}),
+    ({"window_size": (np.int32(9), np.int64(0))}, {"window_size": (9, 0)}),
+    ({"window_size": np.array([9, 0])}, {"window_size": (9, 0)}),
+    ({"softcap": None}, {}),
+    ({"softcap": np.float32(5)}, {"softcap": 5.0}),
+    ({"softmax_scale": 1}, {"softmax_scale": 1.0}),
+    ({"softmax_scale": np.float64(0.5)}, {"softmax_scale": 0.5}),
+    ({"causal": 1}, {"causal": True}),
+    ({"causal": np.bool_(True)}, {"causal": True}),
+    ({"attention_chunk": np.int64(0)}, {}),
+    ({"num_splits": np.int64(3)}, {}),
+]
+
+
+def test_numbers_of_other_types() -> None:
     q = torch.randn(2, 3, 4, 64)
-    got = flash_attn_with_kvcache(q, CACHE, CACHE, **given)
-    assert torch.equal(got, flash_attn_with_kvcache(q, CACHE, CACHE, **plain))
+    for given, plain in OTHER_TYPES:
+        got = flash_attn_with_kvcache(q, CACHE, CACHE, **given)
+        assert torch.equal(got, flash_attn_with_kvcache(q, CACHE, CACHE, **plain)), given
 
 
 def test_compiles() -> None:
