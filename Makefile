@@ -26,6 +26,7 @@ SOURCES := setup.py pyproject.toml lean_attention/_build.py lean_attention/_vers
            $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
+ON_EVERY_BACKEND := $(addprefix tests/,test_decode.py test_append_kv.py test_merge_states.py test_bad_numbers.py)
 INTEGRATION_TESTS := $(addprefix tests/,test_torch_library.py test_flash.py test_readme.py integrations)
 
 PYTEST = python -m pytest -n $(TEST_JOBS)
@@ -60,7 +61,8 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
 	  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  LEAN_ATTENTION_EMULATION_SANITIZE=1 \
-	  $(BIN)/$(PYTEST) -m "not gpu" tests/emulation tests/test_cuda.py $(TEST_ARGS)
+	  $(BIN)/$(PYTEST) -m "not gpu" -k "emulat or test_cuda" tests/emulation tests/test_cuda.py $(ON_EVERY_BACKEND) \
+	  $(TEST_ARGS)
 
 # Of a core with CUDA of its own: the installed one has what this machine can run.
 cuda-check: $(VENV)/installed third_party/cuda-check-requirements.txt

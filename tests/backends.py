@@ -1,7 +1,7 @@
 """What runs the ops: a CPU with each instruction set that this machine has, the emulated device, a GPU.
 
 A test that takes `backend` runs on all of them, with :data:`devices` on the CPU's best only, and with
-:func:`each` on those that its cases are for.
+:func:`listed` on those that its cases are for.
 """
 
 from __future__ import annotations
@@ -48,7 +48,15 @@ class Emulated:
         self.device.configure(seed=seed, resident_ctas=1 + seed % 7, sms=1 + seed % 5)
         self.take_error = self.device.take_error
         ops = torch.ops.lean_attn_emulated
-        self.decode, self.append_kv, self.merge_states = ops.decode, ops.append_kv, ops.merge_states
+        self.append_kv, self.merge_states = ops.append_kv, ops.merge_states
+
+    @staticmethod
+    def decode(**arguments) -> tuple[Tensor, Tensor]:
+        ops = torch.ops.lean_attn_emulated
+        if "out" not in arguments:
+            return ops.decode(**arguments)
+        ops.decode_out(**arguments)
+        return arguments["out"], arguments["lse"]
 
 
 class Cuda:
@@ -103,14 +111,14 @@ def marked(backend: str, *values: object, id: str = "") -> object:
     return pytest.param(*values, backend, marks=marks, id=id or backend)
 
 
-def each(cases: Iterable[Case], backends: list[str] = BACKENDS) -> pytest.MarkDecorator:
-    """Every case on every backend, in a dtype that it has: `case` and `backend` of a test."""
-    pairs = {(backend, in_dtypes(case, dtypes_of(backend))): None for backend in backends for case in cases}
-    return listed(pairs)
+def on_each(cases: Iterable[Case], backends: list[str]) -> list[tuple[str, Case]]:
+    """Every case on every backend, in a dtype that it has."""
+    pairs = ((backend, in_dtypes(case, dtypes_of(backend))) for backend in backends for case in cases)
+    return list(dict.fromkeys(pairs))
 
 
 def listed(pairs: Iterable[tuple[str, Case]]) -> pytest.MarkDecorator:
-    """These cases on these backends."""
+    """`case` and `backend` of a test."""
     parameters = [marked(backend, case, id=f"{backend}-{case}") for backend, case in pairs]
     return pytest.mark.parametrize(("case", "backend"), parameters, indirect=["backend"])
 

@@ -31,7 +31,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 DTYPES, QUANTISED = [F32, F16, BF16], [INT8, E4M3, E5M2]
 SHORT = {F32: "f32", F16: "f16", BF16: "bf16", INT8: "int8", E4M3: "e4m3", E5M2: "e5m2"}
-LONGEST_ID = 60
+LONGEST_ID = 44  # 60 with that of a backend
 
 # How ids name layouts.
 CONTIGUOUS = {"tokens_first": "", "heads_first": "hnd", "slots": "slots"}

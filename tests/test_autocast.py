@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import lean_attention
 from lean_attention import reference
-from tests.cases import Case, make_inputs
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+from tests.cases import BF16, F16, F32, SHORT, Case, make_inputs
 
 
 def inputs_of(q: torch.dtype, cache: torch.dtype, q_len: int = 1) -> dict:
@@ -24,13 +24,15 @@ def cast(inputs: dict, dtype: torch.dtype) -> dict:
     return {name: t.to(dtype) if name in ("q", "k_cache", "v_cache") else t for name, t in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize(("q", "cache"), [(F32, F32), (BF16, F32), (F32, BF16), (F16, BF16)], ids=str)
+@pytest.mark.parametrize(("q", "cache"), [(F32, F32), (BF16, F32), (F32, BF16), (F16, BF16)], ids=SHORT.get)
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize(
-    "options", [{}, {"sinks": torch.randn(4), "window_left": 20}], ids=["plain", "options"]
-)
-def test_decode(dtype: torch.dtype, q: torch.dtype, cache: torch.dtype, grad: bool, options: dict) -> None:
+def test_decode(q: torch.dtype, cache: torch.dtype, grad: bool) -> None:
+    for dtype, options in itertools.product((BF16, F16), ({}, {"sinks": torch.randn(4), "window_left": 20})):
+        print(f"{dtype}, {list(options)}")
+        check_decode(dtype, q, cache, grad, options)
+
+
+def check_decode(dtype: torch.dtype, q: torch.dtype, cache: torch.dtype, grad: bool, options: dict) -> None:
     inputs = {**inputs_of(q, cache), **options}
     want = lean_attention.decode(**cast(inputs, dtype))
     with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
@@ -48,7 +50,7 @@ def test_given_outputs_decide() -> None:
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
 
 
-@pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn], ids=SHORT.get)
 def test_quantised_caches_stay(quantised: torch.dtype) -> None:
     inputs = inputs_of(F32, F32)
     inputs["k_scale"], inputs["v_scale"] = torch.rand(2), torch.rand(2, 2)
@@ -68,9 +70,18 @@ def test_what_is_no_number_to_compute_in_is_refused_as_ever() -> None:
         lean_attention.decode(**inputs_of(torch.float64, F32))
 
 
-@pytest.mark.parametrize("new", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("cache", [F32, BF16], ids=str)
-@pytest.mark.parametrize("tables", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("new", "cache", "tables"),
+    [
+        (F32, F32, F32),
+        (F32, BF16, BF16),
+        (BF16, F32, BF16),
+        (BF16, BF16, F32),
+        (F16, F32, F32),
+        (F16, BF16, BF16),
+    ],
+    ids=SHORT.get,
+)
 def test_append_kv_follows_the_caches(new: torch.dtype, cache: torch.dtype, tables: torch.dtype) -> None:
     k_cache, v_cache = torch.zeros(2, 2, 50, 2, 64, dtype=cache)
     want = [k_cache.clone(), v_cache.clone()]
@@ -100,7 +111,7 @@ def test_append_kv_of_quantised_tokens() -> None:
     assert caches.sum() == 2 * 2 * 2 * 64
 
 
-@pytest.mark.parametrize("new", [F32, BF16], ids=str)
+@pytest.mark.parametrize("new", [F32, BF16], ids=SHORT.get)
 def test_append_kv_quantises_what_it_is_given(new: torch.dtype) -> None:
     caches, scales = torch.zeros(2, 2, 50, 2, 64, dtype=torch.int8), torch.zeros(2, 2, 50, 2)
     k, v, q = torch.randn(2, 3, 2, 64).to(new), torch.randn(2, 3, 2, 64), torch.randn(2, 3, 2, 64).bfloat16()
@@ -130,7 +141,7 @@ class Attention(torch.nn.Module):
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
-@pytest.mark.parametrize("cache", [F32, BF16], ids=str)
+@pytest.mark.parametrize("cache", [F32, BF16], ids=SHORT.get)
 def test_compiles(inside: bool, cache: torch.dtype) -> None:
     layer = Attention()
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lean_attention
-from tests.emulation import load
-
-BF16 = torch.bfloat16
+from tests.backends import Backend, only
+from tests.cases import BF16
+from tests.errors import assert_each_raises
 
 
 def ints(*values) -> Tensor:
@@ -125,38 +125,42 @@ def clones(arguments: dict) -> dict:
     return {name: tensor.clone() for name, tensor in arguments.items()}
 
 
-@pytest.mark.parametrize("message", CASES)
-def test_a_cpu_raises_before_anything_is_written(message: str) -> None:
-    name = message.split(":")[0]
-    arguments = with_outputs(CASES[message]) if name == "decode" else clones(CASES[message])
-    before = clones(arguments)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        getattr(lean_attention, name)(**arguments)
-    for argument, tensor in arguments.items():
-        torch.testing.assert_close(tensor, before[argument], rtol=0, atol=0, equal_nan=True)
+def prepared(message: str) -> dict:
+    return with_outputs(CASES[message]) if message.startswith("decode") else clones(CASES[message])
 
 
-@pytest.mark.parametrize("message", CASES)
-@pytest.mark.parametrize("device", ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_a_gpu_reports_it_and_writes_every_row(device: str, message: str) -> None:
-    name = message.split(":")[0]
-    arguments = with_outputs(CASES[message]) if name == "decode" else clones(CASES[message])
-    if device == "emulated":
-        load().configure(seed=torch.randint(2**31, ()).item())
-        load().take_error()
-        op = "decode_out" if name == "decode" else name
-        getattr(torch.ops.lean_attn_emulated, op)(**arguments)
-        told = load().take_error()
-    else:
-        arguments = {argument: tensor.cuda() for argument, tensor in arguments.items()}
-        getattr(lean_attention, name)(**arguments)
-        with pytest.raises(ValueError) as error:
-            lean_attention.check_errors()
-        told = str(error.value).removesuffix(" [cuda:0]")
-    assert re.sub(r" \(the first of \d+ such\)$", "", told) == message
-    if name != "decode":
-        return
-    assert not arguments["out"].isnan().any() and not arguments["lse"].isnan().any()
-    if "cu_seqlens_q" in arguments:
-        first = max(int(arguments["cu_seqlens_q"][0]), 0)
-        assert (arguments["out"][:first] == 0).all() and (arguments["lse"][:, :first] == -torch.inf).all()
+def to_bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("op", ["decode", "append_kv"])
+def test_a_cpu_raises_before_anything_is_written(op: str) -> None:
+    cases = [message for message in CASES if message.startswith(op)]
+    arguments = {message: prepared(message) for message in cases}
+    before = {message: clones(arguments[message]) for message in cases}
+
+    def call(message: str) -> None:
+        getattr(lean_attention, op)(**arguments[message])
+
+    wanted = [(message, re.escape(message).removeprefix(f"{op}:\\ ") + "$") for message in cases]
+    assert_each_raises(ValueError, op, call, wanted)
+    for message, given in arguments.items():
+        for argument, tensor in given.items():
+            assert torch.equal(to_bits(tensor), to_bits(before[message][argument])), (message, argument)
+
+
+@only("emulated", "cuda")
+@pytest.mark.parametrize("op", ["decode", "append_kv"])
+def test_a_gpu_reports_it_and_writes_every_row(op: str, backend: Backend) -> None:
+    for message in filter(lambda message: message.startswith(op), CASES):
+        arguments = prepared(message)
+        backend.take_error()
+        outputs = getattr(backend, op)(**arguments)
+        assert re.sub(r" \(the first of \d+ such\)$", "", backend.take_error()) == message
+        if op == "append_kv":
+            continue
+        out, lse = outputs
+        assert not out.isnan().any() and not lse.isnan().any(), message
+        if "cu_seqlens_q" in arguments:
+            first = max(int(arguments["cu_seqlens_q"][0]), 0)
+            assert (out[:first] == 0).all() and (lse[:, :first] == -torch.inf).all(), message

@@ -23,10 +23,6 @@ from benchmarks.report import (
     share_of_read,
     write_text,
 )
-from lean_attention import Schedule
-from lean_attention._core import core
-from lean_attention.picture import fixed_split, stream_k
-from lean_attention.roofline import fma_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,34 +97,18 @@ def test_the_studies_list_their_cases_once() -> None:
         assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in [
         (["--only", "no-such-case"], "matches no case"),
         (["--only", "("], "not a regular expression"),
         (["--contenders", "nobody"], "invalid choice: 'nobody'"),
         (["--threads", "0"], "--threads 0 is not positive"),
         (["--seconds", "-1"], "--seconds -1.0 is not positive"),
-    ],
-)
-def test_bad_command_lines(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cpu_decode.main(arguments)
-    assert ended.value.code
-    assert message in f"{ended.value.code} {capsys.readouterr().err}"
-
-
-def test_makespans() -> None:
-    def splits(tiles: list[int], num_ctas: int) -> dict[int, float]:
-        lens = [count * core.lean_tile_tokens(128) for count in tiles]
-        schedule = Schedule(lens, 1, num_ctas=num_ctas, head_dim=128)
-        lean = stream_k(schedule).makespan
-        return {0: lean} | {count: fixed_split(schedule, count).makespan for count in (1, 2, 6)}
-
-    # Two output tiles on three CTAs: halves leave one CTA with two of four pieces.
-    assert splits([6, 6], 3) == {0: 4, 1: 6, 2: 6, 6: 4}
-    # One long output tile last: whoever gets it works on alone.
-    assert splits([1, 1, 1, 1, 8], 4)[1] == 9
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            cpu_decode.main(arguments)
+        assert ended.value.code, arguments
+        assert message in f"{ended.value.code} {capsys.readouterr().err}"
 
 
 def test_a_summary_says_what_the_cases_say_together() -> None:
@@ -169,6 +149,7 @@ def test_a_summary_says_what_the_cases_say_together() -> None:
         ("{}", "is no study: KeyError: 'machine'"),
         ('{"machine": {"format": 1}}', f"has format 1; this version reads {FORMAT}"),
     ],
+    ids=["json", "list", "keys", "format"],
 )
 def test_a_report_of_what_is_no_study(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text(text)
@@ -202,17 +183,6 @@ def test_shares_are_those_of_the_rounds_where_they_were_kept() -> None:
     case = {"read_gb_per_second": 30.0, "contenders": contenders}
     assert [share_of_read(case, name) for name in "ab"] == [pytest.approx(0.8), 0.7]
     assert math.isnan(share_of_read(case, "c"))
-
-
-@pytest.mark.parametrize("instruction_set", core.instruction_sets().split())
-def test_products_are_counted(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEAN_ATTENTION_CPU", instruction_set)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        assert core.fma_loop(name, 30) == 3 * core.fma_loop(name, 10) > 0
-        assert fma_rate(dtype, rounds=100) > 0
-    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
-        core.fma_loop("int8", 1)
 
 
 def test_small_calls_report_what_they_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,11 @@ ALL = _build.CUDA_ARCHITECTURES
         ({"LEAN_ATTENTION_CUDA": "visible"}, "mixed", "8.6;12.0"),
         ({"LEAN_ATTENTION_CUDA": "visible", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}, "none", "8.0;9.0"),
     ],
-)
+    ids=[
+        "user", "user-with-a-gpu", "off", "on", "listed", "off-though-listed",
+        "visible-none", "visible-one", "visible-two", "visible-old", "visible-mixed", "visible-listed",
+    ],
+)  # fmt: skip
 def test_what_is_built_for_which_gpus(
     environment, gpus: str, want: str | None, monkeypatch, tmp_path
 ) -> None:
@@ -150,19 +154,17 @@ def test_what_is_built_without_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_pa
         _build.cuda_build()
 
 
-@pytest.mark.parametrize(
-    "gpu", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1", "13.0"]
-)
-def test_every_gpu_finds_code_that_it_can_run(gpu: str) -> None:
+def test_every_gpu_finds_code_that_it_can_run() -> None:
     """CUDA C++ programming guide, on compatibility: machine code runs on chips of its major version and no
     lesser minor one, PTX is compiled for any chip that is not older."""
-    major, minor = map(int, gpu.split("."))
-    found = []
-    for of_major, of_minor, ptx in re.findall(r"(\d+)\.(\d+)(\+PTX)?(?:;|$)", _build.CUDA_ARCHITECTURES):
-        code = int(of_major), int(of_minor)
-        found += [code] if code[0] == major and code[1] <= minor else []
-        found += [code] if ptx and code <= (major, minor) else []
-    assert found
+    gpus = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
+    for major, minor in gpus:
+        found = []
+        for of_major, of_minor, ptx in re.findall(r"(\d+)\.(\d+)(\+PTX)?(?:;|$)", _build.CUDA_ARCHITECTURES):
+            code = int(of_major), int(of_minor)
+            found += [code] if code[0] == major and code[1] <= minor else []
+            found += [code] if ptx and code <= (major, minor) else []
+        assert found, (major, minor)
 
 
 def test_no_code_is_for_one_chip_alone() -> None:

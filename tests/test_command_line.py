@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ import torch
 
 import lean_attention
 from lean_attention.__main__ import main
-from lean_attention.picture import Panel, fixed_split, stream_k
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -58,9 +54,8 @@ def test_info_names_versions_and_the_forced_instruction_set() -> None:
         assert text in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in [
         ((), "required: COMMAND"),
         (("dmo",), "invalid choice: 'dmo'"),
         (("demo", "--max-tokens", "0"), "'0' is not a positive whole number"),
@@ -68,15 +63,11 @@ def test_info_names_versions_and_the_forced_instruction_set() -> None:
         (("demo", "--dtype", "int8"), "invalid choice: 'int8'"),
         (("demo", "--heads", "7", "--kv-heads", "2"), "--heads 7 is not a multiple of --kv-heads 2"),
         (("demo", "--head-dim", "20"), "--head-dim 20 is not a multiple of 8 up to 512"),
-    ],
-)
-def test_bad_command_lines(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    assert ended.value.code
-    assert message in f"{ended.value.code} {capsys.readouterr().err}"
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        assert ended.value.code, arguments
+        assert message in f"{ended.value.code} {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "generate"])
@@ -93,29 +84,6 @@ def test_help_of_the_program() -> None:
     assert "usage: python -m lean_attention" in result.stdout
 
 
-def test_the_picture_shows_all_the_work() -> None:
-    schedule = lean_attention.Schedule([1000, 70, 0, 5000], num_kv_heads=3, num_ctas=7)
-    for panel in (stream_k(schedule), fixed_split(schedule, 1), fixed_split(schedule, 4)):
-        assert sum(bar.end - bar.begin for bar in panel.bars) == schedule.total_tiles
-        for cta in range(7):
-            bars = [bar for bar in panel.bars if bar.cta == cta]
-            assert all(a.end <= b.begin for a, b in itertools.pairwise(bars))
-
-
-@pytest.mark.parametrize("lens", [[1000, 70, 0, 5000], [65536], [1] * 9])
-@pytest.mark.parametrize("panel_of", [stream_k, partial(fixed_split, splits=4)])
-def test_the_picture_shows_all_merging(lens: list[int], panel_of: Callable[..., Panel]) -> None:
-    schedule = lean_attention.Schedule(lens, num_kv_heads=3, num_ctas=7)
-    panel = panel_of(schedule, merge_tiles=0.25)
-    assert sum(bar.end - bar.begin for bar in panel.merges) == 0.25 * panel.partials
-    assert not panel_of(schedule).merges
-    for cta in range(7):  # a CTA computes or merges, not both at once
-        bars = sorted((bar.begin, bar.end) for bar in (*panel.bars, *panel.merges) if bar.cta == cta)
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(bars))
-    if panel_of is not stream_k and panel.merges:  # the second kernel
-        assert min(bar.begin for bar in panel.merges) == max(bar.end for bar in panel.bars)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -124,6 +92,7 @@ def test_the_picture_shows_all_merging(lens: list[int], panel_of: Callable[..., 
         (("--kv-cache", "transformers"), "lean_attention, cache transformers"),
         (("--attn", "sdpa"), "sdpa, cache transformers"),
     ],
+    ids=["auto", "int8", "transformers", "sdpa"],
 )
 def test_generate_streams_text_from_a_local_model(
     tmp_path: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lean_attention
 from lean_attention import reference
-from tests.backends import CPUS, Backend, Emulated, devices, each, listed, only
+from tests.backends import CPUS, DEVICES, Backend, Emulated, devices, listed, on_each, only
 from tests.cases import (
     BF16,
     CASES,
@@ -20,6 +20,7 @@ from tests.cases import (
     F16,
     F32,
     INT8,
+    SHORT,
     TOGETHER,
     Case,
     all_pairs,
@@ -31,8 +32,11 @@ from tests.cases import (
     make_inputs,
 )
 
+# Each on two instruction sets: cpu/test_kernels.py has all sizes on all of them.
+ON_CPUS = [(CPUS[(i + j) % len(CPUS)], case) for i, case in enumerate(CASES) for j in range(2)]
 
-@each(CASES)
+
+@listed([*dict.fromkeys(ON_CPUS), *on_each(CASES, ["emulated", "cuda"])])
 def test_matches_the_definition(case: Case, backend: Backend) -> None:
     inputs = make_inputs(case)
     assert_close(case, inputs, *backend.decode(**inputs))
@@ -44,22 +48,25 @@ ON_CUDA = {
     "lens": [(150, 1, 0), (63, 65, 64), (200, 3, 33)],
     "q_len": [1, 3, 9, "packed"],
 }
-PAIRS = {
-    "cpu": [(chosen["backend"], case_of(chosen)) for chosen in all_pairs(backend=CPUS)],
-    "cuda": [
-        (backend, case_of(chosen)) for backend in ("emulated", "cuda") for chosen in all_pairs(**ON_CUDA)
-    ],
-}
+PAIRS = [(chosen["backend"], case_of(chosen)) for chosen in all_pairs(backend=CPUS)]
+PAIRS_ON_CUDA = [case_of(chosen) for chosen in all_pairs(**ON_CUDA)]
 
 
-@listed([*PAIRS["cpu"], *PAIRS["cuda"]])
+@listed([*PAIRS, *on_each(PAIRS_ON_CUDA, ["emulated"])])
 def test_pairs_of_features(case: Case, backend: Backend) -> None:
     """Every value of every feature with every one of every other, and on every instruction set."""
     inputs = make_inputs(case)
     assert_close(case, inputs, *backend.decode(**inputs))
 
 
-@each(TOGETHER)
+@only("cuda")
+def test_all_pairs_of_features(backend: Backend) -> None:
+    for case in PAIRS_ON_CUDA:
+        inputs = make_inputs(case)
+        assert_close(case, inputs, *backend.decode(**inputs))
+
+
+@listed(on_each(TOGETHER, DEVICES))
 def test_many_features(case: Case, backend: Backend) -> None:
     inputs = make_inputs(case)
     assert_close(case, inputs, *backend.decode(**inputs))
@@ -271,7 +278,7 @@ HEADS_PER_PASS = [
         Case(
             F32, (8500, 70, 0), 2 * kv_heads, kv_heads, 40, 24, quantised=quantised,
             scales="row" if quantised else "", layout=layout, softcap=5.0, alibi=alibi, sinks=True,
-            leftpad=True, num_ctas=3,
+            leftpad=True, num_ctas=3, name=f"long-kv{kv_heads}-{layout}-{SHORT.get(quantised, 'f32')}",
         )
         for kv_heads, layout, quantised, alibi in (
             (10, "tokens_first", None, ""),
@@ -285,7 +292,7 @@ HEADS_PER_PASS = [
 ]  # fmt: skip
 
 
-@each(HEADS_PER_PASS, backends=["cpu"])
+@listed(on_each(HEADS_PER_PASS, ["cpu"]))
 def test_heads_per_pass(case: Case, backend: Backend) -> None:
     inputs = make_inputs(case)
     assert_close(case, inputs, *backend.decode(**inputs))

@@ -52,14 +52,13 @@ HUGE = [
 
 
 @devices
-@pytest.mark.parametrize("base", [1 + 1e-9, math.e, 2.0, 10.0, 1e300])
-def test_huge_log_sum_exps(backend: Backend, base: float) -> None:
-    for lses in HUGE:
+def test_huge_log_sum_exps(backend: Backend) -> None:
+    for base, lses in itertools.product((1 + 1e-9, math.e, 2.0, 10.0, 1e300), HUGE):
         outs = [torch.randn(1, 1, 1, 8) for _ in lses]
         tensors = [torch.full((1, 1, 1), lse) for lse in lses]
         out, lse = backend.merge_states(outs, tensors, base=base)
         want, want_lse = reference.merge_states(outs, tensors, base=base)
-        print(lses)
+        print(f"base {base}: {lses}")
         torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=0)
 

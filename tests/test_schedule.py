@@ -5,12 +5,12 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from itertools import groupby, pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lean_attention import Schedule
 from lean_attention._core import core
+from tests.errors import assert_each_raises
 
 sequences = st.tuples(
     st.one_of(st.integers(0, 40), st.integers(0, 3000)), st.integers(0, 6), st.integers(0, 200)
@@ -185,9 +185,11 @@ def test_reads_like_a_sentence() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_arguments_are_named() -> None:
+    def schedule(arguments: dict) -> None:
+        Schedule(**{"seq_lens": [1], "num_kv_heads": 1, "num_ctas": 1, **arguments})
+
+    cases = [
         ({"num_ctas": 0}, "num_ctas is 0"),
         ({"num_kv_heads": 0}, "num_kv_heads is 0"),
         ({"seq_lens": [3, -1]}, r"seq_lens\[1\] is -1"),
@@ -195,8 +197,5 @@ def test_reads_like_a_sentence() -> None:
         ({"q_len": 0}, "q_len is 0"),
         ({"q_len": [1, 2]}, "q_len has 2 entries, seq_lens 1"),
         ({"leftpad": [-2]}, r"leftpad\[0\] is -2"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Schedule(**{"seq_lens": [1], "num_kv_heads": 1, "num_ctas": 1, **arguments})
+    ]
+    assert_each_raises(ValueError, "Schedule", schedule, cases)

@@ -12,10 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lean_attention
 from lean_attention import ops, reference
-from tests.cases import Case, assert_close, make_inputs
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
+from tests.cases import DTYPES, SHORT, Case, assert_close, make_inputs
 
 # What only one of function, op and definition has.
 OWN = {"decode": {"out", "lse", "num_ctas", "dtype"}, "append_kv": set(), "merge_states": set()}
@@ -91,7 +88,7 @@ def attend_and_scale(q, k_cache, v_cache, seq_lens):
     return out.flatten(2) + 1, lse.exp()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_compile_fullgraph(dtype: torch.dtype) -> None:
     inputs = tuple(make_inputs(Case(dtype, lens=(70, 9))).values())
     compiled = torch.compile(attend_and_scale, fullgraph=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -83,9 +81,8 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
-def test_sizes(setting: Callable, instruction_set: str) -> None:
-    for dtype, (group, q_len) in itertools.product(DTYPES, [(1, 1), (7, 2)]):
+def test_sizes(instruction_set: str) -> None:
+    for setting, dtype, (group, q_len) in itertools.product(SETTINGS, DTYPES, [(1, 1), (7, 2)]):
         inputs = int8_inputs(dtype, group, q_len)
         setting(inputs)
         out, lse = lean_attention.decode(**inputs)

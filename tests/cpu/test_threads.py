@@ -46,8 +46,7 @@ def test_follows_torch_set_num_threads(threads: int) -> None:
 
 
 @pytest.mark.usefixtures("count_is_restored")
-@pytest.mark.parametrize("tokens", [400, 3000])
-@pytest.mark.parametrize("num_ctas", [1, 3])
+@pytest.mark.parametrize(("tokens", "num_ctas"), [(400, 1), (3000, 3)])
 def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int) -> None:
     """Bitwise, for a given grid: also not by how many heads of an NHD (tokens first) cache one pass takes."""
     inputs = make_inputs(Case(torch.bfloat16, lens=(tokens,), heads=32, kv_heads=8, head_dim=64))
@@ -60,8 +59,9 @@ def test_the_count_of_threads_does_not_change_results(tokens: int, num_ctas: int
 
 
 @pytest.mark.usefixtures("count_is_restored")
-@pytest.mark.parametrize("layout", ["tokens_first", "heads_first"])
-@pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize(
+    ("threads", "layout"), [(2, "tokens_first"), (3, "heads_first"), (16, "tokens_first")]
+)
 def test_threads_that_take_many_ranges(threads: int, layout: str) -> None:
     """22 MB, so that ranges grow shorter; more threads than cores, which wait for each other."""
     case = Case(torch.float32, lens=(9000, 1, 0, 2000), heads=8, layout=layout)

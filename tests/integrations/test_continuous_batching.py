@@ -66,7 +66,7 @@ def count_copied_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return copied
 
 
-@pytest.mark.parametrize("attention", [PAGED_NAME, "sdpa"])
+@pytest.mark.parametrize("attention", [PAGED_NAME, "sdpa"], ids=["paged", "sdpa"])
 @torch.no_grad()
 def test_no_token_of_a_full_layer_is_copied(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")

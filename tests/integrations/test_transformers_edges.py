@@ -98,7 +98,7 @@ def test_an_unknown_option_of_a_module_without_eager_attention_is_an_error() -> 
     "prefill", [pytest.param("flex_attention", marks=pytest.mark.slow), "eager", "sdpa", "auto"]
 )
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("lengths", [(40, 40), (40, 9)])
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 9)], ids=["even", "ragged"])
 @torch.no_grad()
 def test_every_prefill_gives_eagers_results(
     prefill: str, kind: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -129,7 +129,7 @@ def test_prompts_go_where_they_are_faster(
     assert not calls and not said
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_the_faster_of_two_is_measured(dtype: torch.dtype) -> None:
     q, k = torch.randn(1, 4, 64, 16, dtype=dtype), torch.randn(1, 2, 64, 16, dtype=dtype)
     assert prefill.op_is_faster(q, k, k) in (True, False)

@@ -1,0 +1,18 @@
+"""What the machine can multiply, as benchmarks count it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lean_attention._core import core
+from lean_attention.roofline import fma_rate
+from tests.cases import DTYPES
+
+
+def test_products_are_counted(instruction_set: str) -> None:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        assert core.fma_loop(name, 30) == 3 * core.fma_loop(name, 10) > 0
+        assert fma_rate(dtype, rounds=100) > 0
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
+        core.fma_loop("int8", 1)
