@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 import torch
@@ -126,37 +125,24 @@ def test_packed_tokens(backend: Backend) -> None:
     assert torch.equal(arguments["q"][7:], q[7:]) and not torch.equal(arguments["q"][:7], q[:7])
 
 
-OUTSIDE = [
-    ("seq_lens", 1, 24, r"seq_lens\[1\] is 24, and a new token would go to position 25; .* holds 25 tokens"),
-    ("seq_lens", 0, -1, r"seq_lens\[0\] is -1; it must be at least 0"),
-    ("cache_batch_idx", 2, 4, r"cache_batch_idx\[2\] is 4; it must be from 0 to 3"),
-    ("block_table", (2, 1), 16, r"block_table\[2, 1\] is 16; it must be from 0 to 15"),
-    ("block_table", (0, 2), -1, r"block_table\[0, 2\] is -1; it must be from 0 to 15"),
-]
-
-
-@devices
-@pytest.mark.parametrize(
-    ("name", "at", "value", "message"), OUTSIDE, ids=[f"{name}_{value}" for name, _, value, _ in OUTSIDE]
-)
-def test_writes_outside_the_cache_are_refused(
-    backend: Backend, name: str, at, value: int, message: str
-) -> None:
-    arguments = make_arguments(F32, name == "block_table", 2, "")
-    arguments[name][at] = value
-    caches = {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
-    if backend.raises_at_once:
-        with pytest.raises(ValueError, match=f"append_kv: {message}"):
-            backend.append_kv(**arguments)
-        for cache, before in caches.items():
-            assert torch.equal(arguments[cache], before), "something was written"
-        return
-    backend.append_kv(**arguments)
-    assert re.match(f"append_kv: {message}", backend.take_error())
-    assert backend.take_error() == ""
-    for cache, before in caches.items():  # the other sequences' tokens are there
-        changed = (arguments[cache] != before).flatten(2).any(dim=2).sum().item()
-        assert changed == (4 if value != 24 else 5)
+@only("emulated", "cuda")  # test_bad_numbers.py: what is told, and that a CPU writes nothing
+def test_writes_outside_the_cache_are_left_out(backend: Backend) -> None:
+    """And the other sequences' tokens are there."""
+    for name, at, value, tokens in [
+        ("seq_lens", 1, 24, 5),  # the first of its two
+        ("seq_lens", 0, -1, 4),
+        ("cache_batch_idx", 2, 4, 4),
+        ("block_table", (2, 1), 16, 4),
+        ("block_table", (0, 2), -1, 4),
+    ]:
+        arguments = make_arguments(F32, name == "block_table", 2, "")
+        arguments[name][at] = value
+        before = clones(arguments)
+        backend.append_kv(**arguments)
+        assert backend.take_error(), (name, value)
+        for cache in ("k_cache", "v_cache"):
+            changed = (arguments[cache] != before[cache]).flatten(2).any(dim=2).sum().item()
+            assert changed == tokens, (name, value, cache)
 
 
 def one_place_twice() -> list[tuple[dict, str]]:

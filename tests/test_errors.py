@@ -34,6 +34,7 @@ PAGED = {
 }
 INT8 = {name: torch.ones(2, 50, 2, 64, dtype=torch.int8) for name in ("k_cache", "v_cache")}
 
+# Numbers out of range inside tensors: test_bad_numbers.py.
 BAD = [
     ({"q": torch.randn(2, 8, 64)}, r"q has shape \[2, 8, 64\]; it must have 4 dimensions, \[batch, q_len"),
     ({"k_cache": torch.randn(50, 2, 64)}, r"k_cache has shape \[50, 2, 64\]"),
@@ -82,11 +83,6 @@ BAD = [
         {"seq_lens": torch.tensor([50], dtype=torch.int32)},
         r"seq_lens has shape \[1\]; its dimension 0 must be 2",
     ),
-    (
-        {"seq_lens": torch.tensor([50, 51], dtype=torch.int32)},
-        r"seq_lens\[1\] is 51; it must be from 0 to 50",
-    ),
-    ({"seq_lens": torch.tensor([-1, 3], dtype=torch.int32)}, r"seq_lens\[0\] is -1; it must be from 0 to 50"),
     ({"seq_lens": torch.tensor([-(2**31), 3], dtype=torch.int32)}, r"seq_lens\[0\] is -2147483648"),
     ({"scale": float("nan")}, "scale is nan; it must be finite"),
     ({"window_left": -2}, r"window_left is -2; it must be -1 \(unbounded\) or at least 0"),
@@ -94,8 +90,6 @@ BAD = [
     ({"num_ctas": -1}, "num_ctas is -1; it must be positive, or 0 to choose"),
     ({"cache_batch_idx": I32(2, 0, 1)}, r"cache_batch_idx has shape \[3\]; its dimension 0 must be 2"),
     ({"cache_batch_idx": torch.tensor([0, 1])}, "cache_batch_idx is torch.int64; it must be torch.int32"),
-    ({"cache_batch_idx": I32(0, 2)}, r"cache_batch_idx\[1\] is 2; it must be from 0 to 1, the slots"),
-    ({"cache_leftpad": I32(0, -3)}, r"cache_leftpad\[1\] is -3; it must be at least 0"),
     ({"alibi_slopes": torch.zeros(7)}, r"alibi_slopes has shape \[7\]; its dimension 0 must be 8"),
     ({"alibi_slopes": torch.zeros(8).half()}, "alibi_slopes is torch.float16; it must be torch.float32"),
     ({"alibi_slopes": torch.zeros(3, 8)}, r"alibi_slopes has shape \[3, 8\]; its dimension 0 must be 2"),
@@ -112,15 +106,7 @@ BAD = [
     ({"tree_mask": TREE, "alibi_slopes": torch.ones(8)}, "tree_mask cannot be combined with alibi_slopes"),
     ({"tree_mask": TREE.expand(2, 2)}, r"tree_mask has shape \[2, 2\]; its dimension 0 must be 1"),
     ({"cu_seqlens_q": I32(0, 1, 2)}, r"q has shape \[2, 1, 8, 64\]; it must have 3 dimensions, \[total_q"),
-    ({**PACKED, "cu_seqlens_q": I32(1, 2, 3)}, r"cu_seqlens_q\[0\] is 1; it must be 0"),
-    ({**PACKED, "cu_seqlens_q": I32(-1, 2, 3)}, r"cu_seqlens_q\[0\] is -1; it must be 0"),
-    ({**PACKED, "cu_seqlens_q": I32(0, 2, 1)}, r"cu_seqlens_q\[2\] is 1; it must be from 2"),
-    ({**PACKED, "cu_seqlens_q": I32(0, 2, 4)}, r"cu_seqlens_q\[2\] is 4; .* to 3, the tokens of q"),
     ({**PACKED, "cu_seqlens_q": torch.empty(0, dtype=torch.int32)}, "cu_seqlens_q is empty"),
-    (
-        {**PACKED, "cu_seqlens_q": I32(0, 1, 3), "tree_mask": torch.ones(3, 1, dtype=torch.bool)},
-        "sequence 1 has 2 query tokens by cu_seqlens_q; tree_mask has columns for 1",
-    ),
     ({**PAGED, "block_table": I32(0, 1)}, r"block_table has shape \[2\]; it must have 2 dimensions"),
     ({**PAGED, "block_table": torch.tensor(3).int()}, r"block_table has shape \[\]; it must have 2 dim"),
     ({**PAGED, "block_table": torch.zeros(2, 2)}, "block_table is torch.float32; it must be torch.int32"),
@@ -128,14 +114,6 @@ BAD = [
     (
         {**PAGED, "block_table": torch.zeros(2, 3, 2).int()},
         r"block_table .* dimension 1 must be 2, the num_kv",
-    ),
-    (
-        {**PAGED, "block_table": I32(0, 5, 1, 0).view(2, 2)},
-        r"block_table\[0, 1\] is 5; it must be from 0 to 4",
-    ),
-    (
-        {**PAGED, "seq_lens": I32(21, 33)},
-        r"seq_lens\[1\] is 33; it must be from 0 to 32, .* row of block_table",
     ),
     (
         {**PAGED, "seq_lens": torch.ones(2, 3).int()},
