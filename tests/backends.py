@@ -99,7 +99,18 @@ Backend = Cpu | Emulated | Cuda
 
 
 def to_gpu(arguments: dict) -> dict:
-    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    """With the strides that they have, and one memory where they share it: Tensor.cuda makes views dense."""
+    memories: dict[int, Tensor] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in memories:
+            memories[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).cuda()
+        memory = memories[storage.data_ptr()]
+        made = torch.empty(0, dtype=tensor.dtype, device=memory.device)
+        return made.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    return {name: moved(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
