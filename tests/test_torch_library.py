@@ -145,6 +145,7 @@ def test_export_with_dynamic_batch_and_length() -> None:
     torch.testing.assert_close(exported.module()(*inputs), Layer()(*inputs))
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_asking_for_a_gradient_raises(compiled: bool) -> None:
     inputs = make_inputs(Case(torch.float32, lens=(70, 9)))
