@@ -19,17 +19,10 @@ from rich.table import Table
 
 from benchmarks.report import print_whole, table_of
 from lean_attention import generation
-from lean_attention.demo import available_memory
+from lean_attention.__main__ import positive
 from lean_attention.generation import Contender, contenders
 from lean_attention.integrations.transformers import CACHE_PARAMETER, register
-from lean_attention.text_demo import LONG_LLAMA, long_contenders, milliseconds_per_token
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
+from lean_attention.text_demo import LONG_LLAMA, long_contenders, milliseconds_after
 
 
 @torch.inference_mode()
@@ -72,17 +65,9 @@ def prompts_table(model, lengths: list[int], rounds: int) -> Table:
 
 
 def steps_table(model, contexts: list[int], steps: int, console: Console) -> Table:
-    config = model.config
-    bytes_per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    columns = {}
-    for context in contexts:
-        every = long_contenders(context)
-        if (len(every) + 2) * context * bytes_per_token > available_memory():  # and what growing one takes
-            console.print(f"{context:,} tokens: left out, memory does not hold {len(every)} caches")
-            continue
-        columns[context] = milliseconds_per_token(model, context, every, steps)
+    columns = milliseconds_after(model, contexts, steps, console)
     table = table_of(
-        f"milliseconds per token, {config.num_hidden_layers} layers",
+        f"milliseconds per token, {model.config.num_hidden_layers} layers",
         "attention and cache",
         tuple(f"after {context:,}" for context in columns),
     )

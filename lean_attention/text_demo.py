@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -146,26 +147,36 @@ def milliseconds_per_token(
     return {name: 1e3 * sorted(times[1:])[len(times[1:]) // 2] for name, times in seconds.items()}
 
 
-def long_table(console: Console) -> Table:
-    """Milliseconds per token of a bf16 Llama with random weights, for the contexts that fit in memory."""
+def milliseconds_after(
+    model, contexts: Sequence[int], steps: int, console: Console
+) -> dict[int, dict[str, float]]:
+    """`milliseconds_per_token` of all long contenders after each context whose caches fit in memory."""
     from lean_attention.demo import available_memory
 
-    model = generation.random_llama(torch.bfloat16, **LONG_LLAMA)
     config = model.config
     bytes_per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    columns = {}
+    for context in contexts:
+        every = long_contenders(context)
+        if (len(every) + 2) * context * bytes_per_token > available_memory():  # and what growing one takes
+            console.print(f"{context:,} tokens: left out, memory does not hold the caches")
+            continue
+        with console.status(f"decoding after {context:,} tokens"):
+            columns[context] = milliseconds_per_token(model, context, every, steps)
+    return columns
+
+
+def long_table(console: Console) -> Table:
+    """Milliseconds per token of a bf16 Llama with random weights, for the contexts that fit in memory."""
+    model = generation.random_llama(torch.bfloat16, **LONG_LLAMA)
+    config = model.config
     table = Table(
         title=f"a Llama of {config.num_hidden_layers} layers, {config.num_attention_heads} query and "
         f"{config.num_key_value_heads} KV heads of {config.head_dim}, bf16:\nms per token"
     )
     table.add_column("attention and cache", no_wrap=True)
-    columns = {}
-    for context in LONG_CONTEXTS:
-        # Five caches, and what growing one takes.
-        if 7 * context * bytes_per_token > available_memory():
-            console.print(f"{context:,} tokens: left out, memory does not hold the caches")
-            continue
-        with console.status(f"decoding after {context:,} tokens"):
-            columns[context] = milliseconds_per_token(model, context, long_contenders(context), LONG_STEPS)
+    columns = milliseconds_after(model, LONG_CONTEXTS, LONG_STEPS, console)
+    for context in columns:
         table.add_column(f"{context:,} tokens", justify="right")
     for each in long_contenders(1):
         table.add_row(each.name, *(f"{column[each.name]:.0f}" for column in columns.values()))
