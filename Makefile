@@ -32,6 +32,8 @@ INTEGRATION_TESTS := $(addprefix tests/,test_torch_library.py test_flash.py test
 PYTEST = python -m pytest -n $(TEST_JOBS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without bytecode each import of torch and transformers would compile them again: ten seconds a process.
+unexport PYTHONDONTWRITEBYTECODE
 # Bytecode is compiled when a module is first imported, which most are not: half of an installation's time.
 pip_install = $(1)/python -m pip install --quiet --no-compile
 PIP_INSTALL = $(call pip_install,$(BIN)) -c $(CONSTRAINTS)
@@ -112,7 +114,7 @@ $(VENV)/torch: $(CONSTRAINTS)
 DEVELOPMENT = LEAN_ATTENTION_CUDA=$${LEAN_ATTENTION_CUDA:-visible}
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	@echo "make: compiling the core and installing what its tests and the demo need (two minutes on two cores)"
+	@echo "make: compiling the core and installing what its tests and the demo need (two minutes)"
 	@$(DEVELOPMENT) $(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,lint]'
 	@touch $@
 

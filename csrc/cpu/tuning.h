@@ -21,8 +21,8 @@ struct Tuning {
   const char* name;
 
   // The cache that rows are prefetched into: 1 is L1, shortly before they are read; 2 is L2, a run
-  // beforehand, for which L1 has no room. Measured, L1 against L2: zen5 1.04 to 1.26
-  // (bf16-h{8,32}-kv8-d128-b1-n49152, and -tokens_first), zen4 0.79 to 0.93.
+  // beforehand, for which L1 has no room. Kernels without kHasIntoL1 take L2 always. Measured, L1 against L2:
+  // zen5 1.04 to 1.26 (bf16-h{8,32}-kv8-d128-b1-n49152, and -tokens_first), zen4 0.79 to 0.93.
   int prefetch_level;
 
   // Tokens of a head whose memory pages are touched together, so that the walks of the page tables overlap.

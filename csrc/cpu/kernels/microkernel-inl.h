@@ -30,8 +30,10 @@ struct MicrokernelShape {
   static constexpr bool kFewRows = rows * (KvRows::kConverts ? 4 : 2) <= S::kMicrokernelRows;
   // The loops take one of these as a type, so that where they prefetch into is a constant to them: a branch
   // at each line costs 3 to 15 % in cache. Where rows are not converted, prefetches wait for what is being
-  // multiplied.
-  using IntoL1 = PrefetcherInto<1, !KvRows::kConverts>;
+  // multiplied. The cores that prefetch into L1 have AVX-512 with bf16 instructions: kernels that are for
+  // others have one type, and half as much to compile.
+  static constexpr bool kHasIntoL1 = S::kHasIntoL1 && !std::is_same_v<KvRows, Fp32Rows<BFloat16>>;
+  using IntoL1 = PrefetcherInto<kHasIntoL1 ? 1 : 2, !KvRows::kConverts>;
   using IntoL2 = PrefetcherInto<2, !KvRows::kConverts>;
 
   // K is multiplied row by row. Rows are read so in the order of addresses, but have more sums to reduce.

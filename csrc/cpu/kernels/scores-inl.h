@@ -125,26 +125,30 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
     Prefetcher prefetcher(prefetch, 0);
     const T* row = static_cast<const T*>(run.row[0]);
     for (int token = 0, head = 0; token < run.tokens;) {
-      // There are as many pairs of a token and a head as tokens in a vector of one head's scores.
+      // There are as many pairs of a token and a head as tokens in a vector of one head's scores. (Not
+      // unrolled: that would be a third of the kernels' code.)
       F sums[kBlockTokens][rows];
       float* scores[kBlockTokens];
-      unrolled<kBlockTokens>([&](auto i) LEAN_INLINE {
+#pragma GCC unroll 1
+      for (int i = 0; i < kBlockTokens; ++i) {
         const auto* const q = static_cast<const typename KvRows::Query*>(heads[head]->q);
         scores[i] = heads[head]->scores + token * kPeriod;
-        unrolled<rows>([&](auto r) LEAN_INLINE { sums[i][r] = S::zero(); });
+        F of_row[rows];
+        unrolled<rows>([&](auto r) LEAN_INLINE { of_row[r] = S::zero(); });
         Base::for_each_chunk(row, head_dim, prefetcher,
                              [&](int column, typename KvRows::Chunk k) LEAN_INLINE {
                                unrolled<rows>([&](auto r) LEAN_INLINE {
                                  const auto* const q_chunk = q + column * rows + r * KvRows::kColumns;
-                                 sums[i][r] = KvRows::dot(sums[i][r], k, KvRows::load_whole_query(q_chunk));
+                                 of_row[r] = KvRows::dot(of_row[r], k, KvRows::load_whole_query(q_chunk));
                                });
                              });
+        unrolled<rows>([&](auto r) LEAN_INLINE { sums[i][r] = of_row[r]; });
         row += head_dim;
         if (++head == count) {
           head = 0;
           if (++token < run.tokens) row = static_cast<const T*>(run.row[token]);
         }
-      });
+      }
       alignas(64) float dots[S::kLanes];
       S::store(dots, reduce(sums));
       unrolled<kBlockTokens>(

@@ -4,6 +4,7 @@
 struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kMicrokernelRows = 4;          // 8 accumulators of 16 registers
+  static constexpr bool kHasIntoL1 = false;           // kernels can prefetch into L1
   static constexpr bool kMultiplyBroadcasts = false;  // may take one factor from a word in memory
   static constexpr int kQueryCopies = 1;
   using F = __m256;

@@ -4,6 +4,7 @@
 struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kMicrokernelRows = 2;
+  static constexpr bool kHasIntoL1 = false;           // kernels can prefetch into L1
   static constexpr bool kMultiplyBroadcasts = false;  // may take one factor from a word in memory
   static constexpr int kQueryCopies = 1;
   typedef float F __attribute__((vector_size(16)));
