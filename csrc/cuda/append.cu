@@ -5,6 +5,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/errors.h"
+#include "cuda/host.h"
 #include "quantise.h"
 
 namespace lean::cuda {

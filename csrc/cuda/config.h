@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/hardware.h"
+#include "cuda/ptx.h"
 #include "schedule.h"
 
 namespace lean::cuda {

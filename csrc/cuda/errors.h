@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bad_numbers.h"
-#include "cuda/hardware.h"
+#include "cuda/words.h"
 
 namespace lean::cuda {
 

@@ -16,7 +16,7 @@
 // host waits for them.
 #pragma once
 
-#include "cuda/hardware.h"
+#include "cuda/words.h"
 
 namespace lean::cuda {
 

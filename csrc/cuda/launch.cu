@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "cuda/fix_up.h"
+#include "cuda/host.h"
 #include "cuda/kernels.h"
 #include "fail.h"
 

@@ -2,7 +2,8 @@
 #include <algorithm>
 
 #include "cuda/backend.h"
-#include "cuda/hardware.h"
+#include "cuda/host.h"
+#include "cuda/ptx.h"
 #include "fail.h"
 #include "softmax_state.h"
 

@@ -1,4 +1,4 @@
-// The twin of csrc/cuda/hardware.h on the emulated device; that file documents the functions.
+// The twin of csrc/cuda/{ptx,words,host}.h on the emulated device; those document the functions.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -1,8 +1,8 @@
-// The hardware, as the kernels see it: everything below plain arithmetic goes through these few functions.
+// The hardware below plain arithmetic, one function per instruction or intrinsic.
 //
-// Compiled by nvcc they are intrinsics and PTX. Compiled by a host compiler, tests/emulation puts a twin of
-// this interface on the include path that runs each CUDA thread as a fiber, so that the kernels' logic is
-// tested where there is no GPU.
+// This file, words.h and host.h are all that kernels and launches know of it. Compiled by nvcc they are
+// intrinsics and PTX. Compiled by a host compiler, tests/emulation puts a twin of them on the include path
+// that runs each CUDA thread as a fiber, so that the kernels' logic is tested where there is no GPU.
 #pragma once
 
 #if !defined(__CUDACC__)
@@ -16,9 +16,6 @@
 #include <cuda_pipeline.h>
 
 #include <cstdint>
-#include <cuda/atomic>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "params.h"
@@ -181,107 +178,6 @@ LEAN_DEVICE uint32_t dequantise(DType from, uint32_t pair) {
   if constexpr (std::is_same_v<T, Half>) return fp16;
   const float2 floats = __half22float2(reinterpret_cast<const __half2&>(fp16));
   return pack<T>(floats.x, floats.y);
-}
-
-// Words in global memory that CTAs tell each other things through.
-using DeviceWord = ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_device>;
-
-LEAN_DEVICE uint64_t load_relaxed(uint64_t* word) {
-  return DeviceWord(*word).load(::cuda::memory_order_relaxed);
-}
-LEAN_DEVICE uint64_t load_acquire(uint64_t* word) {
-  return DeviceWord(*word).load(::cuda::memory_order_acquire);
-}
-LEAN_DEVICE void store_relaxed(uint64_t* word, uint64_t value) {
-  DeviceWord(*word).store(value, ::cuda::memory_order_relaxed);
-}
-LEAN_DEVICE void store_release(uint64_t* word, uint64_t value) {
-  DeviceWord(*word).store(value, ::cuda::memory_order_release);
-}
-LEAN_DEVICE uint64_t fetch_add_relaxed(uint64_t* word, uint64_t value) {
-  return DeviceWord(*word).fetch_add(value, ::cuda::memory_order_relaxed);
-}
-LEAN_DEVICE void compare_exchange_relaxed(uint64_t* word, uint64_t expected, uint64_t desired) {
-  DeviceWord(*word).compare_exchange_strong(expected, desired, ::cuda::memory_order_relaxed);
-}
-LEAN_DEVICE void pause(unsigned nanoseconds) {
-  __nanosleep(nanoseconds);
-}
-
-// Plain accesses to global memory that other CTAs write or read in the same launch; ordered by the words
-// above and by nothing else.
-template <class V>
-LEAN_DEVICE V load_shared_between_ctas(const V* from) {
-  return *from;
-}
-template <class V>
-LEAN_DEVICE void store_shared_between_ctas(V* to, V value) {
-  *to = value;
-}
-
-// ---- From the host.
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("lean_attention: ") + what + ": " + cudaGetErrorString(error));
-  }
-}
-
-struct DeviceFacts {
-  int sms;
-  int capability;  // 10 * major + minor
-};
-inline DeviceFacts device_facts(int device) {
-  int sms = 0, major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "reading the number of SMs");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "reading the capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "reading the capability");
-  return {sms, 10 * major + minor};
-}
-
-// CTAs of the kernel that an SM of the current device holds; allows it its shared memory.
-template <class Arguments>
-int ctas_per_sm(void (*kernel)(Arguments), int threads, int shared_bytes) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "allowing the kernel its shared memory");
-  int ctas = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, function, threads, shared_bytes),
-        "reading the occupancy");
-  return ctas;
-}
-
-// Where a device variable lies on the current device.
-template <class V>
-V* device_address(V& variable) {
-  void* address = nullptr;
-  check(cudaGetSymbolAddress(&address, variable), "finding a device variable");
-  return static_cast<V*>(address);
-}
-
-// The value of a device variable once all work of the current device is done; zeros take its place.
-template <class V>
-V take_value(V* variable) {
-  V value;
-  check(cudaDeviceSynchronize(), "waiting for the device");
-  check(cudaMemcpy(&value, variable, sizeof value, cudaMemcpyDeviceToHost), "reading a device variable");
-  check(cudaMemset(variable, 0, sizeof value), "clearing a device variable");
-  return value;
-}
-
-template <class Arguments>
-void launch(void (*kernel)(Arguments), Arguments arguments, int64_t ctas, int threads, int shared_bytes,
-            void* stream) {
-  void* pointers[] = {&arguments};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(ctas)),
-                         dim3(threads), pointers, shared_bytes, static_cast<cudaStream_t>(stream)),
-        "launching the kernel");
-}
-
-// `allocate` has memory that the stream of the launch may use until the op returns.
-template <class Allocate>
-void* allocate_workspace(const Allocate& allocate, int64_t bytes) {
-  return allocate(bytes);
 }
 
 }  // namespace lean::hw
