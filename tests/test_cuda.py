@@ -217,7 +217,7 @@ def test_errors(backend: Backend) -> None:
     ):
         backend.decode(**inputs)
     small = {name: t[..., :8].half() if t.dim() == 4 else t for name, t in inputs.items()}
-    small["k_cache"] = small["v_cache"] = small["k_cache"][:, :1].expand(1, 2**31 - 1, 2, 8)
+    small["k_cache"] = small["v_cache"] = small["k_cache"][:, :1].expand(1, 2**30, 2, 8)
     with pytest.raises(ValueError, match=r"num_ctas is 16777216; on cuda it must be at most 1048575"):
         backend.decode(**small, num_ctas=2**24)
 

@@ -7,9 +7,9 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cuda/fix_up.h"
+#include "cuda/decode/fix_up.h"
 #include "cuda/host.h"
-#include "cuda/kernels.h"
+#include "cuda/decode/kernels.h"
 #include "fail.h"
 
 namespace lean::cuda {
@@ -76,14 +76,6 @@ uint64_t new_nonce() {
   }
 }
 
-// Every row begins and ends at a multiple of 16 bytes.
-bool has_aligned_rows(const CacheView& cache) {
-  const auto strides = {cache.block_stride, cache.token_stride, cache.head_stride, cache.dims};
-  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 &&
-         std::all_of(strides.begin(), strides.end(),
-                     [&](int64_t stride) { return stride * element_size(cache.dtype) % 16 == 0; });
-}
-
 // A device's variable may have no constructor, so this is the memory of an ErrorRecord. It is zero at first.
 alignas(ErrorRecord) LEAN_DEVICE_VARIABLE unsigned char error_record[sizeof(ErrorRecord)];
 
@@ -114,6 +106,7 @@ void decode(const DecodeParams& p, const Queue& queue) {
   // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
   // lengths leave at once. A range per LeanTile is all that can be of use.
   const int64_t most = most_tiles(p, p.geometry(kernel.rows, kernel.tile_tokens));
+  const Geometry32 geometry = geometry32(p, kernel.rows, kernel.tile_tokens, most);
   const int64_t resident = resident_ctas(kernel, queue.device);  // also checks the device
   const int64_t ctas =
       p.num_ctas > 0 ? std::min(p.num_ctas, most) : useful_ctas(most, resident, kMinTilesPerCta);
@@ -132,10 +125,9 @@ void decode(const DecodeParams& p, const Queue& queue) {
       .partial_floats = partial_floats,
       .nonce = new_nonce(),
   };
-  const bool aligned = has_aligned_rows(p.k) && has_aligned_rows(p.v);
   hw::launch(kernel.function,
-             DecodeArguments{p, workspace, error_record_of(queue.device),
-                             p.num_ctas == 0 ? kMinTilesPerCta : 1, aligned},
+             decode_arguments(p, geometry, workspace, error_record_of(queue.device),
+                              p.num_ctas == 0 ? kMinTilesPerCta : 1),
              ctas, kThreads, kernel.shared_bytes, queue.stream);
 }
 

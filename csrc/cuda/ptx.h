@@ -21,6 +21,8 @@
 #include "params.h"
 
 #define LEAN_DEVICE __device__ __forceinline__
+// What is rarely called, and kept out of the way of the rest: it would take registers and instruction cache.
+#define LEAN_COLD static __device__ __noinline__
 #define LEAN_KERNEL(threads, min_ctas) __global__ void __launch_bounds__(threads, min_ctas)
 #define LEAN_KERNEL_PARAMETER const __grid_constant__
 #define LEAN_DEVICE_VARIABLE __device__
@@ -29,7 +31,9 @@ namespace lean::hw {
 
 using Half = __half;
 using BFloat16 = __nv_bfloat16;
+using Float2 = float2;
 using Float4 = float4;
+using Words4 = uint4;
 
 constexpr int kWarpThreads = 32;
 
@@ -58,8 +62,8 @@ LEAN_DEVICE void sync_warp() {
 LEAN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-LEAN_DEVICE int64_t shuffle_up(int64_t value, int lanes) {
-  return __shfl_up_sync(0xffffffffu, static_cast<long long>(value), lanes);
+LEAN_DEVICE int32_t shuffle_up(int32_t value, int lanes) {
+  return __shfl_up_sync(0xffffffffu, value, lanes);
 }
 // The value of lane `lane`, which may differ from lane to lane.
 template <class V>
@@ -71,10 +75,17 @@ LEAN_DEVICE bool any(bool value) {
 }
 
 // Copies 16 bytes to shared memory, or writes 16 zero bytes there and reads nothing. They arrive when the
-// thread that asked has waited for them; other threads see them after a barrier with it. (All or nothing: a
-// count of bytes known only at run time compiles to a branch for each.)
+// thread that asked has waited for them; other threads see them after a barrier with it.
 LEAN_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  __pipeline_memcpy_async(shared, global, 16, valid ? 0 : 16);
+  asm volatile("{.reg .pred ignored; setp.eq.u32 ignored, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignored;}"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid))
+               : "memory");
+}
+// The same of 4 bytes.
+LEAN_DEVICE void copy_word_async(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 4);
 }
 // Closes the group of the copies since the last call (of this thread).
 LEAN_DEVICE void commit_copies() {
@@ -152,32 +163,68 @@ struct Numbers {
   static LEAN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 };
 
-// Two elements of a quantised cache, the first in the low byte, as two of T. Exact: bf16 and fp16 hold all.
+// Bytes of two words by the selectors' nibbles: 0 to 3 are those of a, 4 to 7 those of b.
+LEAN_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selectors) {
+  return __byte_perm(a, b, selectors);
+}
+// Differences of two pairs of T.
 template <class T>
-LEAN_DEVICE uint32_t dequantise(DType from, uint32_t pair) {
-  if (from == DType::int8) {
-    return pack<T>(static_cast<float>(static_cast<int8_t>(pair & 0xff)),
-                   static_cast<float>(static_cast<int8_t>(pair >> 8 & 0xff)));
-  }
-  const uint32_t halves = (pair & 0xff) | (pair & 0xff00) << 8;  // a byte in each half
-  uint32_t fp16;
-  if (from == DType::float8_e5m2) {
-    fp16 = halves << 8;  // it is the upper byte of fp16
-  } else {
+LEAN_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b);
+template <>
+LEAN_DEVICE uint32_t subtract_pairs<Half>(uint32_t a, uint32_t b) {
+  const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(difference);
+}
+template <>
+LEAN_DEVICE uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 difference =
+      __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(difference);
+}
+// A pair of fp16 numbers that bf16 holds exactly, as that.
+LEAN_DEVICE uint32_t fp16_to_bf16(uint32_t pair) {
+  const float2 floats = __half22float2(reinterpret_cast<const __half2&>(pair));
+  return pack<BFloat16>(floats.x, floats.y);
+}
+// The four e4m3 numbers of a word as two pairs of fp16 ones.
+LEAN_DEVICE void e4m3_to_fp16(uint32_t word, uint32_t& low, uint32_t& high) {
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(fp16) : "h"(static_cast<uint16_t>(pair)));
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
 #else
-    // Sign, exponent and mantissa in their places, and the exponent's bias made up for by 2^8; all ones are
-    // NaN.
-    const uint32_t magnitude = halves & 0x007f007f, bits = (halves & 0x00800080) << 8 | magnitude << 7;
+  // Sign, exponent and mantissa in their places, and the exponent's bias made up for by 2^8; all ones are NaN.
+  const auto convert = [](uint32_t upper) {
+    const uint32_t magnitude = upper & 0x7f007f00, bits = (upper & 0x80008000) | magnitude >> 1;
     const __half2 scaled =
         __hmul2(reinterpret_cast<const __half2&>(bits), __half2half2(__ushort_as_half(0x5c00)));
-    fp16 = reinterpret_cast<const uint32_t&>(scaled) | (__vcmpeq2(magnitude, 0x007f007f) & 0x7e007e00);
+    return reinterpret_cast<const uint32_t&>(scaled) | (__vcmpeq2(magnitude, 0x7f007f00) & 0x7e007e00);
+  };
+  low = convert(__byte_perm(word, 0, 0x1404));
+  high = convert(__byte_perm(word, 0, 0x3424));
 #endif
-  }
-  if constexpr (std::is_same_v<T, Half>) return fp16;
-  const float2 floats = __half22float2(reinterpret_cast<const __half2&>(fp16));
-  return pack<T>(floats.x, floats.y);
+}
+
+// 2^x, subnormal results as 0.
+LEAN_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Vectors, at addresses that are multiples of their size.
+template <class V>
+LEAN_DEVICE V load_vector(const V* from) {
+  return *from;
+}
+template <class V>
+LEAN_DEVICE void store_vector(V* to, V value) {
+  *to = value;
+}
+
+static __device__ const float one = 1.0f;
+LEAN_DEVICE const float* address_of_one() {
+  return &one;
 }
 
 }  // namespace lean::hw

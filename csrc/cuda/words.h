@@ -9,32 +9,41 @@
 #else
 
 #include <cstdint>
-#include <cuda/atomic>
 
 #include "cuda/ptx.h"
 
 namespace lean::hw {
 
-// Words in global memory that CTAs tell each other things through.
-using DeviceWord = ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_device>;
-
-LEAN_DEVICE uint64_t load_relaxed(uint64_t* word) {
-  return DeviceWord(*word).load(::cuda::memory_order_relaxed);
+// In PTX, because atomics of C++ on an address that could be in shared memory come with code for both.
+LEAN_DEVICE uint64_t load_relaxed(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(__cvta_generic_to_global(word)) : "memory");
+  return value;
 }
-LEAN_DEVICE uint64_t load_acquire(uint64_t* word) {
-  return DeviceWord(*word).load(::cuda::memory_order_acquire);
+// What a thread loads after it is ordered after what was stored before a release that it has seen the value of.
+LEAN_DEVICE void fence_acquire() {
+  asm volatile("fence.acq_rel.gpu;" : : : "memory");
 }
 LEAN_DEVICE void store_relaxed(uint64_t* word, uint64_t value) {
-  DeviceWord(*word).store(value, ::cuda::memory_order_relaxed);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(__cvta_generic_to_global(word)), "l"(value) : "memory");
 }
 LEAN_DEVICE void store_release(uint64_t* word, uint64_t value) {
-  DeviceWord(*word).store(value, ::cuda::memory_order_release);
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" : : "l"(__cvta_generic_to_global(word)), "l"(value) : "memory");
 }
 LEAN_DEVICE uint64_t fetch_add_relaxed(uint64_t* word, uint64_t value) {
-  return DeviceWord(*word).fetch_add(value, ::cuda::memory_order_relaxed);
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(word)), "l"(value)
+               : "memory");
+  return before;
 }
 LEAN_DEVICE void compare_exchange_relaxed(uint64_t* word, uint64_t expected, uint64_t desired) {
-  DeviceWord(*word).compare_exchange_strong(expected, desired, ::cuda::memory_order_relaxed);
+  [[maybe_unused]] uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(word)), "l"(expected), "l"(desired)
+               : "memory");
 }
 LEAN_DEVICE void pause(unsigned nanoseconds) {
   __nanosleep(nanoseconds);

@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
@@ -63,6 +64,7 @@ void Device::run() {
   failure_.clear();
   stored_.clear();  // the launches before are done
   released_.clear();
+  ticket_ = nullptr;
   tickets_taken_ = 0;
   int idle = 0;
   for (start_ctas(); !resident_.empty() && failure_.empty(); start_ctas()) {
@@ -256,12 +258,16 @@ void Device::pause() {
 
 // ---- Asynchronous copies.
 
-void Device::copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-    fail("an asynchronous copy of 16 bytes is not aligned to 16");
-  }
-  std::memset(to, kPoison, 16);
-  fiber_->copies.back().push_back({to, from});
+void Device::check_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+}
+
+void Device::copy_async(void* to, const void* from, size_t bytes) {
+  check_aligned(to, bytes);
+  check_aligned(from, bytes);
+  std::memset(to, kPoison, bytes);
+  fiber_->copies.back().push_back({to, from, bytes});
 }
 
 void Device::commit_copies() {
@@ -274,9 +280,9 @@ void Device::wait_copies(size_t pending) {
   while (groups.size() > pending + 1) {
     for (const Copy& copy : groups.front()) {
       if (copy.from) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
       }
     }
     groups.erase(groups.begin());
@@ -306,14 +312,24 @@ void Device::watch_store(const void* address, size_t bytes) {
   }
 }
 
-uint64_t Device::load(uint64_t* word, bool acquire) {
-  if (acquire && options_.fault != Fault::unordered_acquire) {
-    for (const auto& [cta, event] : released_[word]) {
-      uint64_t& known = cta_->clock[cta];
-      known = std::max(known, event);
-    }
+namespace {
+
+void join(Clock& clock, const Clock& other) {
+  for (const auto& [cta, event] : other) {
+    uint64_t& known = clock[cta];
+    known = std::max(known, event);
   }
+}
+
+}  // namespace
+
+uint64_t Device::load(uint64_t* word) {
+  join(fiber_->loaded, released_[word]);
   return *word;
+}
+
+void Device::fence_acquire() {
+  if (options_.fault != Fault::unordered_acquire) join(cta_->clock, fiber_->loaded);
 }
 
 void Device::store(uint64_t* word, uint64_t value, bool release) {
@@ -329,13 +345,18 @@ void Device::store(uint64_t* word, uint64_t value, bool release) {
 
 uint64_t Device::fetch_add(uint64_t* word, uint64_t value) {
   const uint64_t before = *word;
-  if (options_.fault == Fault::reversed_tickets) return num_ctas() - 1 - tickets_taken_++;
   *word += value;
+  if (options_.fault == Fault::reversed_tickets && word == ticket_) {
+    constexpr uint64_t kCount = (1 << 20) - 1;
+    return (before & ~kCount) | (num_ctas() - 1 - tickets_taken_++);
+  }
   return before;
 }
 
 void Device::compare_exchange(uint64_t* word, uint64_t expected, uint64_t desired) {
-  if (*word == expected) *word = desired;
+  if (*word != expected) return;
+  *word = desired;
+  ticket_ = word;
 }
 
 }  // namespace lean::emulation

@@ -29,7 +29,7 @@ constexpr int kWarpLanes = 32;
 enum class Fault {
   none,
   unordered_release,  // a releasing store orders nothing
-  unordered_acquire,  // an acquiring load orders nothing
+  unordered_acquire,  // an acquiring fence orders nothing
   reversed_tickets,   // CTAs take tickets from the last to the first, so hosts wait for CTAs yet to start
   flags_stay_up,      // the store that lowers a flag is lost
   short_copy_wait,    // waiting for copies leaves one group more pending
@@ -60,7 +60,10 @@ enum class Collective {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  size_t bytes;
 };
+
+using Clock = std::unordered_map<int64_t, uint64_t>;  // CTA -> events of it that are ordered before
 
 struct Fiber {
   enum class Status { ready, at_warp, at_block, paused, done };
@@ -72,6 +75,7 @@ struct Fiber {
   jmp_buf jump;
   void* fake_stack = nullptr;                // AddressSanitizer's
   std::vector<std::vector<Copy>> copies{1};  // groups; the last is open
+  Clock loaded;                              // what the words that it has loaded would order
 };
 
 struct Warp {
@@ -80,8 +84,6 @@ struct Warp {
   Collective collective{};
   void* arguments[kWarpLanes] = {};
 };
-
-using Clock = std::unordered_map<int64_t, uint64_t>;  // CTA -> events of it that are ordered before
 
 struct Launch {
   std::function<void()> kernel;
@@ -126,12 +128,14 @@ class Device {
   void collective(Collective which, void* arguments);
   void sync_block();
   void pause();
-  void copy_async(void* to, const void* from);
+  void copy_async(void* to, const void* from, size_t bytes);
+  void check_aligned(const void* address, size_t bytes);
   void commit_copies();
   void wait_copies(size_t pending);
   void watch_load(const void* address, size_t bytes);
   void watch_store(const void* address, size_t bytes);
-  uint64_t load(uint64_t* word, bool acquire);
+  uint64_t load(uint64_t* word);
+  void fence_acquire();  // for the words that the running thread has loaded
   void store(uint64_t* word, uint64_t value, bool release);
   uint64_t fetch_add(uint64_t* word, uint64_t value);
   void compare_exchange(uint64_t* word, uint64_t expected, uint64_t desired);
@@ -161,6 +165,7 @@ class Device {
   std::unordered_map<uint64_t*, Clock> released_;
   int64_t next_id_ = 0;
   int64_t launches_ = 0;
+  uint64_t* ticket_ = nullptr;  // the word that has been exchanged
   int64_t tickets_taken_ = 0;
 
   Cta* cta_ = nullptr;

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -13,6 +14,7 @@
 #include "params.h"
 
 #define LEAN_DEVICE inline
+#define LEAN_COLD static inline
 #define LEAN_KERNEL(threads, min_ctas) void
 #define LEAN_KERNEL_PARAMETER const
 #define LEAN_DEVICE_VARIABLE
@@ -24,8 +26,14 @@ using emulation::Device;
 
 using Half = c10::Half;
 using BFloat16 = c10::BFloat16;
+struct alignas(8) Float2 {
+  float x, y;
+};
 struct alignas(16) Float4 {
   float x, y, z, w;
+};
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
 };
 
 constexpr int kWarpThreads = emulation::kWarpLanes;
@@ -53,10 +61,10 @@ inline float shuffle_xor(float value, int mask) {
   Device::get().collective(Collective::shuffle_xor, &exchange);
   return exchange.value;
 }
-inline int64_t shuffle_up(int64_t value, int lanes) {
+inline int32_t shuffle_up(int32_t value, int lanes) {
   emulation::IntExchange exchange{value, lanes};
   Device::get().collective(Collective::shuffle_up, &exchange);
-  return exchange.value;
+  return static_cast<int32_t>(exchange.value);
 }
 template <class V>
 V shuffle(V value, int lane) {
@@ -72,7 +80,10 @@ inline bool any(bool value) {
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
-  Device::get().copy_async(shared, valid ? global : nullptr);
+  Device::get().copy_async(shared, valid ? global : nullptr, 16);
+}
+inline void copy_word_async(void* shared, const void* global) {
+  Device::get().copy_async(shared, global, 4);
 }
 inline void commit_copies() {
   Device::get().commit_copies();
@@ -83,11 +94,13 @@ inline void wait_copies() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  Device::get().check_aligned(row, 16);
   emulation::MatrixLoad load{r, {}};
   std::memcpy(load.row, row, sizeof load.row);
   Device::get().collective(Collective::load_matrices, &load);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  Device::get().check_aligned(row, 16);
   emulation::MatrixLoad load{r, {}};
   std::memcpy(load.row, row, sizeof load.row);
   Device::get().collective(Collective::load_transposed, &load);
@@ -119,21 +132,53 @@ struct Numbers {
   static float divide(float a, float b) { return a / b; }
 };
 
-inline float value_of(DType dtype, uint8_t bits) {
-  if (dtype == DType::float8_e4m3) return c10::Float8_e4m3fn(bits, c10::Float8_e4m3fn::from_bits());
-  if (dtype == DType::float8_e5m2) return c10::Float8_e5m2(bits, c10::Float8_e5m2::from_bits());
-  return static_cast<int8_t>(bits);
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selectors) {
+  const uint64_t bytes = a | uint64_t{b} << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (selectors >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
 }
 template <class T>
-inline uint32_t dequantise(DType from, uint32_t pair) {
-  return pack<T>(value_of(from, static_cast<uint8_t>(pair)), value_of(from, static_cast<uint8_t>(pair >> 8)));
+inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  const auto low = [](uint32_t x) { return bits_to_float<T>(static_cast<uint16_t>(x)); };
+  return pack<T>(low(a) - low(b), low(a >> 16) - low(b >> 16));
+}
+inline uint32_t fp16_to_bf16(uint32_t pair) {
+  return pack<BFloat16>(bits_to_float<Half>(static_cast<uint16_t>(pair)),
+                        bits_to_float<Half>(static_cast<uint16_t>(pair >> 16)));
+}
+inline void e4m3_to_fp16(uint32_t word, uint32_t& low, uint32_t& high) {
+  const auto value = [&](int byte) -> float {
+    return c10::Float8_e4m3fn(static_cast<uint8_t>(word >> 8 * byte), c10::Float8_e4m3fn::from_bits());
+  };
+  low = pack<Half>(value(0), value(1));
+  high = pack<Half>(value(2), value(3));
+}
+inline float exp2_fast(float x) {
+  return exp2f(x);
+}
+template <class V>
+inline V load_vector(const V* from) {
+  Device::get().check_aligned(from, sizeof(V));
+  return *from;
+}
+template <class V>
+inline void store_vector(V* to, V value) {
+  Device::get().check_aligned(to, sizeof(V));
+  *to = value;
+}
+inline const float* address_of_one() {
+  static const float one = 1.0f;
+  return &one;
 }
 
 inline uint64_t load_relaxed(uint64_t* word) {
-  return Device::get().load(word, false);
+  return Device::get().load(word);
 }
-inline uint64_t load_acquire(uint64_t* word) {
-  return Device::get().load(word, true);
+inline void fence_acquire() {
+  Device::get().fence_acquire();
 }
 inline void store_relaxed(uint64_t* word, uint64_t value) {
   Device::get().store(word, value, false);
@@ -153,11 +198,13 @@ inline void pause(unsigned) {
 
 template <class V>
 inline V load_shared_between_ctas(const V* from) {
+  Device::get().check_aligned(from, sizeof(V));
   Device::get().watch_load(from, sizeof(V));
   return *from;
 }
 template <class V>
 inline void store_shared_between_ctas(V* to, V value) {
+  Device::get().check_aligned(to, sizeof(V));
   Device::get().watch_store(to, sizeof(V));
   *to = value;
 }

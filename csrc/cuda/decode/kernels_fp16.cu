@@ -1,4 +1,4 @@
-#include "cuda/kernels.h"
+#include "cuda/decode/kernels.h"
 
 namespace lean::cuda {
 

@@ -34,14 +34,20 @@ struct Workspace {
   LEAN_DEVICE float* partial(int64_t cta) const { return partials + cta * partial_floats; }
 };
 
-// 0 for the first CTA of the launch to prefetch_line, then 1, and so on up to num_ctas - 1, each once. By one
-// thread of every CTA. Relaxed: the word's own modification order is all that is used.
-LEAN_DEVICE int64_t take_ticket(const Workspace& w, int64_t num_ctas) {
+// 0 for the first CTA of the launch to take one, then 1, and so on up to num_ctas - 1, each once. By one thread
+// of every CTA. Relaxed: the word's own modification order is all that is used.
+LEAN_DEVICE int32_t take_ticket(const Workspace& w, int64_t num_ctas) {
   constexpr uint64_t kCount = (uint64_t{1} << kTicketBits) - 1;
-  const uint64_t seen = hw::load_relaxed(w.ticket);
-  // At most one of these succeeds: after it the high bits are the nonce until the launch ends.
-  if ((seen & ~kCount) != w.nonce) hw::compare_exchange_relaxed(w.ticket, seen, w.nonce);
-  const int64_t ticket = static_cast<int64_t>(hw::fetch_add_relaxed(w.ticket, 1) & kCount);
+  uint64_t seen = hw::fetch_add_relaxed(w.ticket, 1);
+  // In a replay the high bits are the nonce from the beginning. Else the word was garbage, and what was added
+  // to it is lost: at most one of these exchanges succeeds, after which they are the nonce until the launch ends.
+  if ((seen & ~kCount) != w.nonce) {
+    for (seen = hw::load_relaxed(w.ticket); (seen & ~kCount) != w.nonce; seen = hw::load_relaxed(w.ticket)) {
+      hw::compare_exchange_relaxed(w.ticket, seen, w.nonce);
+    }
+    seen = hw::fetch_add_relaxed(w.ticket, 1);
+  }
+  const int32_t ticket = static_cast<int32_t>(seen & kCount);
   // The last one leaves the word as a replay wants to find it.
   if (ticket == num_ctas - 1) hw::store_relaxed(w.ticket, w.nonce);
   return ticket;
@@ -54,12 +60,14 @@ LEAN_DEVICE void publish_flag(const Workspace& w, int64_t cta) {
 }
 
 // Called by one thread, before a block barrier that precedes all threads' loads of the partial. Lowering the
-// flag needs no order: in this launch nobody raises it again, and the next one begins after this one.
+// flag needs no order: in this launch nobody raises it again, and the next one begins after this one. Relaxed
+// loads and one fence, because each acquiring load would empty the L1 of the SM.
 LEAN_DEVICE void wait_flag(const Workspace& w, int64_t cta) {
-  for (unsigned nanoseconds = 32; hw::load_acquire(w.flags + cta) != w.nonce;
+  for (unsigned nanoseconds = 32; hw::load_relaxed(w.flags + cta) != w.nonce;
        nanoseconds = nanoseconds < 512 ? nanoseconds * 2 : nanoseconds) {
     hw::pause(nanoseconds);
   }
+  hw::fence_acquire();
   hw::store_relaxed(w.flags + cta, 0);
 }
 

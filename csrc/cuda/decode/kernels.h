@@ -5,7 +5,7 @@
 #include <atomic>
 #include <span>
 
-#include "cuda/decode_kernel.h"
+#include "cuda/decode/decode_kernel.h"
 
 namespace lean::cuda {
 

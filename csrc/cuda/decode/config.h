@@ -19,22 +19,19 @@ constexpr int kTileRows = 16;
 
 // Shared memory for copies in flight, per CTA. By Little's law an SM needs latency x bandwidth / SMs in
 // flight: about 0.8 us x 4.8 TB/s / 132 = 29 KB on an H200, 48 KB on a B200, 15 KB on an A100. All slots of a
-// ring but one are in flight: 48 KB here, and two or three CTAs fit on an SM of those GPUs, so that one CTA's
-// drain at the end of an output tile hides behind the others. One CTA still fits the 99 KB of an sm_86 SM.
-constexpr int kRingBytes = 64 * 1024;
+// ring but one are in flight, 51 KB here, and two CTAs fit on an SM of those GPUs, so that one CTA's drain at
+// the end of an output tile hides behind the other. One CTA still fits the 99 KB of an sm_86 SM.
+constexpr int kRingBytes = 68 * 1024;
 
-// 16-bit rows in shared memory, in chunks of 16 bytes, so placed that eight neighbouring rows of one chunk
-// column lie in different banks: ldmatrix reads and copies write without conflicts. Rows of a multiple of
-// eight chunks are swizzled, others padded to an odd number of chunks.
-template <int kDims>
+// Rows in shared memory, in chunks of 16 bytes. Their pitch is an odd number of chunks, so that eight
+// neighbouring rows of one chunk column lie in different banks: ldmatrix reads without conflicts, and every
+// place in a panel is the lane's own plus a constant, which instructions hold.
+template <int kBytes>
 struct SharedRows {
-  static_assert(kDims % 16 == 0);
-  static constexpr int chunks = kDims / 8;
-  static constexpr bool swizzled = chunks % 8 == 0;
-  static constexpr int row_bytes = 16 * (swizzled ? chunks : chunks + 1);
-  static LEAN_DEVICE int offset(int row, int chunk) {
-    return row * row_bytes + 16 * (swizzled ? chunk ^ (row & 7) : chunk);
-  }
+  static_assert(kBytes % 16 == 0);
+  static constexpr int chunks = kBytes / 16;
+  static constexpr int pitch = 16 * (chunks | 1);
+  static LEAN_DEVICE int offset(int row, int chunk) { return row * pitch + 16 * chunk; }
 };
 
 // K and V pass through the ring in panels of 16 tokens by at most this many dims, so that large head_dims
@@ -45,15 +42,21 @@ template <int kDims, int kElementBytes>
 struct Panels {
   static constexpr int count = (kDims + kMaxPanelDims - 1) / kMaxPanelDims;
   static constexpr int dims = kDims / count;
-  using Rows = SharedRows<dims * kElementBytes / 2>;  // in the ring
-  using DequantisedRows = SharedRows<dims>;           // as they are multiplied
-  static constexpr int bytes = kStepTokens * Rows::row_bytes;
-  static constexpr int dequantised_bytes = kStepTokens * DequantisedRows::row_bytes;
+  using Rows = SharedRows<dims * kElementBytes>;
+  static constexpr int bytes = kStepTokens * Rows::pitch;
   static_assert(count * dims == kDims);
+
+  // How a warp copies a panel: so many lanes take neighbouring chunks of a row, the others those of other
+  // rows. A lane's copies are `row_copies` rows apart, and within a row `chunk_copies` times so many chunks.
+  static constexpr int lanes_per_row = Rows::chunks & -Rows::chunks;
+  static constexpr int rows_per_copy = hw::kWarpThreads / lanes_per_row;
+  static constexpr int row_copies = kStepTokens / rows_per_copy;
+  static constexpr int chunk_copies = Rows::chunks / lanes_per_row;
+  static_assert(lanes_per_row <= hw::kWarpThreads && rows_per_copy <= kStepTokens);
 };
 
 // kElementBytes is the size of an element of the caches. Those of 1 byte are quantised, and dequantised to T
-// panel by panel.
+// in registers.
 template <class T_, int kHeadDim, int kHeadDimV, int kRowTiles, int kElementBytes = 2>
 struct Config {
   using T = T_;
@@ -63,10 +66,10 @@ struct Config {
   static constexpr int head_dim_v = kHeadDimV;
   static constexpr int row_tiles = kRowTiles;
   static constexpr int rows = kRowTiles * kTileRows;
-  static constexpr int64_t tile_tokens = lean_tile_tokens(kHeadDim);
+  static constexpr int tile_tokens = static_cast<int>(lean_tile_tokens(kHeadDim));
 
   // The warps split the tokens; where a warp cannot hold an output of all dims, so many of them take the same
-  // tokens, each with all their scores and its part of the output's dims. Widening takes registers too.
+  // tokens, each with all their scores and its part of the output's dims.
   static constexpr int dim_warps = kHeadDimV <= 256 ? 1 : quantised ? 4 : 2;
   static constexpr int token_warps = kWarps / dim_warps;
   static constexpr int warp_dim_v = kHeadDimV / dim_warps;
@@ -75,18 +78,22 @@ struct Config {
   using KPanels = Panels<kHeadDim, kElementBytes>;
   using VPanels = Panels<warp_dim_v, kElementBytes>;
   static constexpr int panels = KPanels::count + VPanels::count;
-  static constexpr int slot_bytes = max(KPanels::bytes, VPanels::bytes);
+  // Behind the first panel of a quantised step lie the scales of its tokens, those of K, then those of V.
+  static constexpr int scales_at = KPanels::bytes;
+  static constexpr int scales_bytes = quantised ? 2 * kStepTokens * sizeof(float) : 0;
+  static constexpr int slot_bytes = max(KPanels::bytes + scales_bytes, VPanels::bytes);
   static constexpr int slots = min(8, kRingBytes / (kWarps * slot_bytes));
   static constexpr int ring_bytes = slots * slot_bytes;  // of one warp
-  static_assert(slots >= 3);
+  static_assert(slots >= 3 && slots <= 8);               // cp.async waits for at most 8 pending groups
+  static_assert(slot_bytes % 16 == 0);
 
-  // A warp lays its output there when its tokens are done.
-  static_assert(rows * warp_dim_v * sizeof(float) <= ring_bytes);
+  // A warp lays its output in its ring when its tokens are done. The pitch of its rows lets eight of them be
+  // written without bank conflicts.
+  static constexpr int output_pitch = warp_dim_v + 8;
+  static_assert(rows * output_pitch * sizeof(float) <= ring_bytes);
 
-  using QRows = SharedRows<kHeadDim>;
-  static constexpr int q_bytes = rows * QRows::row_bytes;
-  static constexpr int dequantised_bytes =
-      quantised ? max(KPanels::dequantised_bytes, VPanels::dequantised_bytes) : 0;  // of a warp
+  using QRows = SharedRows<kHeadDim * 2>;
+  static constexpr int q_bytes = rows * QRows::pitch;
   static constexpr bool query_in_registers = kRowTiles * kHeadDim <= 128;
 
   static constexpr int partial_floats = rows * (kHeadDimV + 2);

@@ -1,0 +1,149 @@
+"""A model of the decode kernel's time on a GPU, from the machine code that nvcc has made of it. Nothing is run.
+
+A warp's time for a step, for what comes before its first copy, and for a change of segment are those of paths
+through the code (`benchmarks.sass`). The rest is arithmetic: how many LeanTiles a CTA gets, and the bandwidth that
+memory gives at most.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from benchmarks.sass import Function
+
+WARPS = 4  # of a CTA; an SM has as many schedulers
+STEP_TOKENS = 16
+LAUNCH_US = 1.5  # assumed
+FIRST_BYTE_US = 0.8  # assumed: from memory
+PEER_CYCLES = 80  # assumed: to merge one more partial state
+
+
+@dataclass(frozen=True)
+class Path:
+    instructions: int
+    cycles: int
+    spills: int  # loads and stores of spilled registers among them
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Of one kernel. None: its code has no such path."""
+
+    step: Path | None  # of 16 tokens, between two products of the same panel
+    begin: Path | None  # before the first copy, where lengths are read
+    change: Path | None  # from the last product of a segment to the first one of the next
+
+
+@dataclass(frozen=True)
+class Shape:
+    head_dim: int
+    head_dim_v: int
+    rows: int
+    quantised: bool
+
+    @property
+    def warp_dim_v(self) -> int:
+        """Columns of the output that a warp has; see csrc/cuda/decode/config.h."""
+        if self.head_dim_v <= 256:
+            return self.head_dim_v
+        return self.head_dim_v // (4 if self.quantised else 2)
+
+    @property
+    def products(self) -> int:
+        """Of a step."""
+        return self.rows // 16 * 2 * (self.head_dim // 16 + self.warp_dim_v // 16)
+
+    @property
+    def copies(self) -> int:
+        """Of 16 bytes, of each lane in a step."""
+        return (self.head_dim + self.warp_dim_v) * STEP_TOKENS * (1 if self.quantised else 2) // 16 // 32
+
+
+PRODUCT, COPY = "HMMA", r"LDGSTS\S*\.128"
+
+
+def find_paths(code: Function, shape: Shape) -> Paths:
+    """The fast paths of a kernel: those that execute what a whole step, a start or a change has to, and no more."""
+    products = [at for at, block in code.blocks.items() if any(i.family == PRODUCT for i in block.code)]
+    copies = [at for at, block in code.blocks.items() if any(re.match(COPY, i.opcode) for i in block.code)]
+
+    def shortest(begins, goal, **amounts) -> Path | None:
+        patterns = {
+            "products": PRODUCT,
+            "copies": COPY,
+            "barriers": r"BAR",
+            "scans": r"SHFL\.UP",
+            "stores": "STG",
+        }
+        wanted = {name: patterns[name] for name in amounts}
+        paths = [code.shortest(at, lambda to, at=at: goal(at, to), wanted, amounts) for at in begins]
+        found = min((path for path in paths if path), key=code.length, default=None)
+        if found is None:
+            return None
+        operations = code.histogram(found)
+        return Path(code.length(found), code.cycles(found), operations["LDL"] + operations["STL"])
+
+    return Paths(
+        step=shortest(products, lambda at, to: to == at, products=shape.products, copies=shape.copies),
+        begin=shortest([min(code.blocks)], lambda _, to: to in copies, scans=-5, barriers=-2),
+        change=shortest(products, lambda _, to: to in products, barriers=-4, copies=-shape.copies, stores=-3),
+    )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    arch: str
+    sms: int
+    ghz: float
+    read_tb: float  # per second, at best: measured by others, or nine tenths of the data sheet's
+
+
+GPUS = (
+    Gpu("A100", "80", 108, 1.41, 1.8),
+    Gpu("H100", "90", 132, 1.75, 3.0),
+    Gpu("H200", "90", 132, 1.75, 4.3),
+    Gpu("B200", "100", 148, 1.85, 7.2),
+    Gpu("RTX 5090", "120", 170, 2.4, 1.6),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """8 KV heads of 128 and their query heads, 16-bit or quantised caches."""
+
+    name: str
+    lens: tuple[int, ...]
+    quantised: bool = False
+
+
+CASES = (
+    Case("1 x 1k", (1024,)),
+    Case("1 x 8k", (8192,)),
+    Case("1 x 128k", (131072,)),
+    Case("32 x 4k", (4096,) * 32),
+    Case("31 x 1k and 64k", (1024,) * 31 + (65536,)),
+    Case("1 x 128k, fp8", (131072,), quantised=True),
+)
+
+KV_HEADS, HEAD_DIM, TILE_TOKENS, MIN_TILES = 8, 128, 128, 2
+
+
+def predicted_share(case: Case, gpu: Gpu, paths: Paths, ctas_per_sm: int) -> float:
+    """The share of the read bandwidth that a call reaches, by the model."""
+    bytes_read = sum(case.lens) * KV_HEADS * HEAD_DIM * 2 * (1 if case.quantised else 2)
+    tiles = [-(-length // TILE_TOKENS) for length in case.lens]
+    total = KV_HEADS * sum(tiles)
+    ctas = max(1, min(gpu.sms * ctas_per_sm, total // MIN_TILES))
+    tiles_per_cta = -(-total // ctas)
+    steps = tiles_per_cta * TILE_TOKENS // STEP_TOKENS // WARPS  # of a warp
+    warps = -(-ctas // gpu.sms)  # on a scheduler
+    step_cycles = max(paths.step.cycles, warps * paths.step.instructions)
+    cycles = steps * step_cycles
+    segments = 1 + tiles_per_cta / (total / (KV_HEADS * len(tiles)))
+    peers = max(tiles) / tiles_per_cta
+    microseconds = 1e-3 / gpu.ghz
+    reading = max(cycles * microseconds, bytes_read / gpu.read_tb / 1e6)
+    around = (paths.begin.cycles + segments * paths.change.cycles + peers * PEER_CYCLES) * microseconds
+    return bytes_read / gpu.read_tb / 1e6 / (LAUNCH_US + FIRST_BYTE_US + around + reading)

@@ -1,0 +1,251 @@
+"""Paths through machine code (SASS) as cuobjdump prints it: how many instructions they take, and a model of time.
+
+A path is found by what it has to execute (so many tensor-core products and asynchronous copies, say), as the
+shortest one that does: a kernel's fast path is the shortest through its branches, and addresses mean nothing.
+The time is that of one warp alone. It follows the compiler's own control words, which say for how long each
+instruction holds up the next and which results it waits for; latencies of memory and of the special units are
+assumptions.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x([0-9a-f]{16}) \*/\n\s+/\* 0x([0-9a-f]{16})", re.M
+)
+
+# Cycles until a result is there that the compiler waits for by a scoreboard, by opcode; assumed, for Hopper.
+LATENCY = {
+    "LDS": 30, "LDSM": 33, "LDC": 35, "ULDC": 12, "MUFU": 30, "SHFL": 26, "I2F": 25, "F2I": 25, "S2R": 25, "S2UR": 25,
+    "LDG": 350, "LD": 600, "VOTE": 12, "VOTEU": 12, "STS": 25, "HMMA": 35, "LDGSTS": 20, "ATOM": 350, "ATOMG": 350,
+    "POPC": 20, "FLO": 20, "R2UR": 12, "CS2R": 10, "F2FP": 10, "I2FP": 10, "ATOMS": 60, "BAR": 30, "IMAD": 10,
+}  # fmt: skip
+OTHER_LATENCY = 12
+BRANCH_CYCLES = 8  # of one that is taken
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str
+    control: int
+
+    @cached_property
+    def words(self) -> list[str]:
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()
+
+    @cached_property
+    def opcode(self) -> str:
+        return self.words[0]
+
+    @property
+    def family(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a branch may not be taken."""
+        return (
+            self.text.startswith("@") or ".DIV" in self.opcode or bool(re.search(r"BRA\S* +!?U?P", self.text))
+        )
+
+    @property
+    def skipped(self) -> bool:
+        """Never executed: its predicate is false."""
+        return self.text.startswith(("@!PT ", "@!UPT "))
+
+    @property
+    def target(self) -> int:
+        return int(re.findall(r"0x([0-9a-f]+)", self.text)[-1], 16)
+
+    # Fields of the control word: cycles until the next instruction may issue, the scoreboards (7: none) that
+    # are set until its result is there or its operands are read, and a bit for each that it waits for.
+    @property
+    def stall(self) -> int:
+        return max(1, self.control >> 41 & 15)
+
+    @property
+    def writes(self) -> int:
+        return self.control >> 46 & 7
+
+    @property
+    def reads(self) -> int:
+        return self.control >> 49 & 7
+
+    @property
+    def waits(self) -> int:
+        return self.control >> 52 & 63
+
+
+@dataclass
+class Block:
+    """Instructions that are executed one after another, and where it goes on."""
+
+    code: list[Instruction]
+    next: list[int] = field(default_factory=list)  # addresses of blocks; none: the end
+    callee: int | None = None  # called at its end
+
+
+class Function:
+    """The machine code of a kernel."""
+
+    def __init__(self, text: str) -> None:
+        self.code = [
+            Instruction(int(a, 16), t.strip(), int(c, 16)) for a, t, _, c in INSTRUCTION.findall(text)
+        ]
+        addresses = [i.address for i in self.code]
+        following = dict(zip(addresses, addresses[1:], strict=False))
+        leaders = {addresses[0]} if addresses else set()
+        for i in self.code:
+            if i.family in ("BRA", "CALL"):
+                leaders.add(i.target)
+            if i.family in ("BRA", "CALL", "EXIT", "RET", "BREAK") and i.address in following:
+                leaders.add(following[i.address])
+        self.blocks: dict[int, Block] = {}
+        block = Block([])
+        for i in self.code:
+            if i.address in leaders:
+                if block.code and not _ends(block.code[-1]):
+                    block.next = [i.address]
+                block = self.blocks[i.address] = Block([])
+            block.code.append(i)
+            after = [following[i.address]] if i.address in following else []
+            if i.family == "BRA":
+                block.next = [i.target, *after] if i.conditional else [i.target]
+            elif i.family == "CALL":
+                block.callee, block.next = i.target, after
+            elif i.family in ("EXIT", "RET") and not i.text.startswith("@"):
+                block.next = []
+            elif _ends(i):
+                block.next = after
+
+    @property
+    def bytes(self) -> int:
+        return 16 * len(self.code)
+
+    def counts(self, block: Block, wanted: Mapping[str, str]) -> tuple[int, ...]:
+        return tuple(
+            sum(1 for i in block.code if not i.skipped and re.match(pattern, i.opcode))
+            for pattern in wanted.values()
+        )
+
+    @cached_property
+    def _call_length(self) -> dict[int, int]:
+        """Instructions of each called function, by its shortest way to RET."""
+        lengths = {}
+        for callee in {b.callee for b in self.blocks.values() if b.callee is not None}:
+            queue, seen = [(len(self.blocks[callee].code), callee)], set()
+            while queue:
+                length, at = heapq.heappop(queue)
+                if at in seen:
+                    continue
+                seen.add(at)
+                block = self.blocks[at]
+                if block.code[-1].family == "RET":
+                    lengths[callee] = length
+                    break
+                for to in block.next:
+                    heapq.heappush(queue, (length + len(self.blocks[to].code), to))
+        return lengths
+
+    def shortest(
+        self, begin: int, goal, wanted: Mapping[str, str], amounts: Mapping[str, int], most: int = 20000
+    ) -> list[int] | None:
+        """The blocks of the shortest path from block `begin`, which is executed, that has executed exactly so many
+        of each of `wanted` (a pattern of opcodes; a negative amount: at least so many) when it is about to enter a
+        block for which goal(address) holds. None: there is no such path."""
+        limits = tuple(amounts[name] for name in wanted)
+        per_block = {at: self.counts(block, wanted) for at, block in self.blocks.items()}
+
+        def add(have, block):
+            out = []
+            for h, more, limit in zip(have, per_block[block], limits, strict=True):
+                h += more
+                if limit >= 0 and h > limit:
+                    return None
+                out.append(min(h, -limit) if limit < 0 else h)
+            return tuple(out)
+
+        def cost(block):
+            b = self.blocks[block]
+            return len(b.code) + (self._call_length.get(b.callee, 0) if b.callee is not None else 0)
+
+        done = tuple(abs(limit) for limit in limits)
+        first = add(tuple(0 for _ in limits), begin)
+        if first is None:
+            return None
+        queue = [(cost(begin), begin, first)]
+        before = {(begin, first): None}
+        best = {(begin, first): cost(begin)}
+        while queue:
+            length, at, have = heapq.heappop(queue)
+            if length > best[(at, have)] or length > most:
+                continue
+            for to in self.blocks[at].next:
+                if have == done and goal(to):
+                    path, state = [], (at, have)
+                    while state is not None:
+                        path.append(state[0])
+                        state = before[state]
+                    return path[::-1]
+                more = add(have, to)
+                if more is None:
+                    continue
+                total = length + cost(to)
+                if total < best.get((to, more), 1 << 60):
+                    best[(to, more)] = total
+                    before[(to, more)] = (at, have)
+                    heapq.heappush(queue, (total, to, more))
+        return None
+
+    def instructions(self, path: list[int]) -> Iterator[Instruction]:
+        for at in path:
+            yield from self.blocks[at].code
+
+    def length(self, path: list[int]) -> int:
+        calls = sum(
+            self._call_length.get(self.blocks[at].callee, 0)
+            for at in path
+            if self.blocks[at].callee is not None
+        )
+        return sum(len(self.blocks[at].code) for at in path) + calls
+
+    def cycles(self, path: list[int], latency: Mapping[str, int] = LATENCY) -> int:
+        """The model's time of a path, by a warp that has the scheduler for itself."""
+        now, ready = 0, [0] * 6
+        for n, at in enumerate(path):
+            for i in self.blocks[at].code:
+                for b in range(6):
+                    if i.waits >> b & 1:
+                        now = max(now, ready[b])
+                cost = 4 if i.skipped else latency.get(i.family, OTHER_LATENCY)
+                if i.writes < 6:
+                    ready[i.writes] = now + cost
+                if i.reads < 6:
+                    ready[i.reads] = now + min(cost, 20)
+                now += i.stall
+            last = self.blocks[at].code[-1]
+            if last.family == "BRA" and n + 1 < len(path) and path[n + 1] == last.target:
+                now += BRANCH_CYCLES
+            if self.blocks[at].callee is not None:  # about two cycles an instruction, and its branches
+                now += 2 * self._call_length.get(self.blocks[at].callee, 0) + 2 * BRANCH_CYCLES
+        return now
+
+    def histogram(self, path: list[int]) -> Counter[str]:
+        return Counter(i.family for i in self.instructions(path))
+
+
+def _ends(i: Instruction) -> bool:
+    return i.family in ("BRA", "CALL", "EXIT", "RET", "BREAK")
+
+
+def functions(listing: str) -> dict[str, Function]:
+    """The functions of a listing, by their mangled names."""
+    parts = listing.split("Function : ")[1:]
+    return {part.split(None, 1)[0]: Function(part) for part in parts}

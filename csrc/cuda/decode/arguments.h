@@ -1,0 +1,115 @@
+// What a launch of the decode kernel is told.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "cuda/decode/fix_up.h"
+#include "cuda/errors.h"
+#include "fail.h"
+#include "params.h"
+
+namespace lean::cuda {
+
+// The schedule on a GPU. The host sees to it that its numbers fit: see launch.cu.
+using Geometry32 = GeometryOf<int32_t, FastDivisor>;
+using Length32 = SequenceLengthOf<int32_t>;
+using Segment32 = SegmentOf<int32_t>;
+using SegmentWalk32 = SegmentWalkOf<int32_t, FastDivisor>;
+
+struct DecodeArguments {
+  DecodeParams p;
+  Geometry32 geometry;
+  FastDivisor block_size;
+  int32_t num_blocks;
+  int32_t capacity;  // tokens that a sequence may have
+  Workspace workspace;
+  ErrorRecord* errors;
+  int32_t min_tiles_per_cta;
+  // A step of 16 tokens lies in one block, where in pages it begins at a multiple of 16 slots, and each of its
+  // rows begins and ends at a multiple of 16 bytes: it is copied 16 bytes at a time, from addresses that are
+  // equally far apart.
+  bool whole_steps;
+  int32_t k_block_bytes, k_token_bytes, v_block_bytes, v_token_bytes;  // strides, where steps are whole
+  int32_t k_chunks, v_chunks;                                          // of 16 bytes, likewise, in a row
+  bool aligned_q;    // rows of q begin and end at multiples of 16 bytes
+  bool aligned_out;  // rows of out begin at multiples of 4 bytes
+  bool only_scale;   // scaled dot products are the scores, but for masks
+  ScoreOptions score;
+  float scale;  // of dot products, to units of `score`
+};
+
+// ---- On the host.
+
+// Every row begins and ends at a multiple of 16 bytes.
+inline bool has_aligned_rows(const CacheView& cache) {
+  const auto strides = {cache.block_stride, cache.token_stride, cache.head_stride, cache.dims};
+  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 &&
+         std::all_of(strides.begin(), strides.end(),
+                     [&](int64_t stride) { return stride * element_size(cache.dtype) % 16 == 0; });
+}
+
+// Strides, which include the address, are multiples of `elements` of 2 bytes.
+inline bool has_aligned_rows(const void* data, std::initializer_list<int64_t> strides, int64_t elements) {
+  return reinterpret_cast<uintptr_t>(data) % (2 * elements) == 0 &&
+         std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride % elements == 0; });
+}
+
+// A sequence of more tokens would take 2 TB with the smallest head of bf16.
+inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
+
+// Throws std::invalid_argument where a call's numbers pass 32 bits; `most_tiles` is how many LeanTiles it may have.
+inline Geometry32 geometry32(const DecodeParams& p, int64_t rows_per_block, int64_t tile_tokens, int64_t most_tiles) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (p.pages.capacity() > kMaxTokens) {
+    fail("decode: a sequence may have ", p.pages.capacity(), " tokens; on cuda it may have ", kMaxTokens);
+  }
+  if (p.group() * p.query_tokens > kMost - rows_per_block || p.sequences() > kMost || most_tiles > kMost) {
+    fail("decode: the batch may have ", most_tiles, " LeanTiles, ", p.group() * p.query_tokens,
+         " query rows per KV head; on cuda each may be at most ", kMost);
+  }
+  const auto window = [](int64_t tokens) {  // one that holds all tokens is as none
+    return tokens > kMaxTokens ? -1 : static_cast<int32_t>(tokens);
+  };
+  return {.num_kv_heads = static_cast<int32_t>(p.num_kv_heads),
+          .lengths_per_head = p.lengths_per_head,
+          .passes = static_cast<int32_t>(p.heads_per_sequence()),
+          .group = FastDivisor(static_cast<int32_t>(p.group())),
+          .rows_per_block = static_cast<int32_t>(rows_per_block),
+          .tile_tokens = static_cast<int32_t>(tile_tokens),
+          .visibility = {window(p.visibility.window_left), window(p.visibility.window_right)}};
+}
+
+inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32& geometry, const Workspace& workspace,
+                                        ErrorRecord* errors, int64_t min_tiles_per_cta) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const auto bytes = [&](const CacheView& cache, int64_t stride) { return stride * element_size(cache.dtype); };
+  const bool paged = p.pages.block_table != nullptr;
+  const auto has_whole_steps = [&](const CacheView& cache) {
+    return has_aligned_rows(cache) && std::abs(bytes(cache, cache.token_stride)) <= kMost &&
+           (!paged || (p.pages.block_size % 16 == 0 && std::abs(bytes(cache, cache.block_stride)) <= kMost));
+  };
+  const auto int32 = [](int64_t n) { return static_cast<int32_t>(n); };
+  return {.p = p,
+          .geometry = geometry,
+          .block_size = FastDivisor(int32(std::max<int64_t>(1, std::min(p.pages.block_size, kMost)))),
+          .num_blocks = int32(std::min(p.pages.num_blocks, kMost)),
+          .capacity = int32(p.pages.capacity()),
+          .workspace = workspace,
+          .errors = errors,
+          .min_tiles_per_cta = int32(min_tiles_per_cta),
+          .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
+          .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
+          .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),
+          .v_block_bytes = int32(bytes(p.v, p.v.block_stride)),
+          .v_token_bytes = int32(bytes(p.v, p.v.token_stride)),
+          .k_chunks = int32(bytes(p.k, p.k.dims) / 16),
+          .v_chunks = int32(bytes(p.v, p.v.dims) / 16),
+          .aligned_q = p.k.dims % 8 == 0 && has_aligned_rows(p.q, {p.q_batch_stride, p.q_token_stride, p.q_head_stride}, 8),
+          .aligned_out = has_aligned_rows(p.out, {p.out_batch_stride, p.out_token_stride, p.out_head_stride}, 2),
+          .only_scale = p.softcap == 0.0f && p.alibi_slopes == nullptr,
+          .score = score_options(p),
+          .scale = p.scale * score_options(p).unit};
+}
+
+}  // namespace lean::cuda

@@ -1,0 +1,184 @@
+// What becomes of a segment's state: a peer publishes it, a host block merges those of its peers and writes the
+// output tile.
+#pragma once
+
+#include "cuda/decode/reduce.h"
+#include "cuda/decode/rows.h"
+
+namespace lean::cuda {
+
+template <class Config>
+constexpr int kQuads = Config::head_dim_v / 4;  // of columns
+
+// Called by all threads, as is write.
+template <class Config>
+LEAN_DEVICE void publish(const DecodeArguments& a, const Thread& thread, int rows) {
+  const SharedState<Config>& s = shared_state<Config>();
+  float* const partial = a.workspace.partial(s.cta);
+  for (int i = thread.index; i < rows * kQuads<Config>; i += kThreads) {
+    const int row = i / kQuads<Config>, column = i % kQuads<Config> * 4;
+    hw::store_shared_between_ctas(reinterpret_cast<hw::Float4*>(partial + row * Config::head_dim_v + column),
+                                  reduced_output<Config>(row, column));
+  }
+  float* const m = partial + Config::rows * Config::head_dim_v;
+  if (thread.index < rows) {
+    hw::store_shared_between_ctas(m + thread.index, s.merged_m[thread.index]);
+    hw::store_shared_between_ctas(m + Config::rows + thread.index, s.l[0][thread.index]);
+  }
+  hw::sync_block();
+  if (thread.index == 0) publish_flag(a.workspace, s.cta);
+}
+
+// Loads m and l of `count` peers from the first of their partials on.
+template <class Config>
+LEAN_COLD void load_peers(const float* partial, int64_t partial_floats, int count, int rows) {
+  SharedState<Config>& s = shared_state<Config>();
+#pragma unroll 2
+  for (int i = hw::thread_index(); i < count * Config::rows; i += kThreads) {
+    const int n = i / Config::rows, row = i % Config::rows;
+    if (row >= rows) continue;
+    const float* const m = partial + n * partial_floats + Config::rows * Config::head_dim_v + row;
+    s.peer_m[n][row] = hw::load_shared_between_ctas(m);
+    s.peer_l[n][row] = hw::load_shared_between_ctas(m + Config::rows);
+  }
+}
+
+template <class Config>
+class HostBlock {
+ public:
+  LEAN_DEVICE HostBlock(const DecodeArguments& arguments, const Thread& thread, const Segment32& segment)
+      : a_(arguments),
+        thread_(thread),
+        segment_(segment),
+        rows_(arguments, segment),
+        s_(shared_state<Config>()),
+        first_peer_(s_.cta + 1),
+        end_peer_(segment.has_peers() ? s_.grid.cta_of(segment.output_end - 1) + 1 : first_peer_) {}
+
+  // Merges the states of the CTAs after this one in ascending order, so that results do not depend on who was
+  // faster, and writes the output tile.
+  LEAN_DEVICE void write() {
+    LEAN_ROLLED
+    for (int32_t peer = first_peer_ + thread_.index; peer < end_peer_; peer += kThreads) {
+      wait_flag(a_.workspace, peer);
+    }
+    if (first_peer_ < end_peer_) hw::sync_block();
+    merge_states();
+    constexpr int kMine = (Config::rows * kQuads<Config> + kThreads - 1) / kThreads;
+    if constexpr (kMine * 4 <= 32) {
+      write_columns<kMine>(0);
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < kMine; first += 8) write_columns<8>(first);
+    }
+  }
+
+ private:
+  LEAN_DEVICE float* partial(int32_t peer) const { return a_.workspace.partial(peer); }
+
+  // Makes m of the shared state the weights of the warps' outputs, peer_m (if all peers fit it) that of the
+  // peers', l[0] the factor of their sum and out_rows where it goes. Writes the log-sum-exps.
+  LEAN_DEVICE void merge_states() {
+    const int row = thread_.index;
+    SoftmaxState merged;
+    if (row < rows_.count()) merged = {s_.merged_m[row], s_.l[0][row]};
+    LEAN_ROLLED
+    for (int32_t peer = first_peer_; peer < end_peer_; peer += kPeersAtOnce) {
+      load_peers<Config>(partial(peer), a_.workspace.partial_floats, peers_from(peer), rows_.count());
+      hw::sync_block();
+      if (row < rows_.count()) {
+        LEAN_ROLLED
+        for (int i = 0; i < peers_from(peer); ++i) {
+          merged = merge(merged, {s_.peer_m[i][row], s_.peer_l[i][row]}).state;
+        }
+      }
+      hw::sync_block();
+    }
+    if (row < rows_.count()) {
+      const float weight = rescale(s_.merged_m[row], merged.m);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) s_.m[w][row] *= weight;
+      s_.merged_m[row] = merged.m;
+      const int head = rows_.head(row);
+      float factor = normaliser(merged.l), lse = log_sum_exp(merged);
+      if (a_.p.sinks) {
+        const Merged with_sink = merge_sink(merged, a_.p.sinks[head]);
+        factor = normaliser(with_sink.state.l) * with_sink.weight_a;
+        lse = log_sum_exp_to(with_sink.state, kLog2e);
+      }
+      s_.l[0][row] = factor;
+      const int64_t token = rows_.packed_token(row);
+      s_.out_rows[row] = static_cast<uint16_t*>(a_.p.out) + segment_.batch * a_.p.out_batch_stride +
+                         token * a_.p.out_token_stride + head * a_.p.out_head_stride;
+      a_.p.lse[segment_.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + token] = lse;
+    }
+    hw::sync_block();
+  }
+
+  LEAN_DEVICE int peers_from(int32_t peer) const { return min(kPeersAtOnce, end_peer_ - peer); }
+
+  // Writes this thread's quads of columns from its n-th on, kCount of them, whose sums stay in registers.
+  template <int kCount>
+  LEAN_DEVICE void write_columns(int n) {
+    hw::Float4 sums[kCount];
+    const auto row_of = [&](int i) { return ((n + i) * kThreads + thread_.index) / kQuads<Config>; };
+    const auto column_of = [&](int i) { return ((n + i) * kThreads + thread_.index) % kQuads<Config> * 4; };
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (row_of(i) < rows_.count()) sums[i] = reduced_output<Config>(row_of(i), column_of(i));
+    }
+    LEAN_ROLLED
+    for (int32_t peer = first_peer_; peer < end_peer_; peer += kPeersAtOnce) {
+      hw::sync_block();  // the last weights have been used
+      load_peers<Config>(partial(peer), a_.workspace.partial_floats, peers_from(peer), rows_.count());
+      hw::sync_block();
+      LEAN_ROLLED
+      for (int i = thread_.index; i < peers_from(peer) * Config::rows; i += kThreads) {
+        float& m = s_.peer_m[i / Config::rows][i % Config::rows];
+        if (i % Config::rows < rows_.count()) m = rescale(m, s_.merged_m[i % Config::rows]);
+      }
+      hw::sync_block();
+#pragma unroll 2
+      for (int p = 0; p < peers_from(peer); ++p) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (row_of(i) >= rows_.count()) continue;
+          add(sums[i], s_.peer_m[p][row_of(i)],
+              hw::load_shared_between_ctas(reinterpret_cast<const hw::Float4*>(
+                  partial(peer + p) + row_of(i) * Config::head_dim_v + column_of(i))));
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (row_of(i) < rows_.count() && column_of(i) < a_.p.v.dims) store(row_of(i), column_of(i), sums[i]);
+    }
+  }
+
+  LEAN_DEVICE void store(int row, int column, hw::Float4 sum) const {
+    using T = typename Config::T;
+    const float factor = s_.l[0][row];
+    uint16_t* const out = s_.out_rows[row] + column;
+    const uint32_t low = hw::pack<T>(sum.x * factor, sum.y * factor);
+    const uint32_t high = hw::pack<T>(sum.z * factor, sum.w * factor);
+    if (a_.aligned_out) {
+      hw::store_vector(reinterpret_cast<uint32_t*>(out), low);
+      hw::store_vector(reinterpret_cast<uint32_t*>(out + 2), high);
+    } else {
+      out[0] = static_cast<uint16_t>(low);
+      out[1] = static_cast<uint16_t>(low >> 16);
+      out[2] = static_cast<uint16_t>(high);
+      out[3] = static_cast<uint16_t>(high >> 16);
+    }
+  }
+
+  const DecodeArguments& a_;
+  const Thread& thread_;
+  const Segment32& segment_;
+  const QueryRows<Config> rows_;
+  SharedState<Config>& s_;
+  const int32_t first_peer_;
+  const int32_t end_peer_;
+};
+
+}  // namespace lean::cuda

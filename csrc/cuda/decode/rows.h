@@ -1,0 +1,106 @@
+// The query rows of a segment: row `row` of an output tile is query token row / group of query head
+// row % group.
+#pragma once
+
+#include "cuda/decode/shared_state.h"
+
+namespace lean::cuda {
+
+template <class Config>
+class QueryRows {
+ public:
+  LEAN_DEVICE QueryRows(const DecodeArguments& arguments, const Segment32& segment)
+      : a_(arguments),
+        segment_(segment),
+        begin_(segment.row_block * Config::rows),
+        count_(min(Config::rows, a_.geometry.group * segment.length.q_len - begin_)) {}
+
+  LEAN_DEVICE int count() const { return count_; }
+  LEAN_DEVICE int token(int row) const { return (begin_ + row) / a_.geometry.group; }
+  LEAN_DEVICE int head(int row) const {  // of all query heads
+    const int group = a_.geometry.group;
+    return segment_.kv_head * group + begin_ + row - token(row) * group;
+  }
+  LEAN_DEVICE int64_t packed_token(int row) const { return a_.p.first_query(segment_.batch) + token(row); }
+
+  // Lays the rows in shared memory as matrix products take them; zeros beyond the rows and dims that exist.
+  // Called by all threads, as is find_spans.
+  LEAN_DEVICE void load(const Thread& thread) const {
+    constexpr int kChunks = Config::QRows::chunks;
+    for (int i = thread.index; i < Config::rows * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      hw::Words4 elements{};
+      if (row < count_ && chunk * 8 < a_.p.k.dims) {
+        const uint16_t* const from = static_cast<const uint16_t*>(a_.p.q) +
+                                     segment_.batch * a_.p.q_batch_stride +
+                                     packed_token(row) * a_.p.q_token_stride +
+                                     head(row) * a_.p.q_head_stride + chunk * 8;
+        elements = a_.aligned_q ? hw::load_vector(reinterpret_cast<const hw::Words4*>(from)) : joined(from);
+      }
+      char* const to = query_rows<Config>() + Config::QRows::offset(row, 0);
+      if constexpr (Config::quantised) {
+        store_permuted(to, chunk, elements);
+      } else {
+        hw::store_vector(reinterpret_cast<hw::Words4*>(to + 16 * chunk), elements);
+      }
+    }
+  }
+
+  // Finds which tokens each row sees, counted from `first_token`, of the segment's [0, tokens). Returns those
+  // that all rows see.
+  LEAN_DEVICE TokenSpanOf<int32_t> find_spans(const Thread& thread, int32_t first_token, int32_t tokens) const {
+    SharedState<Config>& s = shared_state<Config>();
+    const DecodeParams& p = a_.p;
+    const Length32 length = segment_.length;
+    const int32_t segment_begin = segment_.tokens(Config::tile_tokens).begin - first_token;
+    const auto relative = [&](int32_t t) { return max(segment_begin, min(t - first_token, tokens)); };
+    const auto seen_by = [&](int query) { return visible_tokens(a_.geometry.visibility, length, query, query); };
+    const int32_t new_tokens = length.tokens - length.q_len;
+    if (thread.index == 0) s.new_tokens = new_tokens - first_token;
+    if (thread.index < Config::rows) {
+      const int row = thread.index, own = row < count_ ? row : 0, query = token(row);
+      const TokenSpanOf<int32_t> seen = seen_by(query);
+      int32_t end = relative(seen.end);
+      if (p.tree_mask) {  // new tokens that the mask has no column for are not seen
+        end = min(end, max(0, new_tokens + static_cast<int32_t>(p.tree_columns) - first_token));
+        s.tree_rows[row] = p.tree_mask + segment_.batch * p.tree_batch_stride +
+                           packed_token(own) * p.tree_row_stride - (new_tokens - first_token);
+      }
+      s.spans[row][0] = relative(seen.begin);
+      s.spans[row][1] = end;
+      if (p.alibi_slopes) {
+        s.positions[row] = new_tokens - first_token + query;
+        s.slopes[row] = kLog2e * p.alibi_slopes[segment_.batch * p.alibi_batch_stride + head(own)];
+      }
+    }
+    const int32_t all_end = p.tree_mask ? new_tokens : seen_by(token(0)).end;
+    return {relative(seen_by(token(count_ - 1)).begin), relative(all_end)};
+  }
+
+ private:
+  static LEAN_DEVICE hw::Words4 joined(const uint16_t* from) {
+    hw::Words4 words;
+    words.x = from[0] | static_cast<uint32_t>(from[1]) << 16;
+    words.y = from[2] | static_cast<uint32_t>(from[3]) << 16;
+    words.z = from[4] | static_cast<uint32_t>(from[5]) << 16;
+    words.w = from[6] | static_cast<uint32_t>(from[7]) << 16;
+    return words;
+  }
+
+  // In the order of dims in which quantised rows of K come out of registers; see kv_format.h. Of 16 dims, those
+  // of even pairs come first.
+  static LEAN_DEVICE void store_permuted(char* row, int chunk, hw::Words4 pairs) {
+    auto* const to = reinterpret_cast<uint32_t*>(row + 32 * (chunk / 2)) + 2 * (chunk % 2);
+    to[0] = pairs.x;
+    to[4] = pairs.y;
+    to[1] = pairs.z;
+    to[5] = pairs.w;
+  }
+
+  const DecodeArguments& a_;
+  const Segment32& segment_;
+  const int begin_;
+  const int count_;
+};
+
+}  // namespace lean::cuda

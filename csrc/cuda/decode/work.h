@@ -1,0 +1,159 @@
+// Which segments a CTA has: its lean range, found from the lengths on the device.
+#pragma once
+
+#include "cuda/decode/kv_source.h"
+
+namespace lean::cuda {
+
+// What sequence `sequence` of the schedule contributes to it; numbers out of range are brought into range.
+LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence) {
+  const DecodeParams& p = a.p;
+  const int32_t num_kv_heads = a.geometry.num_kv_heads;
+  const int32_t b = p.lengths_per_head ? sequence / num_kv_heads : sequence;
+  const int32_t head = p.lengths_per_head ? sequence - b * num_kv_heads : 0;
+  const int32_t tokens =
+      p.seq_lens ? p.seq_lens[b * p.seq_lens_batch_stride + head * p.seq_lens_head_stride] : a.capacity;
+  int32_t q_len = static_cast<int32_t>(p.query_tokens);
+  if (p.cu_seqlens_q) {
+    q_len = max(0, static_cast<int32_t>(p.first_query(b + 1) - p.first_query(b)));
+  }
+  return {max(0, min(tokens, a.capacity)), p.cache_leftpad ? max(0, p.cache_leftpad[b]) : 0, q_len};
+}
+
+// Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
+LEAN_COLD void write_padding(const DecodeArguments& a, int32_t ticket, int thread) {
+  const DecodeParams& p = a.p;
+  const int64_t before = p.first_query(0), end = p.first_query(p.batch);
+  LEAN_ROLLED
+  for (int64_t n = ticket; n < before + p.query_tokens - end; n += hw::num_ctas()) {
+    const int64_t token = n < before ? n : end + n - before;
+    LEAN_ROLLED
+    for (int64_t head = 0; head < p.num_heads; ++head) {
+      uint16_t* const row =
+          static_cast<uint16_t*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+      LEAN_ROLLED
+      for (int64_t i = thread; i < p.v.dims; i += kThreads) row[i] = 0;
+    }
+    LEAN_ROLLED
+    for (int64_t head = thread; head < p.num_heads; head += kThreads) {
+      p.lse[head * p.lse_head_stride + token] = kMinusInfinity;
+    }
+  }
+}
+
+LEAN_COLD void report_bad_numbers(const DecodeArguments& a, int thread) {
+  find_bad_numbers(a.p, thread, kThreads, [&a](const BadNumber& bad) { report(a.errors, bad); });
+}
+
+// Constants of the kernel take the place of divisors.
+template <class Config>
+LEAN_DEVICE Geometry32 geometry_of(const DecodeArguments& a) {
+  Geometry32 geometry = a.geometry;
+  geometry.rows_per_block = Config::rows;
+  geometry.tile_tokens = Config::tile_tokens;
+  return geometry;
+}
+
+// Finds segment n of the CTA, after the one before it. Called by one thread; the others see it after a barrier.
+template <class Config>
+LEAN_COLD void find_segment(const DecodeArguments& a, int n) {
+  SharedState<Config>& s = shared_state<Config>();
+  Segment32& segment = s.segments[n % 2];
+  const bool is_segment = s.segment_walk().next(segment, [&](int32_t i) { return length_of(a, i); });
+  s.is_segment[n % 2] = is_segment;
+  if (is_segment) find_place<Config>(a, segment, s.places[n % 2]);
+}
+
+// Finds the first one, where the range begins in `sequence`.
+template <class Config>
+LEAN_DEVICE void start_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
+                            int32_t sequence_begin) {
+  shared_state<Config>().segment_walk() = SegmentWalk32(geometry_of<Config>(a), range, sequence, sequence_begin,
+                                                        [&](int32_t i) { return length_of(a, i); });
+  find_segment<Config>(a, 0);
+}
+
+template <class Config>
+class Work {
+ public:
+  LEAN_DEVICE Work(const DecodeArguments& arguments, const Thread& thread) : a_(arguments), thread_(thread) {}
+
+  // Finds the CTA's range and its first segment, which is shared().segments[0] then; false where it has none.
+  // Called by all threads.
+  LEAN_DEVICE bool begin() {
+    SharedState<Config>& s = shared_state<Config>();
+    // By a warp that has fewer lengths to add up than the first one.
+    if (thread_.index == kThreads - 1) s.ticket = take_ticket(a_.workspace, hw::num_ctas());
+    const Geometry32 geometry = geometry_of<Config>(a_);
+    const int32_t sequences = sequences_of(a_);
+    const int32_t per_thread = ceil_div(sequences, kThreads), first = thread_.index * per_thread;
+    const int32_t end = min(first + per_thread, sequences);
+    int32_t sum = 0, total = 0;
+    if (ragged()) {
+      LEAN_ROLLED
+      for (int32_t i = first; i < end; ++i) sum += geometry.sequence_tiles(length_of(a_, i));
+      for (int lanes = 1; lanes < hw::kWarpThreads; lanes *= 2) {
+        const int32_t below = hw::shuffle_up(sum, lanes);
+        if (thread_.lane >= lanes) sum += below;
+      }
+      if (thread_.lane == hw::kWarpThreads - 1) s.warp_tiles[thread_.warp] = sum;
+    }
+    hw::sync_block();
+    const int32_t ticket = s.ticket;
+    if (ticket == 0) report_bad_numbers(a_, thread_.index);  // one CTA tells for all
+    if (a_.p.cu_seqlens_q) write_padding(a_, ticket, thread_.index);
+    int32_t tiles = 0;  // of a sequence, where all have the same
+    if (ragged()) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == thread_.warp) sum += total;
+        total += s.warp_tiles[w];
+      }
+    } else {
+      tiles = geometry.sequence_tiles(length_of(a_, 0));
+      total = sequences * tiles;
+    }
+    if (total == 0) return false;
+    const GridOf<int32_t> grid{useful_ctas(total, static_cast<int32_t>(hw::num_ctas()), a_.min_tiles_per_cta),
+                               total};
+    // Ranges go from the last to the first in the order in which CTAs arrive; see fix_up.h.
+    const int32_t cta = grid.num_ctas - 1 - ticket;
+    if (cta < 0) return false;
+    const LeanRangeOf<int32_t> range = grid.range(cta);
+    // One thread finds the sequence that has the range's first LeanTile.
+    bool found = range.begin < sum;
+    int32_t sequence = end, sequence_begin = sum;
+    if (!ragged()) {
+      found = thread_.index == 0;
+      sequence = range.begin / tiles;
+      sequence_begin = sequence * tiles;
+    } else if (found) {
+      LEAN_ROLLED
+      do {
+        sequence_begin -= geometry.sequence_tiles(length_of(a_, --sequence));
+      } while (sequence_begin > range.begin && sequence > first);
+      found = sequence_begin <= range.begin;
+    }
+    if (found) {
+      s.grid = grid;
+      s.cta = cta;
+      start_walk<Config>(a_, range, sequence, sequence_begin);
+    }
+    hw::sync_block();
+    return true;
+  }
+
+ private:
+  // Sequences may differ in their LeanTiles.
+  LEAN_DEVICE bool ragged() const { return a_.p.seq_lens || a_.p.cache_leftpad || a_.p.cu_seqlens_q; }
+
+  static LEAN_DEVICE int32_t sequences_of(const DecodeArguments& a) {
+    const int32_t batch = static_cast<int32_t>(a.p.batch);
+    return a.p.lengths_per_head ? batch * a.geometry.num_kv_heads : batch;
+  }
+
+  const DecodeArguments& a_;
+  const Thread& thread_;
+};
+
+}  // namespace lean::cuda
