@@ -29,7 +29,7 @@ from torch import Tensor
 
 import lean_attention
 from lean_attention._core import core
-from lean_attention.roofline import fma_rate, read_bandwidth_of
+from lean_attention.tools.roofline import fma_rate, read_bandwidth_of
 
 # Where studies are written, which git ignores; what is worth keeping is copied as text to benchmarks/results.
 OUTPUTS = Path("build/benchmarks")

@@ -19,9 +19,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.report import print_whole, table_of
-from lean_attention import generation
 from lean_attention.integrations.transformers import CACHE_PARAMETER, NAME, LeanCache, register
-from lean_attention.text_demo import INSTALL, long_text, text_prompt
+from lean_attention.tools import generation
+from lean_attention.tools.text_demo import INSTALL, long_text, text_prompt
 
 OUTPUT = Path(__file__).parent / "results" / "kv_cache_quality.txt"
 STEP = 16

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.cpu_decode import RAGGED
 from benchmarks.report import print_whole, table_of
 from lean_attention import Schedule
-from lean_attention.picture import fixed_split, stream_k
+from lean_attention.tools.picture import fixed_split, stream_k
 
 SPLITS = (1, 2, 4, 8, 16, 32)
 BATCHES = {

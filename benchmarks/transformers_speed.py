@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import print_whole, table_of
-from lean_attention import generation
-from lean_attention.__main__ import positive
-from lean_attention.generation import Contender, contenders
 from lean_attention.integrations.transformers import CACHE_PARAMETER, register
-from lean_attention.text_demo import LONG_LLAMA, long_contenders, milliseconds_after
+from lean_attention.tools import generation
+from lean_attention.tools.command_line import positive
+from lean_attention.tools.generation import Contender, contenders
+from lean_attention.tools.text_demo import LONG_LLAMA, long_contenders, milliseconds_after
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lean_attention
-from lean_attention.__main__ import main
+from lean_attention.tools.command_line import main
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -11,8 +11,8 @@ import torch
 import lean_attention
 from benchmarks.cpu_decode import full_grid, subset
 from benchmarks.harness import Case as StudyCase
-from lean_attention import info
 from lean_attention._core import core
+from lean_attention.tools import info
 from tests.cases import BF16, F32, Case, assert_close, make_inputs
 
 ROWS = ("zen5", "zen4", "generic")

