@@ -62,6 +62,11 @@ def table_of(title: str, first: str, others: Iterable[str]) -> Table:
     return table
 
 
+def processor(facts: dict) -> str:
+    """Its name, as titles have it."""
+    return f"{facts['cpu']} (family/model {facts['cpu_family_model']})"
+
+
 def print_machine(facts: dict, console: Console) -> None:
     """What the figures below were measured with."""
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
@@ -85,9 +90,8 @@ def print_tables(study: dict, console: Console) -> None:
     others = [name for name in names if name != OURS]
     facts = study["machine"]
     print_machine(facts, console)
-    machine = f"{facts['cpu']} (family/model {facts['cpu_family_model']}), {facts['threads']} threads"
     rates = table_of(
-        f"{machine}: GB/s of K and V",
+        f"{processor(facts)}, {facts['threads']} threads: GB/s of K and V",
         "case",
         ("MB", "read", "read only", "in cache", "ours", "share", "of the bound"),
     )

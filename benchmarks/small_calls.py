@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.harness import OUTPUTS, Case, Contender, Inputs, commit, machine_facts
 from benchmarks.peers import LeanAttention, Sdpa
-from benchmarks.report import print_machine, print_whole, table_of, write_text
+from benchmarks.report import print_machine, print_whole, processor, table_of, write_text
 
 TOKENS, KV_HEADS, HEAD_DIM = 128, 4, 128  # at most 512 KB, which fit L2
 CASES = [(dtype, group) for dtype in (torch.bfloat16, torch.float16, torch.float32) for group in (1, 4, 8)]
@@ -72,9 +72,8 @@ def print_study(study: dict, console: Console) -> None:
     """A row a case; "more" is what a call takes beside its arithmetic."""
     facts = study["machine"]
     print_machine(facts, console)
-    cpu = f"{facts['cpu']} (family/model {facts['cpu_family_model']})"
     table = table_of(
-        f"{cpu}: microseconds for {study['tokens']} tokens",
+        f"{processor(facts)}: microseconds for {study['tokens']} tokens",
         "query heads per KV head",
         ("arithmetic", "1 thread", "more", f"{facts['threads']} threads", "more", "torch's SDPA"),
     )
