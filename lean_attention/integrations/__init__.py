@@ -1,1 +1,1 @@
-"""Other packages' models on this package's ops; each module needs the package that it is named after."""
+"""Other packages' calls and models on this package's ops."""

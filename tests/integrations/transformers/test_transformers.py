@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from lean_attention.integrations.transformers import NAME, register, visible_tokens
-from tests.integrations.tiny_models import (
+from tests.integrations.transformers.tiny_models import (
     CACHE,
     MODELS,
     SMALL,

@@ -12,9 +12,9 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from lean_attention.integrations.transformers import PAGED_NAME
 from lean_attention.integrations.transformers.continuous_batching import paged_attention
-from tests.integrations.tiny_models import CACHE, MODELS, SMALL, count_decodes, make_model, use
+from tests.integrations.transformers.tiny_models import CACHE, MODELS, SMALL, count_decodes, make_model, use
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = (3, 40, 17, 29, 100, 1)
 
 

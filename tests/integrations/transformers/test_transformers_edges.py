@@ -10,7 +10,14 @@ import torch
 import transformers
 
 from lean_attention.integrations.transformers import NAME, attention, prefill, register
-from tests.integrations.tiny_models import CACHE, count_decodes, generate, left_padded, make_model, use
+from tests.integrations.transformers.tiny_models import (
+    CACHE,
+    count_decodes,
+    generate,
+    left_padded,
+    make_model,
+    use,
+)
 
 
 def assert_as_eager(model, inputs: dict, rtol: float = 1e-4, **options) -> None:

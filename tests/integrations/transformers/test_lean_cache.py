@@ -14,7 +14,14 @@ from transformers import DynamicCache
 
 from lean_attention.integrations.transformers import CACHE_PARAMETER, NAME, LeanCache, accelerate
 from lean_attention.integrations.transformers.cache_layers import RESERVE_SHARE, RESERVE_TOKENS
-from tests.integrations.tiny_models import SMALL, count_decodes, generate, left_padded, make_model, use
+from tests.integrations.transformers.tiny_models import (
+    SMALL,
+    count_decodes,
+    generate,
+    left_padded,
+    make_model,
+    use,
+)
 
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v32", "lfm2", "t5gemma"]
 WINDOW = 12
