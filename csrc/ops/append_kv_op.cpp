@@ -38,7 +38,7 @@ class AppendCall {
     take_tokens();
     take_caches();
     take_lengths();
-    p.pages = pages();
+    take_pages();
     take_rotary();
     p.k_cache.scale = row_scales("k_scale", a_.k_scale, k_cache_);
     p.v_cache.scale = row_scales("v_scale", a_.v_scale, v_cache_);
@@ -99,28 +99,19 @@ class AppendCall {
     if (packed_) p.cu_seqlens = list("cu_seqlens", "[batch + 1]", *a_.cu_seqlens, p.batch + 1);
   }
 
-  PageTable pages() {
-    refuse_slots_beside_pages("append_kv", a_.cache_batch_idx.has_value(), a_.block_table.has_value());
-    PageTable pages{};
-    pages.num_blocks = a_.k_cache.size(0);
-    pages.block_size = a_.k_cache.size(1);
-    pages.max_blocks = 1;
-    if (a_.block_table) {
-      const Argument table{"append_kv", "block_table", *a_.block_table};
-      table.has_shape("[batch, max_blocks]", 2);
-      table.has_dtype(ScalarType::Int, "");
-      table.has_size(0, p.batch, "the batch size of k");
-      table.has_contiguous_rows();
-      table.is_on_device_of(k_);
-      pages.block_table = static_cast<const int32_t*>(table.tensor.const_data_ptr());
-      pages.max_blocks = table.tensor.size(1);
-      pages.batch_stride = table.tensor.stride(0);
-    } else if (a_.cache_batch_idx) {
-      pages.cache_batch_idx = list("cache_batch_idx", "[batch]", *a_.cache_batch_idx, p.batch);
-    } else {
+  void take_pages() {
+    p.pages = page_table({.k_cache = k_cache_,
+                          .block_table = a_.block_table,
+                          .cache_batch_idx = a_.cache_batch_idx,
+                          .takes_tables_per_head = false,
+                          .tokens = k_,
+                          .batch = p.batch,
+                          .batch_is = "the batch size of k"});
+    if (a_.cache_batch_idx) {
+      p.pages.cache_batch_idx = list("cache_batch_idx", "[batch]", *a_.cache_batch_idx, p.batch);
+    } else if (!a_.block_table) {
       k_cache_.has_size(0, p.batch, "the batch size of k");
     }
-    return pages;
   }
 
   // One memory for K and V, as latent attention has it, takes tokens that are one too. Their scales then may

@@ -28,7 +28,7 @@ DecodeCall::DecodeCall(const DecodeArgs& args)
   take_queries();
   take_caches();
   take_lengths();
-  p_.pages = pages();
+  take_pages();
   take_scores();
   take_visibility();
   p_.k.scale = scales("k_scale", a_.k_scale);
@@ -195,32 +195,18 @@ void DecodeCall::take_lengths() {
   }
 }
 
-PageTable DecodeCall::pages() {
-  refuse_slots_beside_pages("decode", a_.cache_batch_idx.has_value(), a_.block_table.has_value());
-  PageTable pages{};
-  pages.num_blocks = k_.tensor.size(0);
-  pages.block_size = k_.tensor.size(1);
-  pages.max_blocks = 1;
-  if (a_.cache_batch_idx) {
-    const Argument arg{"decode", "cache_batch_idx", *a_.cache_batch_idx};
-    arg.is_list_of("[batch]", p_.batch, "the batch size of q");
-    pages.cache_batch_idx = integers(arg);
-  }
-  if (!a_.block_table) return pages;
-  const Argument arg{"decode", "block_table", *a_.block_table};
-  const Tensor& table = arg.tensor;
-  const bool per_head = table.dim() == 3;
-  if (!per_head) arg.has_shape("[batch, max_blocks] or [batch, num_kv_heads, max_blocks]", 2);
-  arg.has_dtype(ScalarType::Int, "");
-  arg.has_size(0, p_.batch, "the batch size of q");
-  if (per_head) arg.has_size(1, p_.num_kv_heads, "the num_kv_heads of k_cache");
-  arg.has_contiguous_rows();
-  arg.is_on_device_of(q_);
-  pages.block_table = static_cast<const int32_t*>(table.const_data_ptr());
-  pages.max_blocks = table.size(table.dim() - 1);
-  pages.batch_stride = table.stride(0);
-  pages.head_stride = per_head ? table.stride(1) : 0;
-  return pages;
+void DecodeCall::take_pages() {
+  p_.pages = page_table({.k_cache = k_,
+                         .block_table = a_.block_table,
+                         .cache_batch_idx = a_.cache_batch_idx,
+                         .takes_tables_per_head = true,
+                         .tokens = q_,
+                         .batch = p_.batch,
+                         .batch_is = "the batch size of q"});
+  if (!a_.cache_batch_idx) return;
+  const Argument arg{"decode", "cache_batch_idx", *a_.cache_batch_idx};
+  arg.is_list_of("[batch]", p_.batch, "the batch size of q");
+  p_.pages.cache_batch_idx = integers(arg);
 }
 
 void DecodeCall::take_scores() {

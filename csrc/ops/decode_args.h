@@ -48,9 +48,9 @@ class DecodeCall {
   void take_queries();     // q, batch, query_tokens, num_heads and their strides, dtype, cu_seqlens_q
   void take_caches();      // k, v but for their scales, num_kv_heads
   void take_lengths();     // seq_lens and their strides, lengths_per_head, cache_leftpad
+  void take_pages();       // pages
   void take_visibility();  // visibility, tree_mask and its strides
   void take_scores();      // scale, softcap, alibi_slopes, sinks
-  PageTable pages();
   Scales scales(const char* name, const OptionalTensor& tensor) const;
 
   DType cache_dtype() const;

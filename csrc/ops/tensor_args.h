@@ -195,12 +195,47 @@ View cache_view(const Tensor& cache, DType dtype, Data* data) {
           .scale = {}};
 }
 
-// A call says once where a sequence lies.
-inline void refuse_slots_beside_pages(const char* op, bool slots, bool pages) {
-  if (slots && pages) {
+// What says where a call's sequences lie, of the op's arguments.
+struct PageArgs {
+  const Argument& k_cache;
+  const OptionalTensor& block_table;
+  const OptionalTensor& cache_batch_idx;
+  bool takes_tables_per_head;
+  const Argument& tokens;  // q or k: the table is on its device
+  int64_t batch;
+  const char* batch_is;  // what errors call it
+};
+
+// The pages but for cache_batch_idx, which the caller checks and sets.
+inline PageTable page_table(const PageArgs& args) {
+  const char* op = args.k_cache.op;
+  if (args.cache_batch_idx && args.block_table) {
     fail(op,
          ": cache_batch_idx cannot be combined with block_table, which already says where a sequence lies");
   }
+  PageTable pages{};
+  pages.num_blocks = args.k_cache.tensor.size(0);
+  pages.block_size = args.k_cache.tensor.size(1);
+  pages.max_blocks = 1;
+  if (!args.block_table) return pages;
+  const Argument arg{op, "block_table", *args.block_table};
+  const Tensor& table = arg.tensor;
+  const bool per_head = args.takes_tables_per_head && table.dim() == 3;
+  if (!per_head) {
+    arg.has_shape(args.takes_tables_per_head ? "[batch, max_blocks] or [batch, num_kv_heads, max_blocks]"
+                                             : "[batch, max_blocks]",
+                  2);
+  }
+  arg.has_dtype(ScalarType::Int, "");
+  arg.has_size(0, args.batch, args.batch_is);
+  if (per_head) arg.has_size(1, args.k_cache.tensor.size(2), "the num_kv_heads of k_cache");
+  arg.has_contiguous_rows();
+  arg.is_on_device_of(args.tokens);
+  pages.block_table = static_cast<const int32_t*>(table.const_data_ptr());
+  pages.max_blocks = table.size(table.dim() - 1);
+  pages.batch_stride = table.stride(0);
+  pages.head_stride = per_head ? table.stride(1) : 0;
+  return pages;
 }
 
 inline DType dtype_of(const Argument& argument) {
