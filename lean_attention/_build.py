@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, TextIO
+
+if TYPE_CHECKING:
+    from setuptools import Extension
+    from torch.utils.cpp_extension import BuildExtension
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,18 +72,18 @@ class CudaBuild(NamedTuple):
     architectures: str
 
 
-def cuda_build() -> CudaBuild | None:
-    """How an ahead-of-time build builds the CUDA kernels; None: it leaves them out.
+def cuda_build(unset: str = "") -> CudaBuild | None:
+    """How a build builds the CUDA kernels; None: it leaves them out.
 
     LEAN_ATTENTION_CUDA says what is wanted: 0 is no CUDA, 1 insists on it, "visible" takes the GPUs that
     this machine shows and no others, so that a development build compiles nothing that cannot run here.
-    Unset, CUDA is built wherever there is a toolkit. TORCH_CUDA_ARCH_LIST names the architectures, and asks
-    for CUDA.
+    Where it is not set it is `unset`, by default: CUDA wherever there is a toolkit. TORCH_CUDA_ARCH_LIST
+    names the architectures, and asks for CUDA.
 
     Raises RuntimeError where LEAN_ATTENTION_CUDA is 1 and there is no toolkit, ValueError where it is
     something else.
     """
-    wanted = os.environ.get("LEAN_ATTENTION_CUDA", "")
+    wanted = os.environ.get("LEAN_ATTENTION_CUDA") or unset
     if wanted not in ("", "0", "1", "visible"):
         raise ValueError(f"LEAN_ATTENTION_CUDA is {wanted!r}; it must be 0, 1 or visible")
     if wanted == "0":
@@ -133,33 +145,159 @@ def include_dirs() -> list[str]:
     return [str(ROOT / "csrc"), pybind11.get_include()]
 
 
-def build_in_place() -> object:
-    """Builds the core of a source checkout into torch's extension cache and returns the module.
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[TextIO]:
+    """Has the folder, which it makes, to itself: of all processes that build there, one goes on at a time.
 
-    Raises ImportError where there are no sources.
+    The lock ends with its process, however that ends. cpp_extension.load has one of its own, a file that a
+    killed build leaves behind and that is waited for without end.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "build.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that builds in {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        (directory / "lock").unlink(missing_ok=True)
+        yield lock
+
+
+def say(text: str) -> None:
+    print(f"lean_attention: {text}", file=sys.stderr, flush=True)
+
+
+def extension(cuda: CudaBuild | None) -> Extension:
+    """The core, as BuildExtension is to compile it; tells torch of the toolkit and the architectures."""
+    from setuptools import Extension
+    from torch.utils import cpp_extension
+
+    defines: list[str] = []
+    include = [*include_dirs(), *cpp_extension.include_paths()]
+    search, libraries = cpp_extension.library_paths(), ["c10", "torch", "torch_cpu"]
+    if cuda:
+        # A torch without CUDA knows no toolkit, and takes no hint from the environment.
+        cpp_extension.CUDA_HOME = str(cuda.toolkit)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
+        defines = ["-DLEAN_WITH_CUDA"]
+        include.append(str(cuda.toolkit / "include"))
+        search = [*search, str(cuda.toolkit / "lib64")]
+        libraries += ["cudart_static", "dl", "rt", "pthread"]
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    return Extension(
+        "lean_attention._C",
+        sources=sources(cuda=cuda is not None),
+        include_dirs=include,
+        library_dirs=search,
+        libraries=libraries,
+        extra_compile_args={"cxx": [*COMPILE_FLAGS, *defines], "nvcc": CUDA_FLAGS},
+        language="c++",
+    )
+
+
+def build_command() -> type[BuildExtension]:
+    """The command build_ext. ninja, which knows headers and flags, finds what has to be compiled again."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildCore(BuildExtension):
+        def finalize_options(self) -> None:
+            # One folder for all ways to build: pip's editable builds would throw theirs away.
+            self.build_temp = self.build_temp or str(Path("build", "objects"))
+            super().finalize_options()
+            self.force = True
+
+    return BuildCore
+
+
+def compile_core(directory: Path) -> None:
+    """Compiles the core into directory/lean_attention, as setup.py would."""
+    from setuptools import Distribution
+
+    os.chdir(ROOT)  # sources are relative to it
+    ours = {"name": "lean_attention", "ext_modules": [extension(cuda_build())]}
+    command = Distribution({**ours, "cmdclass": {"build_ext": build_command()}}).get_command_obj("build_ext")
+    command.build_lib, command.build_temp = str(directory), str(directory / "objects")
+    command.ensure_finalized()
+    command.run()
+
+
+def build_in_place() -> ModuleType:
+    """The core of a source checkout, from torch's extension cache; built there unless it is up to date.
+
+    With the CUDA kernels for the GPUs that this machine shows, or those of TORCH_CUDA_ARCH_LIST, where there
+    is a toolkit. Raises ImportError where there are no sources, or where they do not compile.
     """
     if not (ROOT / "csrc" / "ops").is_dir():
         raise ImportError(
-            "lean_attention: the compiled core lean_attention._C is missing and its sources are not "
-            f"beside the package ({ROOT}); reinstall with: pip install --no-build-isolation lean_attention"
+            "lean_attention: the compiled core lean_attention._C is missing or not wanted "
+            f"(LEAN_ATTENTION_JIT=1), and its sources are not beside the package ({ROOT}); reinstall with: "
+            "pip install --no-build-isolation lean_attention"
         )
     from torch.utils import cpp_extension
 
-    directory = Path(cpp_extension._get_build_directory("lean_attention_C", verbose=False))
-    _refuse_stale_lock(directory / "lock")
-    print(
-        f"lean_attention: building the compiled core in {directory} (once; about a minute; for the "
-        "CPU only: pip install --no-build-isolation . builds the CUDA kernels too)",
-        file=sys.stderr,
-    )
-    return cpp_extension.load(
-        name="_C",
-        sources=[str(ROOT / source) for source in sources()],
-        extra_cflags=COMPILE_FLAGS,
-        extra_include_paths=include_dirs(),
-        build_directory=str(directory),
-        verbose=os.environ.get("LEAN_ATTENTION_VERBOSE_BUILD") == "1",
-    )
+    cuda = cuda_build(unset="visible")
+    name = "lean_attention_C_cuda" if cuda else "lean_attention_C"
+    directory = Path(cpp_extension._get_build_directory(name, verbose=False))
+    made_of, wanted = directory / "made_of", fingerprint(cuda)
+    with locked(directory) as lock:
+        if not made_of.exists() or made_of.read_text() != wanted:
+            made_of.unlink(missing_ok=True)
+            run_compiler(directory, cuda, lock)
+            made_of.write_text(wanted)
+        [library] = (directory / "lean_attention").glob("_C.*")
+        spec = importlib.util.spec_from_file_location("lean_attention._C", library)
+        core = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(core)
+    return core
+
+
+def fingerprint(cuda: CudaBuild | None) -> str:
+    """Another one for every change of what the core is made of."""
+    import torch
+
+    found = hashlib.sha256(repr((sys.version, torch.__version__, os.environ.get("CXX"), cuda)).encode())
+    for file in [Path(__file__), *sorted((ROOT / "csrc").rglob("*.*"))]:
+        found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def run_compiler(directory: Path, cuda: CudaBuild | None, lock: TextIO) -> None:
+    """Runs compile_core in a process of its own, and says how far it is."""
+    chosen = {"LEAN_ATTENTION_CUDA": "0"}
+    if cuda:
+        chosen = {
+            "LEAN_ATTENTION_CUDA": "1",
+            "TORCH_CUDA_ARCH_LIST": cuda.architectures,
+            "CUDA_HOME": str(cuda.toolkit),
+        }
+    targets = f"the CPU and CUDA {cuda.architectures}" if cuda else "the CPU only"
+    minutes = "a few minutes" if cuda else "about a minute"
+    say(f"building the compiled core for {targets} in {directory} (once; {minutes})")
+    verbose = os.environ.get("LEAN_ATTENTION_VERBOSE_BUILD") == "1"
+    last, told = collections.deque(maxlen=40), time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, __file__, "core", str(directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **chosen},
+        pass_fds=[lock.fileno()],  # the folder is not free before the compiler is done, whoever waits for it
+    ) as compiler:
+        for line in compiler.stdout:
+            last.append(line)
+            if verbose:
+                sys.stderr.write(line)
+            elif (done := re.match(r"\[(\d+)/(\d+)\].*?(csrc/\S+\.(?:cpp|cu))\b", line)) and (
+                sys.stderr.isatty() or time.monotonic() - told > 10
+            ):
+                told = time.monotonic()
+                say(f"compiled {done[1]} of {done[2]} files, the last one {done[3]}")
+    if compiler.returncode != 0:
+        without = "; LEAN_ATTENTION_CUDA=0 builds for the CPU only" if cuda else ""
+        raise ImportError(
+            f"lean_attention: the compiled core could not be built for {targets}{without}\n{''.join(last)}"
+        )
 
 
 def build_ops_library() -> Path:
@@ -171,28 +309,20 @@ def build_ops_library() -> Path:
     from torch.utils import cpp_extension
 
     directory = Path(cpp_extension._get_build_directory("lean_attention_ops", verbose=False))
-    _refuse_stale_lock(directory / "lock")
-    cpp_extension.load(
-        name="lean_attention_ops",
-        sources=[str(ROOT / source) for source in sources() if not source.endswith("bindings.cpp")],
-        extra_cflags=COMPILE_FLAGS,
-        extra_include_paths=include_dirs(),
-        build_directory=str(directory),
-        is_python_module=False,
-    )
+    with locked(directory):
+        cpp_extension.load(
+            name="lean_attention_ops",
+            sources=[str(ROOT / source) for source in sources() if not source.endswith("bindings.cpp")],
+            extra_cflags=COMPILE_FLAGS,
+            extra_include_paths=include_dirs(),
+            build_directory=str(directory),
+            is_python_module=False,
+        )
     return directory / "lean_attention_ops.so"
 
 
-def _refuse_stale_lock(lock: Path) -> None:
-    """cpp_extension.load waits for a lock file without end, also where a killed build left it behind."""
-    import time
-
-    if lock.exists() and time.time() - lock.stat().st_mtime > 15 * 60:
-        raise ImportError(
-            f"lean_attention: another build has held {lock} for over 15 minutes; if none is running, "
-            "delete that file and import again"
-        )
-
-
 if __name__ == "__main__":
-    print(build_ops_library())
+    if sys.argv[1:2] == ["core"]:
+        compile_core(Path(sys.argv[2]))
+    else:
+        print(build_ops_library())

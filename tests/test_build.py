@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -54,6 +55,46 @@ def test_builds_just_in_time_from_sources(tmp_path: Path) -> None:
     assert "building the compiled core" in result.stderr
     again = python(code, tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
     assert again.returncode == 0, again.stderr
+    assert "building" not in again.stderr
+    # A source that does not compile any more: tried again, and shown.
+    (tmp_path / "csrc" / "bad_numbers.cpp").write_text("no C++\n")
+    for _ in range(2):
+        broken = python(code, tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+        assert broken.returncode != 0
+        assert "the compiled core could not be built for the CPU only\n" in broken.stderr
+        assert "bad_numbers.cpp:1:1: error: " in broken.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_build.cuda_toolkit() is None, reason="needs a CUDA toolkit")
+def test_builds_cuda_just_in_time_beside_a_binary(tmp_path: Path) -> None:
+    """For the architecture that is named, as for that of a visible GPU."""
+    checkout.copy(tmp_path, "lean_attention", "csrc")
+    (tmp_path / "lean_attention" / "_C.so").write_text("no binary")
+    code = (
+        "import lean_attention; from lean_attention.info import describe; "
+        "from lean_attention._core import core; print(describe()); print(len(core.cuda_kernels()))"
+    )
+    environment = {
+        "LEAN_ATTENTION_JIT": "1",
+        "LEAN_ATTENTION_CUDA": "",
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
+    }
+    result = python(code, tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    kernels = int(result.stdout.splitlines()[-1])
+    assert kernels > 0 and f"cpu, cuda ({kernels} kernels)" in result.stdout
+    assert "building the compiled core for the CPU and CUDA 9.0 in " in result.stderr
+    assert "ninja" not in result.stderr and "nvcc" not in result.stderr
+    again = python(code, tmp_path, **environment)
+    assert again.stdout == result.stdout and "building" not in again.stderr
+
+
+def test_a_wrong_wish_for_a_build(tmp_path: Path) -> None:
+    checkout.copy(tmp_path, "lean_attention")
+    result = python("import lean_attention", tmp_path, LEAN_ATTENTION_JIT="yes")
+    assert "ValueError: LEAN_ATTENTION_JIT is 'yes'; it must be 0 or 1" in result.stderr
 
 
 def test_no_two_sources_have_one_name() -> None:
@@ -69,15 +110,36 @@ def test_a_package_without_binary_and_sources_says_so(tmp_path: Path) -> None:
     assert "the compiled core lean_attention._C is missing" in result.stderr
 
 
-def test_a_stale_lock_is_named(tmp_path: Path) -> None:
-    checkout.copy(tmp_path, "lean_attention", "csrc")
-    lock = tmp_path / "cache" / "lean_attention_C" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    os.utime(lock, (0, 0))
-    result = python("import lean_attention", tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    assert result.returncode != 0
-    assert str(lock) in result.stderr
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from lean_attention import _build
+with _build.locked(Path(sys.argv[1])) as lock:
+    if float(sys.argv[2]):
+        compiler = [sys.executable, "-c", "import time; time.sleep(" + sys.argv[2] + ")"]
+        subprocess.Popen(compiler, pass_fds=[lock.fileno()], stdout=subprocess.DEVNULL)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0", "1.5"], ids=["no-compiler", "its-compiler-goes-on"])
+def test_a_builder_that_was_killed_leaves_no_lock(seconds: str, tmp_path: Path, capfd) -> None:
+    """Nor does torch's own lock, which it left, stop anybody. But its compiler is waited for."""
+    (tmp_path / "lock").touch()
+    command = [sys.executable, "-c", HOLD, str(tmp_path), seconds]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=checkout.ROOT) as builder:
+        assert builder.stdout.readline() == "held\n"
+        (tmp_path / "lock").touch()
+        builder.kill()
+        builder.wait()
+        begin = time.monotonic()
+        with _build.locked(tmp_path):
+            waited = time.monotonic() - begin
+    assert not (tmp_path / "lock").exists()
+    assert (waited > 0.5) is (seconds != "0")
+    said = f"lean_attention: waiting for another process that builds in {tmp_path}\n"
+    assert (said in capfd.readouterr().err) is (seconds != "0")
 
 
 def test_the_binary_runs_with_any_torch_from_its_target_on() -> None:
@@ -154,21 +216,46 @@ def test_what_is_built_without_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_pa
         _build.cuda_build()
 
 
+def code_for(gpu: tuple[int, int], architectures: str) -> str | None:
+    """The entry of a list of architectures that a GPU of this compute capability runs; None: it has none.
+
+    CUDA C++ programming guide, on compatibility: machine code runs on chips of its major version and no
+    lesser minor one, PTX is compiled for any chip that is not older. Both that end in "a" are for one chip.
+    """
+    parsed = []
+    for entry in architectures.split(";"):
+        major, minor, only, ptx = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry).groups()
+        parsed.append((entry, (int(major), int(minor)), bool(only), bool(ptx)))
+    machine = [
+        (code, entry)
+        for entry, code, only, _ in parsed
+        if code == gpu or (not only and code[0] == gpu[0] and code < gpu)
+    ]
+    compiled = [(code, entry) for entry, code, only, ptx in parsed if ptx and not only and code <= gpu]
+    return max(machine or compiled, default=(None, None))[1]
+
+
+def test_which_code_a_gpu_runs() -> None:
+    """Where an entry ended in "a", the next chip of its kind had nothing to run."""
+    before = "8.0;8.9;9.0a;10.0a;12.0+PTX"
+    found = {
+        gpu: code_for(gpu, before) for gpu in [(7, 5), (8, 6), (9, 0), (10, 3), (11, 0), (12, 1), (13, 0)]
+    }
+    assert found == {
+        (7, 5): None, (8, 6): "8.0", (9, 0): "9.0a", (10, 3): None, (11, 0): None,
+        (12, 1): "12.0+PTX", (13, 0): "12.0+PTX",
+    }  # fmt: skip
+
+
 def test_every_gpu_finds_code_that_it_can_run() -> None:
-    """CUDA C++ programming guide, on compatibility: machine code runs on chips of its major version and no
-    lesser minor one, PTX is compiled for any chip that is not older."""
     gpus = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
-    for major, minor in gpus:
-        found = []
-        for of_major, of_minor, ptx in re.findall(r"(\d+)\.(\d+)(\+PTX)?(?:;|$)", _build.CUDA_ARCHITECTURES):
-            code = int(of_major), int(of_minor)
-            found += [code] if code[0] == major and code[1] <= minor else []
-            found += [code] if ptx and code <= (major, minor) else []
-        assert found, (major, minor)
+    assert [gpu for gpu in gpus if code_for(gpu, _build.CUDA_ARCHITECTURES) is None] == []
+    # e4m3 is converted by an instruction from 8.9 on.
+    assert code_for((8, 9), _build.CUDA_ARCHITECTURES) == "8.9"
 
 
 def test_no_code_is_for_one_chip_alone() -> None:
-    assert re.fullmatch(r"(\d+\.\d+(\+PTX)?;?)+", _build.CUDA_ARCHITECTURES)
+    assert not re.search(r"[a-z]", _build.CUDA_ARCHITECTURES)
 
 
 def test_the_constraints_admit_what_the_package_asks_for() -> None:

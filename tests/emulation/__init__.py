@@ -8,7 +8,6 @@ what they need.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 from pathlib import Path
@@ -33,15 +32,10 @@ def build_directory() -> Path:
     return _build.ROOT / "build" / ("emulated_sanitized" if sanitized() else "emulated")
 
 
-def is_built() -> bool:
-    """And no source has changed since."""
-    library = build_directory() / f"{NAME}.so"
-    sources = [
-        Path(_build.__file__),
-        *HERE.glob("*.*"),
-        *HERE.glob("ops/*.h"),
-        *(_build.ROOT / "csrc").rglob("*.*"),
-    ]
+def is_built(library: Path, tests: Path) -> bool:
+    """And no source has changed since, of csrc or of the tests' own."""
+    sources = [Path(_build.__file__), *tests.rglob("*.*"), *(_build.ROOT / "csrc").rglob("*.*")]
+    sources = [file for file in sources if file.suffix != ".pyc"]
     return library.exists() and all(file.stat().st_mtime < library.stat().st_mtime for file in sources)
 
 
@@ -49,12 +43,11 @@ def is_built() -> bool:
 def load() -> ModuleType:
     from torch.utils import cpp_extension
 
-    if not may_build and not is_built():
+    if not may_build and not is_built(build_directory() / f"{NAME}.so", HERE):
         pytest.skip("the emulated device is not built; make test builds it")
     flags = [flag for flag in _build.COMPILE_FLAGS if flag != "-O3"]
     flags += ["-O1", "-g1", "-Wno-unknown-pragmas"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitized() else []
-    build_directory().mkdir(parents=True, exist_ok=True)
     # HERE comes first on the include path: its ops/dispatch.h sends the ops to the emulated device.
     sources = [
         _build.ROOT / source
@@ -62,11 +55,7 @@ def load() -> ModuleType:
         if not source.startswith("csrc/cpu/")
         and Path(source).name not in ("bindings.cpp", "benchmark_ops.cpp")
     ]
-    with open(build_directory() / "build.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends, however it ends
-        (build_directory() / "lock").unlink(
-            missing_ok=True
-        )  # torch's own, which a killed build leaves behind
+    with _build.locked(build_directory()):
         return cpp_extension.load(
             name=NAME,
             sources=[str(source) for source in [*sources, *sorted(HERE.glob("*.cpp"))]],
