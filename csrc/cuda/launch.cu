@@ -8,8 +8,8 @@
 #include <stdexcept>
 
 #include "cuda/decode/fix_up.h"
-#include "cuda/host.h"
 #include "cuda/decode/kernels.h"
+#include "cuda/host.h"
 #include "fail.h"
 
 namespace lean::cuda {
@@ -41,9 +41,16 @@ const Kernel& choose_kernel(const DecodeParams& p) {
   return *best;
 }
 
+// What is known of devices has a place for each.
+void check_index(int device) {
+  if (device >= 0 && device < kMaxDevices) return;
+  throw std::runtime_error("lean_attention: the device is cuda:" + std::to_string(device) +
+                           "; it must be one of the first " + std::to_string(kMaxDevices));
+}
+
 // CTAs of the kernel that the device holds at a time.
 int64_t resident_ctas(const Kernel& kernel, int device) {
-  if (device >= kMaxDevices) throw std::runtime_error("lean_attention: more devices than it knows");
+  check_index(device);
   std::atomic<int64_t>& cached = kernel.resident_ctas[device];
   if (const int64_t known = cached.load(std::memory_order_relaxed)) return known;
   const hw::DeviceFacts facts = hw::device_facts(device);
@@ -92,6 +99,7 @@ int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
 
 ErrorRecord* error_record_of(int device) {
   static std::atomic<ErrorRecord*> records[kMaxDevices];
+  check_index(device);
   if (ErrorRecord* known = records[device].load(std::memory_order_relaxed)) return known;
   ErrorRecord* found = reinterpret_cast<ErrorRecord*>(hw::device_address(error_record));
   records[device].store(found, std::memory_order_relaxed);

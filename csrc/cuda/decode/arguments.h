@@ -26,9 +26,9 @@ struct DecodeArguments {
   Workspace workspace;
   ErrorRecord* errors;
   int32_t min_tiles_per_cta;
-  // A step of 16 tokens lies in one block, where in pages it begins at a multiple of 16 slots, and each of its
-  // rows begins and ends at a multiple of 16 bytes: it is copied 16 bytes at a time, from addresses that are
-  // equally far apart.
+  // A step of 16 tokens lies in one block, where in pages it begins at a multiple of 16 slots, and each of
+  // its rows begins and ends at a multiple of 16 bytes: it is copied 16 bytes at a time, from addresses that
+  // are equally far apart.
   bool whole_steps;
   int32_t k_block_bytes, k_token_bytes, v_block_bytes, v_token_bytes;  // strides, where steps are whole
   int32_t k_chunks, v_chunks;                                          // of 16 bytes, likewise, in a row
@@ -41,25 +41,26 @@ struct DecodeArguments {
 
 // ---- On the host.
 
-// Every row begins and ends at a multiple of 16 bytes.
-inline bool has_aligned_rows(const CacheView& cache) {
-  const auto strides = {cache.block_stride, cache.token_stride, cache.head_stride, cache.dims};
-  return reinterpret_cast<uintptr_t>(cache.data) % 16 == 0 &&
-         std::all_of(strides.begin(), strides.end(),
-                     [&](int64_t stride) { return stride * element_size(cache.dtype) % 16 == 0; });
-}
+struct Dimension {
+  int64_t size;
+  int64_t stride_bytes;
+};
 
-// Strides, which include the address, are multiples of `elements` of 2 bytes.
-inline bool has_aligned_rows(const void* data, std::initializer_list<int64_t> strides, int64_t elements) {
-  return reinterpret_cast<uintptr_t>(data) % (2 * elements) == 0 &&
-         std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride % elements == 0; });
+// Every row begins at a multiple of so many bytes. The stride of a dimension of size 1 leads nowhere, and
+// torch lets it be anything.
+inline bool has_aligned_rows(const void* data, std::initializer_list<Dimension> dimensions, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
+         std::all_of(dimensions.begin(), dimensions.end(),
+                     [&](const Dimension& d) { return d.size == 1 || d.stride_bytes % bytes == 0; });
 }
 
 // A sequence of more tokens would take 2 TB with the smallest head of bf16.
 inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 
-// Throws std::invalid_argument where a call's numbers pass 32 bits; `most_tiles` is how many LeanTiles it may have.
-inline Geometry32 geometry32(const DecodeParams& p, int64_t rows_per_block, int64_t tile_tokens, int64_t most_tiles) {
+// Throws std::invalid_argument where a call's numbers pass 32 bits; `most_tiles` is how many LeanTiles it may
+// have.
+inline Geometry32 geometry32(const DecodeParams& p, int64_t rows_per_block, int64_t tile_tokens,
+                             int64_t most_tiles) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (p.pages.capacity() > kMaxTokens) {
     fail("decode: a sequence may have ", p.pages.capacity(), " tokens; on cuda it may have ", kMaxTokens);
@@ -80,36 +81,53 @@ inline Geometry32 geometry32(const DecodeParams& p, int64_t rows_per_block, int6
           .visibility = {window(p.visibility.window_left), window(p.visibility.window_right)}};
 }
 
-inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32& geometry, const Workspace& workspace,
-                                        ErrorRecord* errors, int64_t min_tiles_per_cta) {
+inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32& geometry,
+                                        const Workspace& workspace, ErrorRecord* errors,
+                                        int64_t min_tiles_per_cta) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const auto bytes = [&](const CacheView& cache, int64_t stride) { return stride * element_size(cache.dtype); };
+  const auto bytes = [&](const CacheView& cache, int64_t stride) {
+    return stride * element_size(cache.dtype);
+  };
   const bool paged = p.pages.block_table != nullptr;
   const auto has_whole_steps = [&](const CacheView& cache) {
-    return has_aligned_rows(cache) && std::abs(bytes(cache, cache.token_stride)) <= kMost &&
-           (!paged || (p.pages.block_size % 16 == 0 && std::abs(bytes(cache, cache.block_stride)) <= kMost));
+    const Dimension blocks{p.pages.num_blocks, bytes(cache, cache.block_stride)};
+    const Dimension tokens{p.pages.block_size, bytes(cache, cache.token_stride)};
+    const Dimension heads{p.num_kv_heads, bytes(cache, cache.head_stride)};
+    return has_aligned_rows(cache.data, {blocks, tokens, heads}, 16) && bytes(cache, cache.dims) % 16 == 0 &&
+           std::abs(tokens.stride_bytes) <= kMost &&
+           (!paged || (p.pages.block_size % 16 == 0 && std::abs(blocks.stride_bytes) <= kMost));
+  };
+  // Of q and out, whose elements have 2 bytes.
+  const auto has_aligned_heads = [&](const void* data, int64_t batch, int64_t token, int64_t head,
+                                     int64_t to) {
+    return has_aligned_rows(
+        data,
+        {{p.cu_seqlens_q ? 1 : p.batch, 2 * batch}, {p.query_tokens, 2 * token}, {p.num_heads, 2 * head}},
+        to);
   };
   const auto int32 = [](int64_t n) { return static_cast<int32_t>(n); };
-  return {.p = p,
-          .geometry = geometry,
-          .block_size = FastDivisor(int32(std::max<int64_t>(1, std::min(p.pages.block_size, kMost)))),
-          .num_blocks = int32(std::min(p.pages.num_blocks, kMost)),
-          .capacity = int32(p.pages.capacity()),
-          .workspace = workspace,
-          .errors = errors,
-          .min_tiles_per_cta = int32(min_tiles_per_cta),
-          .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
-          .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
-          .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),
-          .v_block_bytes = int32(bytes(p.v, p.v.block_stride)),
-          .v_token_bytes = int32(bytes(p.v, p.v.token_stride)),
-          .k_chunks = int32(bytes(p.k, p.k.dims) / 16),
-          .v_chunks = int32(bytes(p.v, p.v.dims) / 16),
-          .aligned_q = p.k.dims % 8 == 0 && has_aligned_rows(p.q, {p.q_batch_stride, p.q_token_stride, p.q_head_stride}, 8),
-          .aligned_out = has_aligned_rows(p.out, {p.out_batch_stride, p.out_token_stride, p.out_head_stride}, 2),
-          .only_scale = p.softcap == 0.0f && p.alibi_slopes == nullptr,
-          .score = score_options(p),
-          .scale = p.scale * score_options(p).unit};
+  return {
+      .p = p,
+      .geometry = geometry,
+      .block_size = FastDivisor(int32(std::max<int64_t>(1, std::min(p.pages.block_size, kMost)))),
+      .num_blocks = int32(std::min(p.pages.num_blocks, kMost)),
+      .capacity = int32(p.pages.capacity()),
+      .workspace = workspace,
+      .errors = errors,
+      .min_tiles_per_cta = int32(min_tiles_per_cta),
+      .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
+      .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
+      .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),
+      .v_block_bytes = int32(bytes(p.v, p.v.block_stride)),
+      .v_token_bytes = int32(bytes(p.v, p.v.token_stride)),
+      .k_chunks = int32(bytes(p.k, p.k.dims) / 16),
+      .v_chunks = int32(bytes(p.v, p.v.dims) / 16),
+      .aligned_q = p.k.dims % 8 == 0 &&
+                   has_aligned_heads(p.q, p.q_batch_stride, p.q_token_stride, p.q_head_stride, 16),
+      .aligned_out = has_aligned_heads(p.out, p.out_batch_stride, p.out_token_stride, p.out_head_stride, 4),
+      .only_scale = p.softcap == 0.0f && p.alibi_slopes == nullptr,
+      .score = score_options(p),
+      .scale = p.scale * score_options(p).unit};
 }
 
 }  // namespace lean::cuda
