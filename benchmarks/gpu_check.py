@@ -1,156 +1,211 @@
-"""Everything that only a GPU can tell, in one command of some minutes: `python -m benchmarks.gpu_check`.
+"""Everything that only a GPU can tell, in one command of seven minutes: `python -m benchmarks.gpu_check`.
 
-Runs the GPU tests, a set of them under compute-sanitizer, a soak of launches of random shapes, and a table of
-KV bytes per second beside the measured read bandwidth; writes what it saw to one JSON file with GPU, driver,
-torch and commit. Needs a package that was built with CUDA (`python -m lean_attention info`).
+Builds the core in place for the GPU at hand, tries it, measures bandwidth, launches random shapes for a
+while, runs the GPU tests, and has compute-sanitizer watch a few launches. Each part is a process with a limit
+of its own, to which the time that earlier ones left is added, and leaves a JSON file; one that fails or is
+stopped takes nothing from the others. Needs a CUDA toolkit and torch; --dry-run needs neither, and shows the
+plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import json
-import random
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from benchmarks import gpu_parts
 
-import lean_attention
-from benchmarks.harness import OUTPUTS
-from lean_attention import reference
-from lean_attention._core import core
+ROOT = gpu_parts.ROOT
+STARTED = time.monotonic()
+# Seconds that a part has to write what it knows, once it was told to stop.
+GRACE = 5
+# initcheck is left out: tickets and flags are read before anything was written there, by design.
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
-RESULTS = OUTPUTS / "gpu_check.json"
+
+@dataclass(frozen=True)
+class Part:
+    """Commands that share a time and a file of results."""
+
+    name: str
+    seconds: int
+    commands: tuple[tuple[str, ...], ...]
+    needed: bool = False  # where it fails, nothing else can run
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def run(command: list[str], seconds: int) -> dict:
-    """The command's exit status and the end of what it said."""
+def plan(output: Path) -> list[Part]:
+    def run(name: str, *options: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "benchmarks.gpu_check", "--part", name, *options)
+
+    def part(name: str, seconds: int, needed: bool = False) -> Part:
+        return Part(name, seconds, (run(name, "--output", str(output)),), needed)
+
+    watched = tuple(
+        (sanitizer(), "--tool", tool, "--error-exitcode", "1", *run("launches")) for tool in SANITIZER_TOOLS
+    )
+    # Each tensor in an allocation of its own, whose bounds are seen.
+    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    return [
+        part("build", 100, needed=True),
+        part("smoke", 30),
+        part("bandwidth", 65),
+        part("soak", 45),
+        part("tests", 120),
+        Part("sanitizers", 60, watched, environment=uncached),
+    ]
+
+
+def sanitizer() -> str:
+    """compute-sanitizer: on the PATH, or the toolkit's."""
+    if found := shutil.which("compute-sanitizer"):
+        return found
+    toolkit = gpu_parts.build_module().cuda_toolkit()
+    if toolkit is not None and (inside := toolkit / "bin" / "compute-sanitizer").exists():
+        return str(inside)
+    return "compute-sanitizer"
+
+
+class Results:
+    """A part's file, written anew with everything that is added to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(self, **row: object) -> None:
+        self.update(rows=[*self.content.get("rows", []), row])
+
+    def update(self, **content: object) -> None:
+        self.content |= content
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".new")
+        beside.write_text(json.dumps(self.content, indent=2) + "\n")
+        beside.replace(self.path)
+
+
+def run(command: Sequence[str], limit: float, environment: dict[str, str]) -> dict:
+    """Runs it for at most `limit` seconds; what it says is shown, and its end kept."""
+    begin, tail = time.monotonic(), collections.deque(maxlen=40)
+    ran: dict[str, object] = {"command": " ".join(command)}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return {**ran, "ended": f"did not start: {error}"}
+
+    def show() -> None:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            tail.append(line.rstrip())
+
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    try:
+        ran["ended"] = process.wait(max(1.0, limit - GRACE))
     except subprocess.TimeoutExpired:
-        return {"command": " ".join(command), "ended": f"not within {seconds} s"}
-    tail = (result.stdout + result.stderr).splitlines()[-6:]
-    print("\n".join(tail), flush=True)
-    return {"command": " ".join(command), "ended": result.returncode, "tail": tail}
+        ran["ended"] = f"not within {limit:.0f} s"
+    finally:
+        stop(process)
+    reader.join(1)
+    return {**ran, "seconds": round(time.monotonic() - begin, 1), "tail": list(tail)}
 
 
-def soak(launches: int, seconds: float) -> dict:
-    """Launches of random shapes; the last of each shape is compared with float64."""
-    choose, done, start = random.Random(), 0, time.monotonic()
-    worst = 0.0
-    while done < launches and time.monotonic() - start < seconds:
-        kv_heads, group = choose.randint(1, 4), choose.choice([1, 2, 3, 4, 7, 8, 16])
-        head_dim, batch = choose.choice([64, 80, 96, 128, 192, 256]), choose.randint(1, 9)
-        dtype = choose.choice([torch.float16, torch.bfloat16])
-        lens = torch.tensor([choose.randint(0, 3000) for _ in range(batch)], dtype=torch.int32)
-        q = torch.randn(batch, choose.randint(1, 4), kv_heads * group, head_dim, dtype=dtype, device="cuda")
-        k, v = torch.randn(2, batch, 3000, kv_heads, head_dim, dtype=dtype, device="cuda")
-        seq_lens = lens.cuda()
-        for _ in range(250):
-            out, _ = lean_attention.decode(q, k, v, seq_lens, num_ctas=choose.choice([0, 0, 1, 7, 300]))
-        done += 250
-        want, _ = reference.decode(q.cpu(), k.cpu(), v.cpu(), lens)
-        error = (out.cpu().double() - want).abs().max().item()
-        if not error < 0.03:
-            raise AssertionError(f"soak: error {error} for {q.shape}, {k.shape}, {lens.tolist()}")
-        worst = max(worst, error)
-    return {"launches": done, "worst_error": worst, "seconds": round(time.monotonic() - start, 1)}
+def stop(process: subprocess.Popen) -> None:
+    """And all that it has started: first by an interrupt, at which pytest writes its results."""
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
-def microseconds(function, repeats: int = 30) -> float:
-    """Median GPU time of a call."""
-    for _ in range(5):
-        function()
-    events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) * 1e3 for begin, end in events)[repeats // 2]
+def run_parts(parts: Sequence[Part], output: Path) -> dict[str, str]:
+    """How each part ended: "passed", or what happened."""
+    total = sum(part.seconds for part in parts)
+    end, ended = time.monotonic() + total, {}
+    for i, part in enumerate(parts):
+        file = output / f"{part.name}.json"
+        file.unlink(missing_ok=True)
+        part_end = end - sum(later.seconds for later in parts[i + 1 :])
+        print(f"== {part.name}: {part_end - time.monotonic():.0f} s at most", flush=True)
+        runs: list[dict] = []
+        for j, command in enumerate(part.commands):
+            limit = (part_end - time.monotonic()) / (len(part.commands) - j)
+            if "--output" in command:  # a part that keeps its results, and the time
+                command = (*command, "--seconds", f"{limit - GRACE:.0f}")
+            runs.append(run(command, limit, dict(part.environment)))
+            Results(file).update(part=part.name, runs=runs)
+        failures = [str(run["ended"]) for run in runs if run["ended"] != 0]
+        ended[part.name] = "; ".join(failures) or "passed"
+        if failures and part.needed:
+            ended |= {later.name: f"left out, for {part.name} failed" for later in parts[i + 1 :]}
+            break
+    return ended
 
 
-def bandwidth() -> dict:
-    data = torch.empty(2**31, dtype=torch.float32, device="cuda")  # 8 GB
-    read = data.nbytes / microseconds(data.sum, 10) / 1e3
-    rows = []
-    for batch, kv_heads, group, head_dim, tokens in (
-        (1, 8, 4, 128, 8192),
-        (1, 8, 4, 128, 65536),
-        (1, 8, 4, 128, 524288),
-        (16, 8, 8, 128, 8192),
-        (64, 8, 1, 128, 4096),
-        (16, 8, 4, 64, 16384),
-        (16, 4, 4, 256, 8192),
-        (1, 8, 4, 128, 1024),
-    ):
-        q = torch.randn(batch, 1, kv_heads * group, head_dim, dtype=torch.bfloat16, device="cuda")
-        k, v = torch.randn(
-            2, batch, kv_heads, tokens, head_dim, dtype=torch.bfloat16, device="cuda"
-        ).transpose(2, 3)
-        lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+def run_part(name: str, output: Path, seconds: float) -> None:
+    """In the part's own process."""
+    keep, end = Results(output / f"{name}.json").keep, STARTED + seconds
+    if name == "launches":
+        gpu_parts.launches()
+    elif name == "tests":
+        gpu_parts.tests(keep, end, output / "tests.xml")
+    elif name == "bandwidth":
+        from benchmarks.gpu_bandwidth import bandwidth
 
-        def call(q=q, k=k, v=v, lens=lens) -> None:
-            lean_attention.decode(q, k, v, lens)
-
-        taken = microseconds(call)
-        speed = 2 * k.nbytes / taken / 1e3
-        rows.append(
-            {
-                "batch": batch,
-                "kv_heads": kv_heads,
-                "group": group,
-                "head_dim": head_dim,
-                "tokens": tokens,
-                "microseconds": round(taken, 1),
-                "GB/s": round(speed),
-                "share_of_read_bandwidth": round(speed / read, 3),
-            }
-        )
-        print(rows[-1], flush=True)
-    return {"read_GB/s": round(read), "decode_bf16": rows}
+        bandwidth(keep, end)
+    else:
+        {"build": gpu_parts.build, "smoke": gpu_parts.smoke, "soak": gpu_parts.soak}[name](keep, end)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--soak", type=int, default=100_000, help="launches (at most 100 s of them)")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("gpu_check: torch sees no CUDA GPU here")
-    if not core.cuda_kernels():
-        sys.exit(
-            "gpu_check: this build of lean_attention has no CUDA kernels; install with LEAN_ATTENTION_CUDA=1"
-        )
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    seen = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() or "unknown",
-    }
-
-    def keep(**more) -> None:
-        seen.update(more)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(seen, indent=2) + "\n")
-
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    keep(tests=run(pytest, 180))
-    keep(bandwidth=bandwidth())
-    keep(soak=soak(arguments.soak, 100))
-    sanitizer = shutil.which("compute-sanitizer")
-    few = [*pytest, "-k", "every_grid or strides"]
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        told = (
-            run([sanitizer, "--tool", tool, *few], 70) if sanitizer else "compute-sanitizer is not installed"
-        )
-        keep(**{tool: told})
-    print(f"written to {arguments.output}")
+    default = Path(os.environ.get("OUT") or Path("build") / "gpu_check")
+    parser.add_argument("--output", type=Path, default=default, help=f"a folder; {default} if not given")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, and run nothing")
+    names = ["build", "smoke", "bandwidth", "soak", "tests", "launches"]
+    parser.add_argument("--part", choices=names, help="run this alone, in this process")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that the part has")
+    given = parser.parse_args(arguments)
+    output = given.output.resolve()
+    if given.part:
+        run_part(given.part, output, given.seconds)
+        return
+    parts = plan(output)
+    if given.dry_run:
+        for part in parts:
+            print(f"{part.name}: {part.seconds} s, {output / part.name}.json")
+            for command in part.commands:
+                found = "" if shutil.which(command[0]) else "  (not installed here)"
+                print(f"    {' '.join(command)}{found}")
+        print(f"{sum(part.seconds for part in parts)} s in all")
+        return
+    ended = run_parts(parts, output)
+    for name, how in ended.items():
+        print(f"{name:12}{how}")
+    print(f"written to {output}")
+    if set(ended.values()) != {"passed"}:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

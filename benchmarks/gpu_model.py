@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path as File
 
 from benchmarks.sass import Function
+
+# What `make cuda-check` has found; a GPU machine need not have what reads machine code.
+RESULTS = File(__file__).resolve().parent / "results" / "cuda_model.txt"
 
 WARPS = 4  # of a CTA; an SM has as many schedulers
 STEP_TOKENS = 16
@@ -124,13 +128,13 @@ CASES = (
     Case("1 x 128k", (131072,)),
     Case("32 x 4k", (4096,) * 32),
     Case("31 x 1k and 64k", (1024,) * 31 + (65536,)),
-    Case("1 x 128k, fp8", (131072,), quantised=True),
+    Case("1 x 128k, e4m3", (131072,), quantised=True),
 )
 
 KV_HEADS, HEAD_DIM, TILE_TOKENS, MIN_TILES = 8, 128, 128, 2
 
 
-def predicted_share(case: Case, gpu: Gpu, paths: Paths, ctas_per_sm: int) -> float:
+def share_of_bandwidth(case: Case, gpu: Gpu, paths: Paths, ctas_per_sm: int) -> float:
     """The share of the read bandwidth that a call reaches, by the model."""
     bytes_read = sum(case.lens) * KV_HEADS * HEAD_DIM * 2 * (1 if case.quantised else 2)
     tiles = [-(-length // TILE_TOKENS) for length in case.lens]
@@ -147,3 +151,13 @@ def predicted_share(case: Case, gpu: Gpu, paths: Paths, ctas_per_sm: int) -> flo
     reading = max(cycles * microseconds, bytes_read / gpu.read_tb / 1e6)
     around = (paths.begin.cycles + segments * paths.change.cycles + peers * PEER_CYCLES) * microseconds
     return bytes_read / gpu.read_tb / 1e6 / (LAUNCH_US + FIRST_BYTE_US + around + reading)
+
+
+def predicted_share(case: str, gpu: str = "H200") -> float | None:
+    """What the model says of a case, as `make cuda-check` last wrote it; None: nothing."""
+    if not RESULTS.is_file():
+        return None
+    rows = [re.split(r"\s{2,}", line.strip()) for line in RESULTS.read_text().splitlines()]
+    header = next((row for row in rows if row[0] == "case"), None)
+    found = next((row for row in rows if row[0] == case), None)
+    return float(found[header.index(gpu)]) if header and found else None

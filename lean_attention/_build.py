@@ -140,8 +140,11 @@ def cuda_toolkit() -> Path | None:
 
 
 def include_dirs() -> list[str]:
-    import pybind11
-
+    """Torch's own headers have a copy of pybind11, which serves where the package is not installed."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        return [str(ROOT / "csrc")]
     return [str(ROOT / "csrc"), pybind11.get_include()]
 
 

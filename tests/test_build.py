@@ -48,18 +48,19 @@ def test_builds_just_in_time_from_sources(tmp_path: Path) -> None:
         "import torch, lean_attention as la; print(la.__file__); "
         "q = torch.randn(1, 1, 2, 8); k = torch.randn(1, 5, 1, 8); print(la.decode(q, k, k)[0].shape)"
     )
-    result = python(code, tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "LEAN_ATTENTION_CUDA": "0"}
+    result = python(code, tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     assert str(tmp_path) in result.stdout
     assert "torch.Size([1, 1, 2, 8])" in result.stdout
     assert "building the compiled core" in result.stderr
-    again = python(code, tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    again = python(code, tmp_path, **environment)
     assert again.returncode == 0, again.stderr
     assert "building" not in again.stderr
     # A source that does not compile any more: tried again, and shown.
     (tmp_path / "csrc" / "bad_numbers.cpp").write_text("no C++\n")
     for _ in range(2):
-        broken = python(code, tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+        broken = python(code, tmp_path, **environment)
         assert broken.returncode != 0
         assert "the compiled core could not be built for the CPU only\n" in broken.stderr
         assert "bad_numbers.cpp:1:1: error: " in broken.stderr
@@ -256,6 +257,12 @@ def test_every_gpu_finds_code_that_it_can_run() -> None:
 
 def test_no_code_is_for_one_chip_alone() -> None:
     assert not re.search(r"[a-z]", _build.CUDA_ARCHITECTURES)
+
+
+def test_continuous_integration_checks_architectures_that_are_built() -> None:
+    ci = (checkout.ROOT / ".ci" / "run").read_text()
+    [checked] = re.findall(r'CUDA_CHECK_ARCHITECTURES="(.*)"', ci)
+    assert set(checked.split(";")) <= set(_build.CUDA_ARCHITECTURES.split(";"))
 
 
 def test_the_constraints_admit_what_the_package_asks_for() -> None:
