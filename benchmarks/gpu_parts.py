@@ -193,6 +193,7 @@ def tests_command(junit: Path) -> list[str]:
 
 def tests(keep: Keep, end: float, junit: Path) -> None:
     """Becomes pytest, so that a signal to stop reaches it and its results are written."""
+    junit.unlink(missing_ok=True)  # of an earlier run
     missing = missing_packages()
     keep(missing_packages=missing)
     if missing:

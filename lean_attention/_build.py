@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,14 +241,14 @@ def build_in_place() -> ModuleType:
 
     cuda = cuda_build(unset="visible")
     name = "lean_attention_C_cuda" if cuda else "lean_attention_C"
-    directory = Path(cpp_extension._get_build_directory(name, verbose=False))
+    directory = Path(cpp_extension._get_build_directory(name, verbose=False)).resolve()
     made_of, wanted = directory / "made_of", fingerprint(cuda)
     with locked(directory) as lock:
         if not made_of.exists() or made_of.read_text() != wanted:
             made_of.unlink(missing_ok=True)
             run_compiler(directory, cuda, lock)
             made_of.write_text(wanted)
-        [library] = (directory / "lean_attention").glob("_C.*")
+        library = directory / "lean_attention" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         spec = importlib.util.spec_from_file_location("lean_attention._C", library)
         core = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(core)
