@@ -28,10 +28,24 @@ void no_kernel(cuda::DecodeArguments) {}
 void no_kernel_of_32_rows(cuda::DecodeArguments) {}
 void no_quantised_kernel(cuda::DecodeArguments) {}
 
+cuda::Kernel kernel(int head_dim, int rows, bool quantised, int shared_bytes,
+                    void (*function)(cuda::DecodeArguments), std::atomic<int64_t>* resident) {
+  return {.head_dim = head_dim,
+          .head_dim_v = head_dim,
+          .rows = rows,
+          .quantised = quantised,
+          .tile_tokens = 128,
+          .shared_bytes = shared_bytes,
+          .partial_floats = kPartialFloats,
+          .bytes_in_flight = 0,
+          .function = function,
+          .resident_ctas = resident};
+}
+
 const cuda::Kernel kKernels[] = {
-    {128, 128, 16, false, 128, kSharedBytes, kPartialFloats, 1, &no_kernel, resident_ctas[0]},
-    {128, 128, 32, false, 128, 2 * kSharedBytes, 1, 1, &no_kernel_of_32_rows, resident_ctas[1]},
-    {64, 64, 16, true, 128, kSharedBytes, 1, 1, &no_quantised_kernel, resident_ctas[2]},
+    kernel(128, 16, false, kSharedBytes, &no_kernel, resident_ctas[0]),
+    kernel(128, 32, false, 2 * kSharedBytes, &no_kernel_of_32_rows, resident_ctas[1]),
+    kernel(64, 16, true, kSharedBytes, &no_quantised_kernel, resident_ctas[2]),
 };
 
 // What a launch of this thread was given.
