@@ -1,7 +1,8 @@
 // The launches of csrc/cuda and the dispatch of csrc/ops, as tests call them and see what they did.
 #define LEAN_WITH_CUDA
+// First, with the <dlfcn.h> of this folder: pybind11 may include the system's.
 #include "ops/dispatch.h"
-// Before anything that would include the system's <dlfcn.h>.
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
