@@ -26,4 +26,7 @@ try:
 except (RuntimeError, ValueError) as error:
     sys.exit(f"lean_attention: {error}")
 build.say(f"with CUDA ({cuda.toolkit}) for {cuda.architectures}" if cuda else "without CUDA")
-setup(ext_modules=[build.extension(cuda)], cmdclass={"build_ext": build.build_command()})
+setup(
+    ext_modules=[build.extension(cuda, Path("build", "kernels"))],
+    cmdclass={"build_ext": build.build_command()},
+)

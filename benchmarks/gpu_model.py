@@ -1,8 +1,8 @@
-"""A model of the decode kernel's time on a GPU, from the machine code that nvcc has made of it. Nothing is run.
+"""A model of the decode kernel's time on a GPU, from the machine code that nvcc makes. Nothing is run.
 
 A warp's time for a step, for what comes before its first copy, and for a change of segment are those of paths
-through the code (`benchmarks.sass`). The rest is arithmetic: how many LeanTiles a CTA gets, and the bandwidth that
-memory gives at most.
+through the code (`benchmarks.sass`). The rest is arithmetic: how many LeanTiles a CTA gets, and the bandwidth
+that memory gives at most.
 """
 
 from __future__ import annotations
@@ -61,26 +61,21 @@ class Shape:
     @property
     def copies(self) -> int:
         """Of 16 bytes, of each lane in a step."""
-        return (self.head_dim + self.warp_dim_v) * STEP_TOKENS * (1 if self.quantised else 2) // 16 // 32
+        element_bytes = 1 if self.quantised else 2
+        return (self.head_dim + self.warp_dim_v) * STEP_TOKENS * element_bytes // 16 // 32
 
 
 PRODUCT, COPY = "HMMA", r"LDGSTS\S*\.128"
+PATTERNS = {"products": PRODUCT, "copies": COPY, "barriers": "BAR", "scans": r"SHFL\.UP", "stores": "STG"}
 
 
 def find_paths(code: Function, shape: Shape) -> Paths:
-    """The fast paths of a kernel: those that execute what a whole step, a start or a change has to, and no more."""
-    products = [at for at, block in code.blocks.items() if any(i.family == PRODUCT for i in block.code)]
-    copies = [at for at, block in code.blocks.items() if any(re.match(COPY, i.opcode) for i in block.code)]
+    """The fast paths of a kernel: those that execute what a step, a start or a change has to, and no more."""
+    products = code.blocks_with(PRODUCT)
+    copies = code.blocks_with(COPY)
 
     def shortest(begins, goal, **amounts) -> Path | None:
-        patterns = {
-            "products": PRODUCT,
-            "copies": COPY,
-            "barriers": r"BAR",
-            "scans": r"SHFL\.UP",
-            "stores": "STG",
-        }
-        wanted = {name: patterns[name] for name in amounts}
+        wanted = {name: PATTERNS[name] for name in amounts}
         paths = [code.shortest(at, lambda to, at=at: goal(at, to), wanted, amounts) for at in begins]
         found = min((path for path in paths if path), key=code.length, default=None)
         if found is None:

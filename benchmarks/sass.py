@@ -1,4 +1,4 @@
-"""Paths through machine code (SASS) as cuobjdump prints it: how many instructions they take, and a model of time.
+"""Paths through machine code (SASS) as cuobjdump prints it: their instructions, and a model of their time.
 
 A path is found by what it has to execute (so many tensor-core products and asynchronous copies, say), as the
 shortest one that does: a kernel's fast path is the shortest through its branches, and addresses mean nothing.
@@ -10,6 +10,7 @@ assumptions.
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x([0-9a-f]{16}) \*/\n\s+/\* 0x([0-9a-f]{16})", re.M
+    r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16})", re.M
 )
 
 # Cycles until a result is there that the compiler waits for by a scoreboard, by opcode; assumed, for Hopper.
 LATENCY = {
-    "LDS": 30, "LDSM": 33, "LDC": 35, "ULDC": 12, "MUFU": 30, "SHFL": 26, "I2F": 25, "F2I": 25, "S2R": 25, "S2UR": 25,
-    "LDG": 350, "LD": 600, "VOTE": 12, "VOTEU": 12, "STS": 25, "HMMA": 35, "LDGSTS": 20, "ATOM": 350, "ATOMG": 350,
-    "POPC": 20, "FLO": 20, "R2UR": 12, "CS2R": 10, "F2FP": 10, "I2FP": 10, "ATOMS": 60, "BAR": 30, "IMAD": 10,
+    **dict.fromkeys(("LDG", "ATOM", "ATOMG"), 350), "LD": 600, "ATOMS": 60, "LDC": 35, "HMMA": 35, "LDSM": 33,
+    **dict.fromkeys(("LDS", "MUFU", "BAR"), 30), "SHFL": 26, "LDGSTS": 20, "POPC": 20, "FLO": 20,
+    **dict.fromkeys(("I2F", "F2I", "S2R", "S2UR", "STS"), 25),
+    **dict.fromkeys(("CS2R", "F2FP", "I2FP", "IMAD"), 10),
 }  # fmt: skip
 OTHER_LATENCY = 12
 BRANCH_CYCLES = 8  # of one that is taken
@@ -96,11 +98,9 @@ class Function:
     """The machine code of a kernel."""
 
     def __init__(self, text: str) -> None:
-        self.code = [
-            Instruction(int(a, 16), t.strip(), int(c, 16)) for a, t, _, c in INSTRUCTION.findall(text)
-        ]
+        self.code = [Instruction(int(a, 16), t.strip(), int(c, 16)) for a, t, c in INSTRUCTION.findall(text)]
         addresses = [i.address for i in self.code]
-        following = dict(zip(addresses, addresses[1:], strict=False))
+        following = dict(itertools.pairwise(addresses))
         leaders = {addresses[0]} if addresses else set()
         for i in self.code:
             if i.family in ("BRA", "CALL"):
@@ -128,6 +128,9 @@ class Function:
     @property
     def bytes(self) -> int:
         return 16 * len(self.code)
+
+    def blocks_with(self, pattern: str) -> list[int]:
+        return [at for at, b in self.blocks.items() if any(re.match(pattern, i.opcode) for i in b.code)]
 
     def counts(self, block: Block, wanted: Mapping[str, str]) -> tuple[int, ...]:
         return tuple(
@@ -157,9 +160,11 @@ class Function:
     def shortest(
         self, begin: int, goal, wanted: Mapping[str, str], amounts: Mapping[str, int], most: int = 20000
     ) -> list[int] | None:
-        """The blocks of the shortest path from block `begin`, which is executed, that has executed exactly so many
-        of each of `wanted` (a pattern of opcodes; a negative amount: at least so many) when it is about to enter a
-        block for which goal(address) holds. None: there is no such path."""
+        """The blocks of the shortest path from block `begin` on to one for which goal(address) holds.
+
+        Before it enters that, it has executed exactly so many of each of `wanted` (patterns of opcodes; a
+        negative amount: at least so many). None: there is no such path.
+        """
         limits = tuple(amounts[name] for name in wanted)
         per_block = {at: self.counts(block, wanted) for at, block in self.blocks.items()}
 
@@ -172,17 +177,13 @@ class Function:
                 out.append(min(h, -limit) if limit < 0 else h)
             return tuple(out)
 
-        def cost(block):
-            b = self.blocks[block]
-            return len(b.code) + (self._call_length.get(b.callee, 0) if b.callee is not None else 0)
-
         done = tuple(abs(limit) for limit in limits)
         first = add(tuple(0 for _ in limits), begin)
         if first is None:
             return None
-        queue = [(cost(begin), begin, first)]
+        queue = [(self._length(self.blocks[begin]), begin, first)]
         before = {(begin, first): None}
-        best = {(begin, first): cost(begin)}
+        best = {(begin, first): self._length(self.blocks[begin])}
         while queue:
             length, at, have = heapq.heappop(queue)
             if length > best[(at, have)] or length > most:
@@ -197,7 +198,7 @@ class Function:
                 more = add(have, to)
                 if more is None:
                     continue
-                total = length + cost(to)
+                total = length + self._length(self.blocks[to])
                 if total < best.get((to, more), 1 << 60):
                     best[(to, more)] = total
                     before[(to, more)] = (at, have)
@@ -209,12 +210,10 @@ class Function:
             yield from self.blocks[at].code
 
     def length(self, path: list[int]) -> int:
-        calls = sum(
-            self._call_length.get(self.blocks[at].callee, 0)
-            for at in path
-            if self.blocks[at].callee is not None
-        )
-        return sum(len(self.blocks[at].code) for at in path) + calls
+        return sum(self._length(self.blocks[at]) for at in path)
+
+    def _length(self, block: Block) -> int:
+        return len(block.code) + self._call_length.get(block.callee, 0)
 
     def cycles(self, path: list[int], latency: Mapping[str, int] = LATENCY) -> int:
         """The model's time of a path, by a warp that has the scheduler for itself."""

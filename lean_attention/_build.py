@@ -66,6 +66,24 @@ def sources(cuda: bool = False) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
+def write_kernel_sources(directory: Path) -> list[str]:
+    """Writes a source for each decode kernel of kernel_list.h; returns their paths, slow ones first."""
+    listed = (ROOT / "csrc" / "cuda" / "decode" / "kernel_list.h").read_text()
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for arguments in reversed(re.findall(r"^LEAN_DECODE_KERNEL\((.*)\)$", listed, flags=re.M)):
+        for dtype in ("BFloat16", "Half"):
+            path = directory / f"decode_{dtype}_{arguments.replace(', ', '_')}.cu"
+            text = (
+                '#include "cuda/decode/define_kernel.h"\n\nnamespace lean::cuda {\n'
+                f"LEAN_DEFINE_DECODE_KERNEL({dtype}, {arguments})\n}}\n"
+            )
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+            paths.append(str(path))
+    return paths
+
+
 class CudaBuild(NamedTuple):
     """What the CUDA kernels are built with, and for what (as in TORCH_CUDA_ARCH_LIST)."""
 
@@ -171,8 +189,11 @@ def say(text: str) -> None:
     print(f"lean_attention: {text}", file=sys.stderr, flush=True)
 
 
-def extension(cuda: CudaBuild | None) -> Extension:
-    """The core, as BuildExtension is to compile it; tells torch of the toolkit and the architectures."""
+def extension(cuda: CudaBuild | None, directory: Path) -> Extension:
+    """The core, as BuildExtension is to compile it; tells torch of the toolkit and the architectures.
+
+    `directory` is where the sources of kernels are written.
+    """
     from setuptools import Extension
     from torch.utils import cpp_extension
 
@@ -190,7 +211,7 @@ def extension(cuda: CudaBuild | None) -> Extension:
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     return Extension(
         "lean_attention._C",
-        sources=sources(cuda=cuda is not None),
+        sources=[*(write_kernel_sources(directory) if cuda else ()), *sources(cuda=cuda is not None)],
         include_dirs=include,
         library_dirs=search,
         libraries=libraries,
@@ -218,7 +239,7 @@ def compile_core(directory: Path) -> None:
     from setuptools import Distribution
 
     os.chdir(ROOT)  # sources are relative to it
-    ours = {"name": "lean_attention", "ext_modules": [extension(cuda_build())]}
+    ours = {"name": "lean_attention", "ext_modules": [extension(cuda_build(), directory / "kernels")]}
     command = Distribution({**ours, "cmdclass": {"build_ext": build_command()}}).get_command_obj("build_ext")
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
     command.ensure_finalized()
@@ -292,7 +313,7 @@ def run_compiler(directory: Path, cuda: CudaBuild | None, lock: TextIO) -> None:
             last.append(line)
             if verbose:
                 sys.stderr.write(line)
-            elif (done := re.match(r"\[(\d+)/(\d+)\].*?(csrc/\S+\.(?:cpp|cu))\b", line)) and (
+            elif (done := re.match(r"\[(\d+)/(\d+)\].*?((?:csrc|kernels)/\S+\.(?:cpp|cu))\b", line)) and (
                 sys.stderr.isatty() or time.monotonic() - told > 10
             ):
                 told = time.monotonic()

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cuda/decode/config.h"
 #include "cuda/decode/fix_up.h"
 #include "cuda/decode/kernels.h"
 #include "cuda/host.h"

@@ -77,11 +77,12 @@ LEAN_DEVICE bool any(bool value) {
 // Copies 16 bytes to shared memory, or writes 16 zero bytes there and reads nothing. They arrive when the
 // thread that asked has waited for them; other threads see them after a barrier with it.
 LEAN_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("{.reg .pred ignored; setp.eq.u32 ignored, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignored;}"
-               :
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "l"(__cvta_generic_to_global(global)), "r"(static_cast<uint32_t>(valid))
-               : "memory");
+  asm volatile(
+      "{.reg .pred ignored; setp.eq.u32 ignored, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignored;}"
+      :
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(global)),
+        "r"(static_cast<uint32_t>(valid))
+      : "memory");
 }
 // The same of 4 bytes.
 LEAN_DEVICE void copy_word_async(void* shared, const void* global) {
@@ -172,7 +173,8 @@ template <class T>
 LEAN_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b);
 template <>
 LEAN_DEVICE uint32_t subtract_pairs<Half>(uint32_t a, uint32_t b) {
-  const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  const __half2 difference =
+      __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
   return reinterpret_cast<const uint32_t&>(difference);
 }
 template <>
@@ -193,7 +195,8 @@ LEAN_DEVICE void e4m3_to_fp16(uint32_t word, uint32_t& low, uint32_t& high) {
       : "=r"(low), "=r"(high)
       : "r"(word));
 #else
-  // Sign, exponent and mantissa in their places, and the exponent's bias made up for by 2^8; all ones are NaN.
+  // Sign, exponent and mantissa in their places, and the exponent's bias made up for by 2^8; all ones are
+  // NaN.
   const auto convert = [](uint32_t upper) {
     const uint32_t magnitude = upper & 0x7f007f00, bits = (upper & 0x80008000) | magnitude >> 1;
     const __half2 scaled =

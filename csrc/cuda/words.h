@@ -17,18 +17,28 @@ namespace lean::hw {
 // In PTX, because atomics of C++ on an address that could be in shared memory come with code for both.
 LEAN_DEVICE uint64_t load_relaxed(const uint64_t* word) {
   uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(__cvta_generic_to_global(word)) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+               : "=l"(value)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
   return value;
 }
-// What a thread loads after it is ordered after what was stored before a release that it has seen the value of.
+// What a thread loads after it is ordered after what was stored before a release that it has seen the value
+// of.
 LEAN_DEVICE void fence_acquire() {
   asm volatile("fence.acq_rel.gpu;" : : : "memory");
 }
 LEAN_DEVICE void store_relaxed(uint64_t* word, uint64_t value) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(__cvta_generic_to_global(word)), "l"(value) : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(word)), "l"(value)
+               : "memory");
 }
 LEAN_DEVICE void store_release(uint64_t* word, uint64_t value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" : : "l"(__cvta_generic_to_global(word)), "l"(value) : "memory");
+  asm volatile("st.release.gpu.global.u64 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(word)), "l"(value)
+               : "memory");
 }
 LEAN_DEVICE uint64_t fetch_add_relaxed(uint64_t* word, uint64_t value) {
   uint64_t before;

@@ -93,7 +93,8 @@ py::dict decode(const Call& c) {
   const auto offset = [](const void* part) { return static_cast<const char*>(part) - memory; };
   return py::dict(py::arg("ticket") = offset(w.ticket), py::arg("flags") = offset(w.flags),
                   py::arg("partials") = offset(w.partials), py::arg("partial_floats") = w.partial_floats,
-                  py::arg("bytes") = bytes, py::arg("nonce") = w.nonce, py::arg("aligned") = launched.aligned,
+                  py::arg("bytes") = bytes, py::arg("nonce") = w.nonce,
+                  py::arg("aligned") = launched.whole_steps,
                   py::arg("min_tiles_per_cta") = launched.min_tiles_per_cta);
 }
 
@@ -116,12 +117,10 @@ std::vector<uint64_t> nonces(int threads, int launches) {
 }  // namespace
 
 namespace lean::cuda {
-std::span<const Kernel> kernels_fp16() {
+std::span<const Kernel> kernels_of(DType) {
   return kKernels;
 }
-std::span<const Kernel> kernels_bf16() {
-  return kKernels;
-}
+
 }  // namespace lean::cuda
 
 // dispatch has the CPU's functions too; no tensor here is on it.

@@ -1,6 +1,15 @@
 // The kernels' own sources, compiled for the emulated device.
+#include "cuda/decode/kernels.cu"
 #include "cuda/append.cu"
-#include "cuda/decode/kernels_bf16.cu"
-#include "cuda/decode/kernels_fp16.cu"
+#include "cuda/decode/define_kernel.h"
 #include "cuda/launch.cu"
 #include "cuda/merge_states.cu"
+
+namespace lean::cuda {
+
+#define LEAN_DECODE_KERNEL(...)                \
+  LEAN_DEFINE_DECODE_KERNEL(Half, __VA_ARGS__) \
+  LEAN_DEFINE_DECODE_KERNEL(BFloat16, __VA_ARGS__)
+#include "cuda/decode/kernel_list.h"
+
+}  // namespace lean::cuda

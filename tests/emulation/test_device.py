@@ -117,7 +117,7 @@ def test_stale_flags_are_caught() -> None:
     emulated.configure(seed=3, fault=emulated.Fault.flags_stay_up)
     inputs = make_inputs(CASE)
     outputs = torch.ops.lean_attn_emulated.decode(**inputs, num_ctas=9)  # held: replays write there
-    with pytest.raises(RuntimeError, match="reads what no CTA has stored|is not ordered after"):
+    with pytest.raises(RuntimeError, match=r"reads what no CTA has stored|is not ordered after"):
         for _ in range(20):
             emulated.replay()
     assert len(outputs) == 2

@@ -19,8 +19,8 @@ struct ScoreMath {
   static LEAN_DEVICE F tanh(F x) { return tanhf(x); }
 };
 
-// Scores, in units of log2, may exceed what they are taken relative to by this much: fp16 holds their weights,
-// and the outputs need not be rescaled whenever there is a new maximum.
+// Scores, in units of log2, may exceed what they are taken relative to by this much: fp16 holds their
+// weights, and the outputs need not be rescaled whenever there is a new maximum.
 constexpr float kSlack = 8.0f;
 
 template <class Config>
@@ -42,7 +42,8 @@ class Attention {
     LEAN_DEVICE float m() const { return slack == kMinusInfinity ? kMinusInfinity : reference; }
   };
   Row rows[kRowTiles][2];
-  float output[kRowTiles][kColumns][4] = {};  // of rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
+  float output[kRowTiles][kColumns][4] =
+      {};  // of rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
 
   LEAN_DEVICE Attention(const DecodeArguments& arguments, const Thread& thread, TokenSpanOf<int32_t> all_see)
       : a_(arguments), lane_(thread.lane), all_see_(all_see) {
@@ -67,19 +68,20 @@ class Attention {
 
  private:
   LEAN_DEVICE void load_query(uint32_t (&a)[4], int rt, int kk) const {
-    hw::load_matrices(a, query_rows<Config>() + Config::QRows::offset(rt * kTileRows + lane_ % 16, lane_ / 16) +
-                             32 * kk);
+    hw::load_matrices(
+        a, query_rows<Config>() + Config::QRows::offset(rt * kTileRows + lane_ % 16, lane_ / 16) + 32 * kk);
   }
 
   template <int... kPanels>
-  LEAN_DEVICE void multiply_keys(KvRing<Config>& ring, float (&scores)[kRowTiles][2][4], float (&scales)[2][4],
-                                 std::integer_sequence<int, kPanels...>) {
+  LEAN_DEVICE void multiply_keys(KvRing<Config>& ring, float (&scores)[kRowTiles][2][4],
+                                 float (&scales)[2][4], std::integer_sequence<int, kPanels...>) {
     (multiply_panel<kPanels>(ring.template next<kPanels>(), scores, scales), ...);
   }
 
   // scores += Q K^T over the dims of one panel.
   template <int kPanel>
-  LEAN_DEVICE void multiply_panel(const char* panel, float (&scores)[kRowTiles][2][4], float (&scales)[2][4]) {
+  LEAN_DEVICE void multiply_panel(const char* panel, float (&scores)[kRowTiles][2][4],
+                                  float (&scales)[2][4]) {
     with_format<Config>(a_.p.k.dtype, [&](auto format) {
       using Fragments = KeyFragments<Config, format()>;
       const char* const at = panel + Fragments::lane_offset(lane_);
@@ -121,8 +123,8 @@ class Attention {
   }
 
   // One step of online softmax in base 2: scores become weights, rounded to T as the A operand of P V. (The
-  // weights and their sum are relative to what need not be their maximum, only near enough for them to stay in
-  // range: no lane has to know the others' scores, and nothing is rescaled, until one exceeds it.)
+  // weights and their sum are relative to what need not be their maximum, only near enough for them to stay
+  // in range: no lane has to know the others' scores, and nothing is rescaled, until one exceeds it.)
   LEAN_DEVICE void soften(float (&scores)[kRowTiles][2][4], const float (&scales)[2][4],
                           uint32_t (&weights)[kRowTiles][4], int32_t first_token) {
     const bool all_seen = first_token >= all_see_.begin && first_token + kStepTokens <= all_see_.end;
@@ -155,7 +157,8 @@ class Attention {
     }
   }
 
-  // Calls take(score, its Row, the row's index, i) for each score: column i of its row's, of token token_of(i).
+  // Calls take(score, its Row, the row's index, i) for each score: column i of its row's, of token
+  // token_of(i).
   template <class Take>
   LEAN_DEVICE void for_each_score(float (&scores)[kRowTiles][2][4], const Take& take) {
 #pragma unroll

@@ -34,13 +34,14 @@ struct Workspace {
   LEAN_DEVICE float* partial(int64_t cta) const { return partials + cta * partial_floats; }
 };
 
-// 0 for the first CTA of the launch to take one, then 1, and so on up to num_ctas - 1, each once. By one thread
-// of every CTA. Relaxed: the word's own modification order is all that is used.
+// 0 for the first CTA of the launch to take one, then 1, and so on up to num_ctas - 1, each once. By one
+// thread of every CTA. Relaxed: the word's own modification order is all that is used.
 LEAN_DEVICE int32_t take_ticket(const Workspace& w, int64_t num_ctas) {
   constexpr uint64_t kCount = (uint64_t{1} << kTicketBits) - 1;
   uint64_t seen = hw::fetch_add_relaxed(w.ticket, 1);
   // In a replay the high bits are the nonce from the beginning. Else the word was garbage, and what was added
-  // to it is lost: at most one of these exchanges succeeds, after which they are the nonce until the launch ends.
+  // to it is lost: at most one of these exchanges succeeds, after which they are the nonce until the launch
+  // ends.
   if ((seen & ~kCount) != w.nonce) {
     for (seen = hw::load_relaxed(w.ticket); (seen & ~kCount) != w.nonce; seen = hw::load_relaxed(w.ticket)) {
       hw::compare_exchange_relaxed(w.ticket, seen, w.nonce);

@@ -1,11 +1,11 @@
 // Fragments of K and V as tensor cores take them, from panels in shared memory.
 //
-// Of 16-bit rows ldmatrix makes them. Quantised rows are read by the same instruction, which then sees pairs of
-// elements as one, and are converted to T in registers. That leaves their dims in another order: a lane has
-// dims 4 t to 4 t + 3 of a row of K where 16-bit rows give it 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, so the query
-// rows are laid in shared memory in that order too (rows.h); and columns g of two neighbouring output tiles are
-// dims 2 g and 2 g + 1 of 16, which write_output puts right (reduce.h). Scales are applied to scores and
-// weights.
+// Of 16-bit rows ldmatrix makes them. Quantised rows are read by the same instruction, which then sees pairs
+// of elements as one, and are converted to T in registers. That leaves their dims in another order: a lane
+// has dims 4 t to 4 t + 3 of a row of K where 16-bit rows give it 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, so the
+// query rows are laid in shared memory in that order too (rows.h); and columns g of two neighbouring output
+// tiles are dims 2 g and 2 g + 1 of 16, which write_output puts right (reduce.h). Scales are applied to
+// scores and weights.
 #pragma once
 
 #include "cuda/decode/config.h"
@@ -52,7 +52,9 @@ struct KeyFragments {
   uint32_t b[kDims / 16][2][2];  // [16 dims][8 tokens][half of k]
 
   // Where in a panel the lane's row begins.
-  static LEAN_DEVICE int lane_offset(int lane) { return Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2); }
+  static LEAN_DEVICE int lane_offset(int lane) {
+    return Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
 
   LEAN_DEVICE explicit KeyFragments(const char* at) {
     uint32_t r[4];

@@ -29,7 +29,9 @@ class KvRing {
         fill_(first_step(thread)),
         end_(place.end),
         whole_end_(fill_ < place.begin ? 0 : whole_end()) {
-    if (fill_ < end_) source_.begin(a_, place_, lane_, first_dim_v_, place_.first_token + fill_, place_.first_token + end_ - 1);
+    if (fill_ < end_)
+      source_.begin(a_, place_, lane_, first_dim_v_, place_.first_token + fill_,
+                    place_.first_token + end_ - 1);
     fill_all();
   }
 
@@ -41,8 +43,8 @@ class KvRing {
   static LEAN_DEVICE int32_t first_step(const Thread& thread) {
     return thread.warp / Config::dim_warps * kStepTokens;
   }
-  // Waits for the next item, which is panel kPanel of its step, starts a copy into the slot of the item before
-  // it, and returns where the next item lies.
+  // Waits for the next item, which is panel kPanel of its step, starts a copy into the slot of the item
+  // before it, and returns where the next item lies.
   template <int kPanel>
   LEAN_DEVICE const char* next() {
     hw::wait_copies<kAhead - 1>();
@@ -77,7 +79,8 @@ class KvRing {
     constexpr bool kValues = kPanel >= KPanels::count;
     if (fill_ < whole_end_) {
       if constexpr (kValues) {
-        copy_whole<VPanels, kPanel - KPanels::count>(slot, source_.v, a_.v_token_bytes, a_.v_chunks, first_dim_v_);
+        copy_whole<VPanels, kPanel - KPanels::count>(slot, source_.v, a_.v_token_bytes, a_.v_chunks,
+                                                     first_dim_v_);
       } else {
         copy_whole<KPanels, kPanel>(slot, source_.k, a_.k_token_bytes, a_.k_chunks, 0);
       }
@@ -98,17 +101,21 @@ class KvRing {
       fill_ += kStride;
       whole_end_ = whole_end();
       if (fill_ < end_) {
-        source_.advance(a_, place_, lane_, first_dim_v_, place_.first_token + fill_, place_.first_token + end_ - 1);
+        source_.advance(a_, place_, lane_, first_dim_v_, place_.first_token + fill_,
+                        place_.first_token + end_ - 1);
       }
     }
   }
 
   // `chunks` are those that the tensor's rows have.
   template <class Panels, int kPanel>
-  LEAN_DEVICE void copy_whole(char* slot, const char* from, int32_t token_bytes, int32_t chunks, int32_t first_dim) const {
+  LEAN_DEVICE void copy_whole(char* slot, const char* from, int32_t token_bytes, int32_t chunks,
+                              int32_t first_dim) const {
     constexpr int kElements = 16 / sizeof(typename Config::Element);
-    char* const to = slot + Panels::Rows::offset(lane_ / Panels::lanes_per_row, lane_ % Panels::lanes_per_row);
-    const int32_t mine = chunks - lane_ % Panels::lanes_per_row - (Config::dim_warps > 1 ? first_dim / kElements : 0);
+    char* const to =
+        slot + Panels::Rows::offset(lane_ / Panels::lanes_per_row, lane_ % Panels::lanes_per_row);
+    const int32_t mine =
+        chunks - lane_ % Panels::lanes_per_row - (Config::dim_warps > 1 ? first_dim / kElements : 0);
 #pragma unroll
     for (int chunk = 0; chunk < Panels::chunk_copies; ++chunk) {
       constexpr int kFirst = kPanel * Panels::Rows::chunks;
@@ -129,7 +136,8 @@ class KvRing {
   char* read_;    // the next item
   char* before_;  // the one before it
   const int32_t first_dim_v_;
-  int32_t fill_;  // first token of the step that is being copied; it, end_ and whole_end_ count from the first step
+  int32_t fill_;  // first token of the step that is being copied; it, end_ and whole_end_ count from the
+                  // first step
   const int32_t end_;
   int32_t whole_end_;
   WholeSteps<Config> source_;

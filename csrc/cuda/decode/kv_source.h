@@ -7,7 +7,8 @@ namespace lean::cuda {
 
 // A block that the caller's numbers name; another one where it is out of range. Reported when the segment is
 // done: where steps are copied are no registers to spare.
-LEAN_DEVICE int32_t checked_block(const DecodeArguments& a, SegmentPlace& place, int32_t block, int32_t index) {
+LEAN_DEVICE int32_t checked_block(const DecodeArguments& a, SegmentPlace& place, int32_t block,
+                                  int32_t index) {
   if (static_cast<uint32_t>(block) < static_cast<uint32_t>(a.num_blocks)) return block;
   place.bad_block = index;
   return 0;
@@ -18,8 +19,8 @@ LEAN_COLD void report_bad_block(const DecodeArguments& a, const Segment32& segme
   report(a.errors, bad_block(BadNumber::decode, a.p.pages, segment.batch, segment.kv_head, index, block));
 }
 
-// In pages, steps begin at multiples of 16 tokens, so that none has rows in two blocks; the first one may then
-// begin before the segment.
+// In pages, steps begin at multiples of 16 tokens, so that none has rows in two blocks; the first one may
+// then begin before the segment.
 template <class Config>
 LEAN_DEVICE void find_place(const DecodeArguments& a, const Segment32& segment, SegmentPlace& place) {
   const DecodeParams& p = a.p;
@@ -49,7 +50,8 @@ LEAN_DEVICE void find_place(const DecodeArguments& a, const Segment32& segment, 
   }
 }
 
-// The addresses of a step that a warp copies whole: of this lane's first chunk of K and of V, and of its scale.
+// The addresses of a step that a warp copies whole: of this lane's first chunk of K and of V, and of its
+// scale.
 template <class Config>
 class WholeSteps {
   using KPanels = typename Config::KPanels;
@@ -61,8 +63,8 @@ class WholeSteps {
   const float* scale;  // of K's token `lane`, or of V's token `lane - 16`
 
   // Begins at the step at `token`, which is one of the sequence; its last one in the segment is `last`.
-  LEAN_DEVICE void begin(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v, int32_t token,
-                         int32_t last) {
+  LEAN_DEVICE void begin(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
+                         int32_t token, int32_t last) {
     if (place.table != nullptr) {
       look_up(a, place, token, last);
       move(a, place, lane, first_dim_v, token, last);
@@ -72,8 +74,8 @@ class WholeSteps {
   }
 
   // Moves on to the warp's next step, at `token`.
-  LEAN_DEVICE void advance(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v, int32_t token,
-                           int32_t last) {
+  LEAN_DEVICE void advance(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
+                           int32_t token, int32_t last) {
     constexpr int kTokens = Config::token_warps * kStepTokens;
     if (a.p.pages.block_table != nullptr) {
       move(a, place, lane, first_dim_v, token, last);
@@ -92,9 +94,11 @@ class WholeSteps {
   LEAN_DEVICE void set(const DecodeArguments& a, const SegmentPlace& place, int lane, int32_t first_dim_v,
                        int32_t block, int32_t slot) {
     k = place.k + block * int64_t{a.k_block_bytes} +
-        (slot + lane / KPanels::lanes_per_row) * int64_t{a.k_token_bytes} + 16 * (lane % KPanels::lanes_per_row);
+        (slot + lane / KPanels::lanes_per_row) * int64_t{a.k_token_bytes} +
+        16 * (lane % KPanels::lanes_per_row);
     v = place.v + block * int64_t{a.v_block_bytes} +
-        (slot + lane / VPanels::lanes_per_row) * int64_t{a.v_token_bytes} + 16 * (lane % VPanels::lanes_per_row) +
+        (slot + lane / VPanels::lanes_per_row) * int64_t{a.v_token_bytes} +
+        16 * (lane % VPanels::lanes_per_row) +
         static_cast<int>(sizeof(typename Config::Element)) * first_dim_v;
     if constexpr (Config::quantised) {
       const Scales& scales = scales_of(a, lane);
@@ -108,8 +112,8 @@ class WholeSteps {
     index_ = min(token, last) / a.block_size;
     block_ = place.table[index_];
   }
-  LEAN_DEVICE void move(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v, int32_t token,
-                        int32_t last) {
+  LEAN_DEVICE void move(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
+                        int32_t token, int32_t last) {
     set(a, place, lane, first_dim_v, checked_block(a, place, block_, index_), token - index_ * a.block_size);
     look_up(a, place, token + Config::token_warps * kStepTokens, last);
   }
@@ -118,11 +122,13 @@ class WholeSteps {
   int32_t block_;
 };
 
-// Copies a panel row by row, each by two lanes: any block size, strides and alignment. `token` is its first one,
-// relative to the segment's first step, `first_dim` that of its rows. Tokens outside the segment and dims that the
-// tensor does not have arrive as zeros, unread. (It does without registers: the caller's are all in use.)
+// Copies a panel row by row, each by two lanes: any block size, strides and alignment. `token` is its first
+// one, relative to the segment's first step, `first_dim` that of its rows. Tokens outside the segment and
+// dims that the tensor does not have arrive as zeros, unread. (It does without registers: the caller's are
+// all in use.)
 template <class Config, class Panels, bool values, bool with_scales>
-LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* panel, int32_t token, int32_t first_dim) {
+LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* panel, int32_t token,
+                         int32_t first_dim) {
   using Element = typename Config::Element;
   constexpr int kElements = 16 / sizeof(Element);
   const CacheView& cache = values ? a.p.v : a.p.k;
@@ -135,12 +141,13 @@ LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* pa
     slot -= index * a.block_size;
     block = checked_block(a, place, place.table[index], index);
   }
-  const Element* from = reinterpret_cast<const Element*>(values ? place.v : place.k) + cache.offset(block, slot, 0) +
-                        first_dim;
+  const Element* from =
+      reinterpret_cast<const Element*>(values ? place.v : place.k) + cache.offset(block, slot, 0) + first_dim;
   const int32_t count = exists ? static_cast<int32_t>(cache.dims) - first_dim : 0;
   Element* const to = reinterpret_cast<Element*>(panel + Panels::Rows::offset(row, 0));
 #pragma unroll 1
-  for (int e = lane / kStepTokens * kElements; e < Panels::dims; e += e % kElements == kElements - 1 ? kElements + 1 : 1) {
+  for (int e = lane / kStepTokens * kElements; e < Panels::dims;
+       e += e % kElements == kElements - 1 ? kElements + 1 : 1) {
     to[e] = e < count ? from[e] : Element{0};
   }
   if constexpr (with_scales) {

@@ -34,8 +34,8 @@ LEAN_DEVICE void lay_output(const Attention<Config>& attention, const Thread& th
   }
 }
 
-// After it m of the shared state is the weight of each warp's output, and merged_m and l[0] are the CTA's state.
-// Called by all threads; ends with a barrier.
+// After it m of the shared state is the weight of each warp's output, and merged_m and l[0] are the CTA's
+// state. Called by all threads; ends with a barrier.
 template <class Config>
 LEAN_DEVICE void reduce_warps(Attention<Config>& attention, const Thread& thread) {
   SharedState<Config>& s = shared_state<Config>();

@@ -1,5 +1,5 @@
-// What becomes of a segment's state: a peer publishes it, a host block merges those of its peers and writes the
-// output tile.
+// What becomes of a segment's state: a peer publishes it, a host block merges those of its peers and writes
+// the output tile.
 #pragma once
 
 #include "cuda/decode/reduce.h"

@@ -31,10 +31,9 @@ class QueryRows {
       const int row = i / kChunks, chunk = i % kChunks;
       hw::Words4 elements{};
       if (row < count_ && chunk * 8 < a_.p.k.dims) {
-        const uint16_t* const from = static_cast<const uint16_t*>(a_.p.q) +
-                                     segment_.batch * a_.p.q_batch_stride +
-                                     packed_token(row) * a_.p.q_token_stride +
-                                     head(row) * a_.p.q_head_stride + chunk * 8;
+        const uint16_t* const from =
+            static_cast<const uint16_t*>(a_.p.q) + segment_.batch * a_.p.q_batch_stride +
+            packed_token(row) * a_.p.q_token_stride + head(row) * a_.p.q_head_stride + chunk * 8;
         elements = a_.aligned_q ? hw::load_vector(reinterpret_cast<const hw::Words4*>(from)) : joined(from);
       }
       char* const to = query_rows<Config>() + Config::QRows::offset(row, 0);
@@ -48,13 +47,16 @@ class QueryRows {
 
   // Finds which tokens each row sees, counted from `first_token`, of the segment's [0, tokens). Returns those
   // that all rows see.
-  LEAN_DEVICE TokenSpanOf<int32_t> find_spans(const Thread& thread, int32_t first_token, int32_t tokens) const {
+  LEAN_DEVICE TokenSpanOf<int32_t> find_spans(const Thread& thread, int32_t first_token,
+                                              int32_t tokens) const {
     SharedState<Config>& s = shared_state<Config>();
     const DecodeParams& p = a_.p;
     const Length32 length = segment_.length;
     const int32_t segment_begin = segment_.tokens(Config::tile_tokens).begin - first_token;
     const auto relative = [&](int32_t t) { return max(segment_begin, min(t - first_token, tokens)); };
-    const auto seen_by = [&](int query) { return visible_tokens(a_.geometry.visibility, length, query, query); };
+    const auto seen_by = [&](int query) {
+      return visible_tokens(a_.geometry.visibility, length, query, query);
+    };
     const int32_t new_tokens = length.tokens - length.q_len;
     if (thread.index == 0) s.new_tokens = new_tokens - first_token;
     if (thread.index < Config::rows) {
@@ -87,8 +89,8 @@ class QueryRows {
     return words;
   }
 
-  // In the order of dims in which quantised rows of K come out of registers; see kv_format.h. Of 16 dims, those
-  // of even pairs come first.
+  // In the order of dims in which quantised rows of K come out of registers; see kv_format.h. Of 16 dims,
+  // those of even pairs come first.
   static LEAN_DEVICE void store_permuted(char* row, int chunk, hw::Words4 pairs) {
     auto* const to = reinterpret_cast<uint32_t*>(row + 32 * (chunk / 2)) + 2 * (chunk % 2);
     to[0] = pairs.x;

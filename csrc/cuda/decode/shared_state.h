@@ -9,8 +9,8 @@ namespace lean::cuda {
 // Partial states of peers that a host block merges at a time.
 constexpr int kPeersAtOnce = 32;
 
-// Where the caches of a segment's sequence and head lie, and which tokens its steps have: counted from the first
-// one of the first step, those of the segment are [begin, end).
+// Where the caches of a segment's sequence and head lie, and which tokens its steps have: counted from the
+// first one of the first step, those of the segment are [begin, end).
 struct SegmentPlace {
   const char* k;  // in pages, the head's row of the first slot of block 0; else its row of token 0
   const char* v;
@@ -35,7 +35,7 @@ struct SharedState {
   bool is_segment[2];
 
   // Of the segment in hand. Tokens are relative to its first step's first one.
-  int32_t new_tokens;          // where the sequence's query tokens begin
+  int32_t new_tokens;                   // where the sequence's query tokens begin
   int32_t spans[Config::rows][2];       // tokens that a row sees
   int32_t positions[Config::rows];      // of the rows' query tokens
   float slopes[Config::rows];           // of ALiBi, in units of log2
@@ -77,7 +77,8 @@ LEAN_DEVICE float* output_row(int warp, int row) {
 
 // Where a thread stands in its CTA.
 struct Thread {
-  LEAN_DEVICE Thread() : index(hw::thread_index()), warp(index / hw::kWarpThreads), lane(index % hw::kWarpThreads) {}
+  LEAN_DEVICE Thread()
+      : index(hw::thread_index()), warp(index / hw::kWarpThreads), lane(index % hw::kWarpThreads) {}
   int index, warp, lane;
 };
 

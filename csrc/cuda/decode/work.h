@@ -54,7 +54,8 @@ LEAN_DEVICE Geometry32 geometry_of(const DecodeArguments& a) {
   return geometry;
 }
 
-// Finds segment n of the CTA, after the one before it. Called by one thread; the others see it after a barrier.
+// Finds segment n of the CTA, after the one before it. Called by one thread; the others see it after a
+// barrier.
 template <class Config>
 LEAN_COLD void find_segment(const DecodeArguments& a, int n) {
   SharedState<Config>& s = shared_state<Config>();
@@ -68,8 +69,8 @@ LEAN_COLD void find_segment(const DecodeArguments& a, int n) {
 template <class Config>
 LEAN_DEVICE void start_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
                             int32_t sequence_begin) {
-  shared_state<Config>().segment_walk() = SegmentWalk32(geometry_of<Config>(a), range, sequence, sequence_begin,
-                                                        [&](int32_t i) { return length_of(a, i); });
+  shared_state<Config>().segment_walk() = SegmentWalk32(
+      geometry_of<Config>(a), range, sequence, sequence_begin, [&](int32_t i) { return length_of(a, i); });
   find_segment<Config>(a, 0);
 }
 
