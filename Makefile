@@ -4,7 +4,7 @@
 # make check   the tests to run while working: one instruction set, few cases, no builds
 # make bench   this package and its peers on this machine, some three minutes; BENCH_ARGS=--full for the grid
 # make sanitize    the CUDA kernels' tests on the emulated device under AddressSanitizer and UBSan
-# make cuda-check  what nvcc makes of the kernels: registers, spills, instructions; needs a CUDA toolkit, no GPU
+# make cuda-check  what nvcc makes of the kernels, held to instruction budgets; needs a CUDA toolkit, no GPU
 # make test-newest    the integrations' tests with the newest of all packages but torch; TORCH=torch chooses that too
 # make test-oldest    the same with the oldest torch and transformers that pyproject.toml admits
 # make lint    formatters and linters, in check mode; make format applies them

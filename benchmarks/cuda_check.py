@@ -2,9 +2,9 @@
 
     python -m benchmarks.cuda_check build/cuda/lean_attention/_C.*.so
 
-Reads each architecture's machine code out of that core, prints registers, shared memory, spills and the
-resident CTAs that follow, and fails where a kernel spills, lacks the instructions it is built on, or does not
-fit an SM.
+Reads each architecture's machine code out of that core. Prints registers, shared memory, the resident CTAs
+that follow, and how many instructions and cycles of a model the paths of each kernel take; then what share of
+a GPU's bandwidth the model predicts. Fails where a kernel passes its budget.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import sass
+from benchmarks.gpu_model import CASES, GPUS, Paths, Shape, find_paths, share_of_bandwidth
+from benchmarks.gpu_model import Path as CodePath
 from benchmarks.report import print_whole
 
 # Per SM, CUDA C++ programming guide, table of technical specifications: shared memory in KB, of which the
@@ -31,26 +35,62 @@ REGISTERS = 65536
 
 # SASS: tensor-core product, asynchronous copy to shared memory, matrix load.
 WANTED = ("HMMA", "LDGSTS", "LDSM")
-SPILLS = ("LDL", "STL")
-# Bytes per thread. head_dim 512 takes all registers, and on Blackwell a few values more; letting four warps
-# instead of two share its dims would avoid that, and read K twice as often.
-STACK_ALLOWED = 32
+# Bytes per thread that may be spilled where partial steps are copied, which is rare; none on a path below.
+# Rows of 256 dims take all registers.
+STACK_ALLOWED = 80
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a path may take: at 32 products (head_dim 128, 16 rows) what an H200's bandwidth needs."""
+
+    instructions: float
+    cycles: float
+
+    def problems(self, what: str, path: CodePath | None) -> list[str]:
+        if path is None:
+            return [f"no path for {what} in its SASS"]
+        found = []
+        if path.spills:
+            found.append(f"{path.spills} spill instructions in {what}")
+        if path.instructions > self.instructions or path.cycles > self.cycles:
+            found.append(
+                f"{what} takes {path.instructions} instructions and {path.cycles} cycles, "
+                f"its budget is {self.instructions:.0f} and {self.cycles:.0f}"
+            )
+        return found
+
+
+def step_budget(shape: Shape) -> Budget:
+    """Of 16 tokens: 400 instructions at 32 products, 650 where 8-bit rows are converted."""
+    if shape.quantised:
+        return Budget(90 + 17.5 * shape.products, 400 + 50 * shape.products)
+    return Budget(80 + 10 * shape.products, 350 + 31.25 * shape.products)
+
+
+BEGIN_BUDGET = Budget(500, 2600)
+CHANGE_BUDGET = Budget(1000, 2600)
+
+
+def code_budget(shape: Shape) -> int:
+    """Bytes of code. A kernel of quantised caches has its loops three times, once for each format."""
+    small = shape.rows == 16 and shape.head_dim <= 128
+    return 1024 * (112 if small and shape.quantised else 100 if small else 152)
 
 
 @dataclass(frozen=True)
 class Kernel:
     arch: str
     dtype: str
-    head_dim: int
-    head_dim_v: int
-    rows: int
-    quantised: bool  # its caches
+    shape: Shape
     registers: int
     stack: int
     counts: dict[str, int]
     shared_bytes: int
     bytes_in_flight: int
     threads: int
+    code_bytes: int
+    paths: Paths
 
     @property
     def ctas_per_sm(self) -> int:
@@ -58,11 +98,24 @@ class Kernel:
         by_registers = REGISTERS // (per_thread * self.threads)
         return min(by_registers, SHARED_KB[self.arch] * 1024 // (self.shared_bytes + 1024))
 
+    @property
+    def name(self) -> str:
+        s = self.shape
+        dims = str(s.head_dim) if s.head_dim == s.head_dim_v else f"{s.head_dim}/{s.head_dim_v}"
+        return f"{self.dtype}, {'8' if s.quantised else '16'} bits, {dims} x {s.rows}"
+
     def problems(self) -> list[str]:
         found = [f"no {name} in its SASS" for name in WANTED if not self.counts[name]]
+        found += step_budget(self.shape).problems("a step", self.paths.step)
+        # A change has the larger states to write too.
+        larger = self.shape.rows * self.shape.head_dim_v / (16 * 128)
+        change = Budget(*(amount * max(1, larger) for amount in astuple(CHANGE_BUDGET)))
+        found += BEGIN_BUDGET.problems("the way to the first copy", self.paths.begin)
+        found += change.problems("a change of segment", self.paths.change)
         if self.stack > STACK_ALLOWED:
-            spills = ", ".join(f"{self.counts[name]} {name}" for name in SPILLS)
-            found.append(f"a stack frame of {self.stack} bytes ({spills})")
+            found.append(f"a stack frame of {self.stack} bytes")
+        if self.code_bytes > code_budget(self.shape):
+            found.append(f"{self.code_bytes} bytes of code; its budget is {code_budget(self.shape)}")
         if self.ctas_per_sm < 1:
             found.append("does not fit an SM")
         return found
@@ -109,42 +162,94 @@ def read_kernels(library: Path, facts: dict[tuple, list], arch: str) -> list[Ker
     only = ("-arch", f"sm_{arch}")
     resources = dict(re.findall(r"Function (\w+):\s*\n\s*(.*)", disassemble(library, *only, "-res-usage")))
     kernels = []
-    for function in disassemble(library, *only, "-sass").split("Function : ")[1:]:
-        name = function.split(None, 1)[0]
+    for name, function in sass.functions(disassemble(library, *only, "-sass")).items():
         shape = re.search(r"(__half|__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", name)
         if shape is None or "decode_kernel" not in name:
             continue
         usage = dict(re.findall(r"(\w+):(\d+)", resources[name]))
         dtype = {"__half": "float16", "__nv_bfloat16": "bfloat16"}[shape[1]]
         head_dim, head_dim_v, row_tiles, element_bytes = map(int, shape.groups()[1:])
-        rows, quantised = 16 * row_tiles, element_bytes == 1
-        threads, shared_bytes, in_flight = facts[(dtype, head_dim, head_dim_v, rows, quantised)]
-        counts = {key: len(re.findall(rf"\b{key}\b", function)) for key in (*WANTED, *SPILLS)}
+        of = Shape(head_dim, head_dim_v, 16 * row_tiles, element_bytes == 1)
+        threads, shared_bytes, in_flight = facts[(dtype, head_dim, head_dim_v, of.rows, of.quantised)]
+        operations = Counter(i.family for i in function.code)
         kernels.append(
             Kernel(
                 arch,
                 dtype,
-                head_dim,
-                head_dim_v,
-                rows,
-                quantised,
+                of,
                 int(usage["REG"]),
                 int(usage["STACK"]),
-                counts,
+                {key: operations[key] for key in WANTED},
                 shared_bytes,
                 in_flight,
                 threads,
+                function.bytes,
+                find_paths(function, of),
             )
         )
     if len(kernels) != len(facts):
         sys.exit(f"cuda-check: sm_{arch} has {len(kernels)} kernels, the core's table {len(facts)}")
-    return sorted(kernels, key=lambda k: (k.dtype, k.quantised, k.head_dim, k.head_dim_v, k.rows))
+    order = ("quantised", "head_dim", "head_dim_v", "rows")
+    return sorted(kernels, key=lambda k: (k.dtype, *(getattr(k.shape, name) for name in order)))
+
+
+def kernel_table(kernels: list[Kernel]) -> Table:
+    table = Table(title="CUDA kernels as compiled: instructions / cycles of a model (nothing was run)")
+    table.add_column("sm")
+    table.add_column("kernel")
+    names = ("registers", "stack", "shared KB", "CTAs/SM", "KB in flight/SM", "code KB")
+    for name in (*names, "a step", "begin", "change"):
+        table.add_column(name, justify="right")
+
+    def text(path: CodePath | None) -> str:
+        return "-" if path is None else f"{path.instructions} / {path.cycles}"
+
+    for k in kernels:
+        cells = (
+            k.registers,
+            k.stack,
+            f"{k.shared_bytes / 1024:.1f}",
+            k.ctas_per_sm,
+            f"{k.ctas_per_sm * k.bytes_in_flight / 1024:.0f}",
+            f"{k.code_bytes / 1024:.0f}",
+        )
+        paths = (text(k.paths.step), text(k.paths.begin), text(k.paths.change))
+        table.add_row(k.arch, k.name, *map(str, cells), *paths)
+    return table
+
+
+def model_text(kernels: list[Kernel]) -> str:
+    """The predicted shares of the GPUs that machine code was made for, as a table in text."""
+
+    def kernel_of(gpu, quantised: bool) -> Kernel | None:
+        wanted = Shape(128, 128, 16, quantised)
+        return next(
+            (k for k in kernels if k.arch == gpu.arch and k.dtype == "bfloat16" and k.shape == wanted), None
+        )
+
+    gpus = [gpu for gpu in GPUS if kernel_of(gpu, False)]
+    lines = [
+        "Share of the memory's bandwidth, predicted by a model of the machine code; nothing was run.",
+        "bf16, 32 query heads, 8 KV heads, head_dim 128; also in pages. At best, in TB/s: "
+        + ", ".join(f"{gpu.name} {gpu.read_tb:g}" for gpu in gpus),
+        "",
+        f"{'case':24}" + "".join(f"{gpu.name:>10}" for gpu in gpus),
+    ]
+    for case in CASES:
+        shares = []
+        for gpu in gpus:
+            kernel = kernel_of(gpu, case.quantised)
+            shares.append(share_of_bandwidth(case, gpu, kernel.paths, kernel.ctas_per_sm))
+        lines.append(f"{case.name:24}" + "".join(f"{share:10.2f}" for share in shares))
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_check", description=__doc__)
     parser.add_argument("library", type=Path, help="a core built with CUDA: lean_attention/_C.*.so")
-    library = parser.parse_args().library
+    parser.add_argument("--output", type=Path, help="where to write the model's table")
+    options = parser.parse_args()
+    library = options.library
     if not library.is_file():
         sys.exit(f"cuda-check: there is no {library}")
     facts = kernel_facts(library)
@@ -156,39 +261,13 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda arch: read_kernels(library, facts, arch), architectures)
         kernels = [kernel for result in results for kernel in result]
-    table = Table(title="CUDA kernels as compiled (nothing was run)")
-    names = (
-        "sm",
-        "dtype",
-        "cache",
-        "head_dim",
-        "rows",
-        "registers",
-        "shared KB",
-        "CTAs/SM",
-        "KB in flight/SM",
-    )
-    for name in (*names, *WANTED, "stack"):
-        table.add_column(name, justify="right")
-    problems = []
-    for k in kernels:
-        dims = str(k.head_dim) if k.head_dim == k.head_dim_v else f"{k.head_dim}/{k.head_dim_v}"
-        cache = "8 bits" if k.quantised else "16 bits"
-        cells = [
-            k.arch,
-            k.dtype,
-            cache,
-            dims,
-            k.rows,
-            k.registers,
-            f"{k.shared_bytes / 1024:.1f}",
-            k.ctas_per_sm,
-        ]
-        cells += [f"{k.ctas_per_sm * k.bytes_in_flight / 1024:.0f}"]
-        cells += [k.counts[name] for name in WANTED] + [k.stack]
-        table.add_row(*map(str, cells))
-        problems += [f"sm_{k.arch} {k.dtype} {cache} {dims} rows {k.rows}: {p}" for p in k.problems()]
-    print_whole(table, Console())
+    print_whole(kernel_table(kernels), Console())
+    if all(k.paths.step and k.paths.begin and k.paths.change for k in kernels):
+        text = model_text(kernels)
+        print(text)
+        if options.output:
+            options.output.write_text(text)
+    problems = [f"sm_{k.arch} {k.name}: {problem}" for k in kernels for problem in k.problems()]
     if problems:
         sys.exit("cuda-check:\n" + "\n".join(problems))
 
