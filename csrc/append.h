@@ -18,14 +18,25 @@ struct NewRowsOf {
   }
 };
 
+// A flat slot of the cache for each new token: block * block_size + slot in the block; -1: it is not written.
+struct SlotMapping {
+  const void* data;  // [total] int64 or int32, or null
+  bool is_int64;
+
+  LEAN_HOST_DEVICE constexpr int64_t at(int64_t token) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[token] : static_cast<const int32_t*>(data)[token];
+  }
+};
+
 struct AppendParams {
   WritableCacheView k_cache, v_cache;  // their scales are written where `dtype` is another than theirs
   PageTable pages;
   NewRowsOf<const void> k;    // [.., num_kv_heads, head_dim]
   NewRowsOf<const void> v;    // [.., num_kv_heads, head_dim_v]
   NewRowsOf<void> q;          // [.., num_heads, head_dim], or null
-  const int32_t* seq_lens;    // [batch], tokens in the caches before
+  const int32_t* seq_lens;    // [batch], tokens in the caches before; null with a slot mapping
   const int32_t* cu_seqlens;  // [batch + 1] or null
+  SlotMapping slots;          // of packed tokens, which then are one sequence's
   const void* cos;            // [max_position, rotary_dim / 2] or null
   const void* sin;            // the same
   DType dtype;                // of k, v and q
@@ -40,7 +51,8 @@ struct AppendParams {
   LEAN_HOST_DEVICE constexpr int64_t rows_per_token() const {
     return 2 * num_kv_heads + (q.data ? num_heads : 0);
   }
-  LEAN_HOST_DEVICE constexpr int64_t all_tokens() const { return cu_seqlens ? tokens : batch * tokens; }
+  LEAN_HOST_DEVICE constexpr int64_t all_tokens() const { return packed() ? tokens : batch * tokens; }
+  LEAN_HOST_DEVICE constexpr bool packed() const { return cu_seqlens || slots.data; }
   LEAN_HOST_DEVICE constexpr bool quantises() const { return k_cache.dtype != dtype; }
 };
 
@@ -55,6 +67,15 @@ struct NewToken {
 
 LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t token) {
   NewToken t{-1, token, 0, -1, 0};
+  if (p.slots.data) {
+    const int64_t slot = p.slots.at(token);
+    if (slot == -1) return t;
+    t.sequence = 0;
+    if (slot < 0 || slot >= p.pages.num_blocks * p.pages.block_size) return t;
+    t.block = slot / p.pages.block_size;
+    t.slot = slot % p.pages.block_size;
+    return t;
+  }
   int64_t in_sequence = 0;
   if (p.cu_seqlens) {
     int64_t low = 0, high = p.batch;  // the last sequence that begins at or before the token

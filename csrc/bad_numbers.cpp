@@ -58,6 +58,10 @@ std::string describe(const BadNumber& bad) {
            << ", and a new token would go to position " << bad.value << "; "
            << (bad.paged ? "a row of block_table" : "the cache") << " holds " << bad.most << " tokens";
       break;
+    case BadNumber::cache_slot:
+      text << "slot_mapping[" << bad.index << "] is " << bad.value << "; it must be from 0 to " << bad.most
+           << ", the slots of all blocks, or -1";
+      break;
     case BadNumber::rotary_position:
       text << "a new token of sequence " << bad.sequence << " is at position " << bad.value
            << "; rotary_cos has positions up to " << bad.most;

@@ -22,6 +22,7 @@ struct BadNumber {
     slot,             // of a sequence, in a contiguous cache
     page,             // of a sequence, in its row of block_table
     position,         // of a new token, in the cache
+    cache_slot,       // of a new token, through all blocks
     rotary_position,  // of a new token, in the rotary tables
   };
   enum Op : int32_t { decode, append_kv };
@@ -143,6 +144,16 @@ LEAN_HOST_DEVICE void find_bad_numbers(const AppendParams& p, int64_t first, int
 // Reports what is wrong with where a new token goes.
 template <class Report>
 LEAN_HOST_DEVICE void find_bad_place(const AppendParams& p, const NewToken& t, const Report& report) {
+  if (p.slots.data) {
+    if (t.block < 0) {
+      report(BadNumber{.kind = BadNumber::cache_slot,
+                       .op = BadNumber::append_kv,
+                       .index = t.index,
+                       .value = p.slots.at(t.index),
+                       .most = p.pages.num_blocks * p.pages.block_size - 1});
+    }
+    return;
+  }
   const int64_t seq_len = p.seq_lens[t.sequence];
   BadNumber bad{.op = BadNumber::append_kv,
                 .paged = p.pages.block_table != nullptr,

@@ -54,7 +54,7 @@ def _append_kv(
     v_cache,
     k,
     v,
-    seq_lens,
+    seq_lens=None,
     block_table=None,
     cache_batch_idx=None,
     cu_seqlens=None,

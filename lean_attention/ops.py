@@ -97,8 +97,8 @@ def decode(
         num_ctas: lean ranges to cut the work into; 0 lets the backend choose. The result depends on it in
             rounding only, and is bitwise the same for the same inputs and ``num_ctas``.
         out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
-            last dimension and no element twice in memory; both or neither. Nothing is allocated then but, on
-            a GPU, the workspace.
+            last dimension and no element twice in memory. ``out`` alone will do. With both, nothing is
+            allocated but, on a GPU, the workspace.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
@@ -148,9 +148,10 @@ def decode(
                 return _decode(*tensors)
             with torch._C._AutoDispatchBelowAutograd():
                 return _decode(*tensors)
-        if out is None or lse is None:
-            missing = "out" if out is None else "lse"
-            raise ValueError(f"decode: {missing} is missing; out and lse are given together, or neither")
+        if out is None:
+            raise ValueError("decode: out is missing; lse is given with it, or not at all")
+        if lse is None:
+            lse = q.new_empty(*q.shape[:-3], *q.shape[-3:-1][::-1], dtype=torch.float32)
         _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
         return out, lse
     except Exception:
@@ -282,7 +283,7 @@ def append_kv(
     v_cache: Tensor,
     k: Tensor,
     v: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None = None,
     block_table: Tensor | None = None,
     *,
     cache_batch_idx: Tensor | None = None,
@@ -293,8 +294,9 @@ def append_kv(
     rotary_interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> None:
-    """Writes new keys and values at the end of each sequence, in place.
+    """Writes new keys and values at the end of each sequence, or where slots say, in place.
 
     They are rotated by their positions if asked, and quantised where only the caches are.
 
@@ -306,6 +308,7 @@ def append_kv(
         v: the same, with a last dimension of ``head_dim_v``.
         seq_lens: ``[batch]`` int32, tokens in the cache before: new token ``i`` of sequence ``b`` goes to
             position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new tokens.
+            Needed without ``slot_mapping``.
         cu_seqlens: ``[batch + 1]`` int32: sequence ``b`` has tokens ``cu_seqlens[b]`` to
             ``cu_seqlens[b + 1] - 1`` of packed k, v and q; it begins with 0.
         q: queries of the new tokens, with any number of heads: rotated in place, by the same positions.
@@ -315,6 +318,10 @@ def append_kv(
         k_scale, v_scale: float32, in the shape of the caches without their last dimension, of any strides:
             changed in place, where quantised caches take tokens that are not; else ``None``. :func:`decode`
             takes them as they are.
+        slot_mapping: ``[total]`` int64 or int32, for packed k and v: token ``t`` goes to slot
+            ``slot_mapping[t] % block_size`` of block ``slot_mapping[t] // block_size``, as vLLM and SGLang
+            have it; one of -1 is not written. It takes the place of ``seq_lens``, tables and ``cu_seqlens``,
+            and knows no positions to rotate by.
 
     A row (a token and KV head, of K or V) is quantised by itself. Its scale is its largest magnitude divided
     by 127 (e4m3: 448, e5m2: 57344); what is stored are its elements divided by the scale and rounded to the
@@ -347,9 +354,16 @@ def append_kv(
         rotary_sin,
     )
     try:
-        _append_kv(*tensors, rotary_interleaved=rotary_interleaved, k_scale=k_scale, v_scale=v_scale)
+        _append_kv(
+            *tensors,
+            rotary_interleaved=rotary_interleaved,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            slot_mapping=slot_mapping,
+        )
     except Exception:
-        refuse_wrong_types("append_kv", _append_kv, tensors, {"k_scale": k_scale, "v_scale": v_scale})
+        named = {"k_scale": k_scale, "v_scale": v_scale, "slot_mapping": slot_mapping}
+        refuse_wrong_types("append_kv", _append_kv, tensors, named)
         raise
 
 
@@ -359,7 +373,7 @@ def _(
     v_cache,
     k,
     v,
-    seq_lens,
+    seq_lens=None,
     block_table=None,
     cache_batch_idx=None,
     cu_seqlens=None,

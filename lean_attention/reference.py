@@ -128,7 +128,7 @@ def append_kv(
     v_cache: Tensor,
     k: Tensor,
     v: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None = None,
     block_table: Tensor | None = None,
     *,
     cache_batch_idx: Tensor | None = None,
@@ -139,12 +139,26 @@ def append_kv(
     rotary_interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> None:
     """What `lean_attention.append_kv` writes: the caches, their scales where they quantise, and q.
 
     Rows that are quantised are rotated in float32 and rounded to k's dtype: the same bits everywhere.
     """
     block_size = k_cache.shape[1]
+
+    def write(at: tuple[int, int], new_k: Tensor, new_v: Tensor) -> None:
+        if k_scale is None:
+            k_cache[at], v_cache[at] = new_k.to(k_cache.dtype), new_v
+        else:
+            k_cache[at], k_scale[at] = quantise(new_k.to(k.dtype), k_cache.dtype)
+            v_cache[at], v_scale[at] = quantise(new_v, v_cache.dtype)
+
+    if slot_mapping is not None:
+        for slot, new_k, new_v in zip(slot_mapping.tolist(), k, v, strict=True):
+            if slot != -1:
+                write(divmod(slot, block_size), new_k, new_v)
+        return
     rotary_dtype = torch.float64 if k_scale is None else torch.float32
     for b in range(len(seq_lens)):
         own = b if cu_seqlens is None else slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
@@ -160,11 +174,7 @@ def append_kv(
                 new_k = rotate(new_k, *rotary)
                 if q is not None:
                     q[own][i] = rotate(q[own][i], *rotary).to(q.dtype)
-            if k_scale is None:
-                k_cache[at], v_cache[at] = new_k.to(k_cache.dtype), new_v
-            else:
-                k_cache[at], k_scale[at] = quantise(new_k.to(k.dtype), k_cache.dtype)
-                v_cache[at], v_scale[at] = quantise(new_v, v_cache.dtype)
+            write(at, new_k, new_v)
 
 
 def quantise(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

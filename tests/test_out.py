@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,9 +57,17 @@ def test_compiles() -> None:
     torch.testing.assert_close((out, lse), want)
 
 
+def test_out_alone() -> None:
+    for inputs in (make_inputs(CASE), make_inputs(replace(CASE, q_len="packed"))):
+        want, want_lse = lean_attention.decode(**inputs)
+        out = torch.empty_like(want)
+        got, lse = lean_attention.decode(**inputs, out=out)
+        assert got is out and torch.equal(out, want) and torch.equal(lse, want_lse)
+
+
 def test_errors() -> None:
     cases = [
-        ({"lse": None}, "lse is missing; out and lse are given together"),
+        ({"out": None}, "out is missing; lse is given with it, or not at all"),
         ({"out": torch.empty(3, 2, 6, 64)}, "out is torch.float32; it must be torch.bfloat16, like q"),
         ({"out": torch.empty(3, 2, 6, 72).bfloat16()}, r"out has shape .* dimension 3 must be 64"),
         ({"out": torch.empty(2, 6, 64).bfloat16()}, r"out has shape .* it must have 4 dimensions"),

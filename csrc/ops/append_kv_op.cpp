@@ -12,7 +12,7 @@ struct AppendArgs {
   const Tensor& v_cache;
   const Tensor& k;
   const Tensor& v;
-  const Tensor& seq_lens;
+  const OptionalTensor& seq_lens;
   const OptionalTensor& block_table;
   const OptionalTensor& cache_batch_idx;
   const OptionalTensor& cu_seqlens;
@@ -22,6 +22,7 @@ struct AppendArgs {
   bool rotary_interleaved;
   const OptionalTensor& k_scale;
   const OptionalTensor& v_scale;
+  const OptionalTensor& slot_mapping;
 };
 
 // A call's parameters and the tensors that they point into.
@@ -34,7 +35,8 @@ class AppendCall {
         k_{"append_kv", "k", args.k},
         k_cache_{"append_kv", "k_cache", args.k_cache},
         v_cache_{"append_kv", "v_cache", args.v_cache},
-        packed_(args.cu_seqlens.has_value()) {
+        packed_(args.cu_seqlens.has_value() || args.slot_mapping.has_value()) {
+    if (a_.slot_mapping) refuse_beside_slots();
     take_tokens();
     take_caches();
     take_lengths();
@@ -61,7 +63,7 @@ class AppendCall {
     v.has_dtype(a_.k.scalar_type(), ", like k");
     p.num_kv_heads = a_.k.size(last - 1);
     p.tokens = a_.k.size(last - 2);
-    p.batch = packed_ ? a_.cu_seqlens->numel() - 1 : a_.k.size(0);
+    p.batch = a_.slot_mapping ? 1 : packed_ ? a_.cu_seqlens->numel() - 1 : a_.k.size(0);
     p.k = new_rows(a_.k, a_.k.const_data_ptr());
     p.v = new_rows(a_.v, a_.v.const_data_ptr());
   }
@@ -69,7 +71,7 @@ class AppendCall {
   void take_caches() {
     const Tensor& k_cache = a_.k_cache;
     const bool quantises = !quantised_dtype_of(a_.k) && quantised_dtype_of(k_cache);
-    if (a_.block_table && k_cache.size(1) == 0) {
+    if ((a_.block_table || a_.slot_mapping) && k_cache.size(1) == 0) {
       fail("append_kv: k_cache has a block_size of 0; it must be at least 1");
     }
     for (const Argument& cache : {k_cache_, v_cache_}) {
@@ -93,9 +95,39 @@ class AppendCall {
     p.v_cache = cache_view<WritableCacheView>(a_.v_cache, dtype, a_.v_cache.mutable_data_ptr());
   }
 
+  // A slot says where a token goes, and nothing of its position.
+  void refuse_beside_slots() const {
+    const std::pair<const char*, const OptionalTensor&> others[] = {{"seq_lens", a_.seq_lens},
+                                                                    {"block_table", a_.block_table},
+                                                                    {"cache_batch_idx", a_.cache_batch_idx},
+                                                                    {"cu_seqlens", a_.cu_seqlens},
+                                                                    {"rotary_cos", a_.rotary_cos},
+                                                                    {"rotary_sin", a_.rotary_sin},
+                                                                    {"q", a_.q}};
+    for (const auto& [name, tensor] : others) {
+      if (tensor) {
+        fail("append_kv: ", name,
+             " cannot be combined with slot_mapping, which says where each token goes "
+             "and not its position");
+      }
+    }
+  }
+
+  void take_slots() {
+    const Argument arg{"append_kv", "slot_mapping", *a_.slot_mapping};
+    arg.is_list_of("[total]", p.tokens, "the tokens of k");
+    if (arg.tensor.scalar_type() != ScalarType::Long) {
+      arg.has_dtype(ScalarType::Int, " or torch.int64");
+    }
+    arg.is_on_device_of(k_);
+    p.slots = {copies_.contiguous(arg.tensor), arg.tensor.scalar_type() == ScalarType::Long};
+  }
+
   void take_lengths() {
+    if (a_.slot_mapping) return take_slots();
+    if (!a_.seq_lens) fail("append_kv: seq_lens is missing; without slot_mapping it says where tokens go");
     if (p.batch < 0) fail("append_kv: cu_seqlens is empty; it must have batch + 1 entries");
-    p.seq_lens = list("seq_lens", "[batch]", a_.seq_lens, p.batch);
+    p.seq_lens = list("seq_lens", "[batch]", *a_.seq_lens, p.batch);
     if (packed_) p.cu_seqlens = list("cu_seqlens", "[batch + 1]", *a_.cu_seqlens, p.batch + 1);
   }
 
@@ -109,7 +141,7 @@ class AppendCall {
                           .batch_is = "the batch size of k"});
     if (a_.cache_batch_idx) {
       p.pages.cache_batch_idx = list("cache_batch_idx", "[batch]", *a_.cache_batch_idx, p.batch);
-    } else if (!a_.block_table) {
+    } else if (!a_.block_table && !a_.slot_mapping) {
       k_cache_.has_size(0, p.batch, "the batch size of k");
     }
   }
@@ -136,7 +168,9 @@ class AppendCall {
 
   void check_new(const char* layout, const Argument& arg) const {
     if (packed_) {
-      arg.has_shape("[total, heads, dim] with cu_seqlens", 3);
+      arg.has_shape(
+          a_.slot_mapping ? "[total, heads, dim] with slot_mapping" : "[total, heads, dim] with cu_seqlens",
+          3);
     } else {
       arg.has_shape(layout, 4);
     }
@@ -227,8 +261,8 @@ class AppendCall {
   }
 
   const char* cache_layout() const {
-    return a_.block_table ? "[num_blocks, block_size, num_kv_heads, head_dim]"
-                          : "[batch, max_len, num_kv_heads, head_dim]";
+    return a_.block_table || a_.slot_mapping ? "[num_blocks, block_size, num_kv_heads, head_dim]"
+                                             : "[batch, max_len, num_kv_heads, head_dim]";
   }
 
   template <class Data>
@@ -246,11 +280,11 @@ class AppendCall {
   Copies copies_;
 };
 
-void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& seq_lens,
-               const OptionalTensor& block_table, const OptionalTensor& cache_batch_idx,
-               const OptionalTensor& cu_seqlens, OptionalTensor q, const OptionalTensor& rotary_cos,
-               const OptionalTensor& rotary_sin, bool rotary_interleaved, OptionalTensor k_scale,
-               OptionalTensor v_scale) {
+void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v,
+               const OptionalTensor& seq_lens, const OptionalTensor& block_table,
+               const OptionalTensor& cache_batch_idx, const OptionalTensor& cu_seqlens, OptionalTensor q,
+               const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin, bool rotary_interleaved,
+               OptionalTensor k_scale, OptionalTensor v_scale, const OptionalTensor& slot_mapping) {
   const AppendArgs args{.k_cache = k_cache,
                         .v_cache = v_cache,
                         .k = k,
@@ -264,7 +298,8 @@ void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v,
                         .rotary_sin = rotary_sin,
                         .rotary_interleaved = rotary_interleaved,
                         .k_scale = k_scale,
-                        .v_scale = v_scale};
+                        .v_scale = v_scale,
+                        .slot_mapping = slot_mapping};
   const AppendCall call(args);
   if (call.p.all_tokens() * call.p.rows_per_token() == 0) return;
   dispatch({"append_kv", "k", k},
@@ -276,10 +311,10 @@ void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LEAN_OP_LIBRARY, m) {
   m.def(
-      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor seq_lens, "
+      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? seq_lens=None, "
       "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? cu_seqlens=None, Tensor(c!)? q=None, "
       "Tensor? rotary_cos=None, Tensor? rotary_sin=None, *, bool rotary_interleaved=False, "
-      "Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) -> ()");
+      "Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None, Tensor? slot_mapping=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LEAN_OP_LIBRARY, CPU, m) {
