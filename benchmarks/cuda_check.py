@@ -35,9 +35,9 @@ REGISTERS = 65536
 
 # SASS: tensor-core product, asynchronous copy to shared memory, matrix load.
 WANTED = ("HMMA", "LDGSTS", "LDSM")
-# Bytes per thread that may be spilled where partial steps are copied, which is rare; none on a path below.
-# Rows of 256 dims take all registers.
-STACK_ALLOWED = 80
+# Bytes per thread that may be spilled outside of a step. Rows of 256 dims and more take all registers: they
+# spill where partial steps are copied and where a segment begins.
+STACK_ALLOWED = 64
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,6 @@ class Budget:
         if path is None:
             return [f"no path for {what} in its SASS"]
         found = []
-        if path.spills:
-            found.append(f"{path.spills} spill instructions in {what}")
         if path.instructions > self.instructions or path.cycles > self.cycles:
             found.append(
                 f"{what} takes {path.instructions} instructions and {path.cycles} cycles, "
@@ -75,7 +73,7 @@ CHANGE_BUDGET = Budget(1000, 2600)
 def code_budget(shape: Shape) -> int:
     """Bytes of code. A kernel of quantised caches has its loops three times, once for each format."""
     small = shape.rows == 16 and shape.head_dim <= 128
-    return 1024 * (112 if small and shape.quantised else 100 if small else 152)
+    return 1024 * (112 if small and shape.quantised else 100 if small else 160)
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,8 @@ class Kernel:
     def problems(self) -> list[str]:
         found = [f"no {name} in its SASS" for name in WANTED if not self.counts[name]]
         found += step_budget(self.shape).problems("a step", self.paths.step)
+        if self.paths.step and self.paths.step.spills:
+            found.append(f"{self.paths.step.spills} spill instructions in a step")
         # A change has the larger states to write too.
         larger = self.shape.rows * self.shape.head_dim_v / (16 * 128)
         change = Budget(*(amount * max(1, larger) for amount in astuple(CHANGE_BUDGET)))

@@ -52,10 +52,8 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        """Whether a branch may not be taken."""
-        return (
-            self.text.startswith("@") or ".DIV" in self.opcode or bool(re.search(r"BRA\S* +!?U?P", self.text))
-        )
+        """Whether a branch may not be taken. (DIV and CONV ask whether lanes have diverged.)"""
+        return self.text.startswith("@") or bool(re.search(r"BRA\S*(\.DIV|\.CONV| +!?U?P)", self.text))
 
     @property
     def skipped(self) -> bool:
@@ -116,7 +114,8 @@ class Function:
                 block = self.blocks[i.address] = Block([])
             block.code.append(i)
             after = [following[i.address]] if i.address in following else []
-            if i.family == "BRA":
+            # A call under a condition is a jump that sm_80 takes out of loops.
+            if i.family == "BRA" or (i.family == "CALL" and i.conditional):
                 block.next = [i.target, *after] if i.conditional else [i.target]
             elif i.family == "CALL":
                 block.callee, block.next = i.target, after
