@@ -151,7 +151,18 @@ def test_a_row_has_the_prediction_beside_the_measurement(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_bandwidth, "measure", lambda case, prepare: measured)
     row = result_of("lean_attention", gpu_bandwidth.ours, CASES[0], 4000.0, time.monotonic() + 60)
     assert (row["share_of_read"], row["predicted_share"]) == (0.5, gpu_model.predicted_share("1 x 8k"))
-    assert line_of(row).split() == ["lean_attention", "1", "x", "8k", "20.0", "2000", "0.50", "0.55", "9.0"]
+    predicted = f"{gpu_model.predicted_share('1 x 8k'):.2f}"
+    assert line_of(row).split() == [
+        "lean_attention",
+        "1",
+        "x",
+        "8k",
+        "20.0",
+        "2000",
+        "0.50",
+        predicted,
+        "9.0",
+    ]
 
 
 def test_cases_that_are_not_measured_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
