@@ -23,6 +23,7 @@ LEAN_DEVICE void attend(const DecodeArguments& a, const Thread& thread, int n) {
   const TokenSpanOf<int32_t> all_see = rows.find_spans(thread, place.first_token, place.end);
   hw::sync_block();                                                  // the rows are there
   if (thread.index == kThreads - 1) find_segment<Config>(a, n + 1);  // while the first copies are under way
+  hw::sync_warp();                                                   // that thread's lanes go on together
   Attention<Config> attention(a, thread, all_see);
   while (ring.has_step()) attention.step(ring, ring.first_token());
   reduce_warps<Config>(attention, thread);
