@@ -44,6 +44,8 @@ PYBIND11_MODULE(lean_attention_emulated, m) {
       .value("none", Fault::none)
       .value("unordered_release", Fault::unordered_release)
       .value("unordered_acquire", Fault::unordered_acquire)
+      .value("no_barrier_before_release", Fault::no_barrier_before_release)
+      .value("no_barrier_after_acquire", Fault::no_barrier_after_acquire)
       .value("reversed_tickets", Fault::reversed_tickets)
       .value("flags_stay_up", Fault::flags_stay_up)
       .value("short_copy_wait", Fault::short_copy_wait)

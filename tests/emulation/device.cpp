@@ -23,6 +23,18 @@ constexpr int kMaxIdleRounds = 2000;
 
 constexpr int kPoison = 0xff;  // NaN in fp16, bf16 and fp32
 
+void join(Clock& clock, const Clock& other) {
+  for (const auto& [thread, event] : other) {
+    uint64_t& known = clock[thread];
+    known = std::max(known, event);
+  }
+}
+
+bool has(const Clock& clock, int64_t cta, int thread, uint64_t event) {
+  const auto found = clock.find({cta, thread});
+  return found != clock.end() && found->second >= event;
+}
+
 }  // namespace
 
 Device& Device::get() {
@@ -123,7 +135,6 @@ void Device::start_ctas() {
     cta->shared = {static_cast<char*>(std::aligned_alloc(128, (launch.shared_bytes + 127) / 128 * 128)),
                    std::free};
     std::memset(cta->shared.get(), kPoison, launch.shared_bytes);
-    cta->clock[cta->id] = 1;
     ++launch.next_cta;
     resident_.push_back(std::move(cta));
   }
@@ -244,6 +255,7 @@ void Device::sync_block() {
   if (++cta_->arrived == cta_->launch->threads) {
     cta_->arrived = 0;
     ++cta_->generation;
+    pass_barrier();
     return;
   }
   fiber_->status = Fiber::Status::at_block;
@@ -289,15 +301,37 @@ void Device::wait_copies(size_t pending) {
   }
 }
 
-// ---- Memory that CTAs share. A CTA's threads count as one: its barriers are tested by what they order.
+// ---- Memory that CTAs share.
+
+// What any thread of the CTA has stored, and what any has acquired, is ordered before what all do from here
+// on.
+void Device::pass_barrier() {
+  if (options_.fault != Fault::no_barrier_before_release) cta_->ordered = cta_->event;
+  ++cta_->event;
+  if (options_.fault == Fault::no_barrier_after_acquire) return;
+  for (Fiber& f : cta_->fibers) {
+    join(cta_->clock, f.acquired);
+    f.acquired.clear();
+  }
+}
+
+// Before what the running thread does next.
+bool Device::is_ordered(const Stored& stored) const {
+  if (stored.cta == cta_->id) return stored.thread == thread_ || stored.event <= cta_->ordered;
+  const auto is_in = [&](const Clock& clock) {
+    return has(clock, stored.cta, kAllThreads, stored.event) ||
+           has(clock, stored.cta, stored.thread, stored.event);
+  };
+  return is_in(cta_->clock) || is_in(fiber_->acquired);
+}
 
 void Device::watch_load(const void* address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 4) {
     const auto found = stored_.find(reinterpret_cast<uintptr_t>(address) + i);
     if (found == stored_.end()) fail("a load between CTAs reads what no CTA has stored");
-    const Stored& stored = found->second;
-    if (stored.cta != cta_->id && cta_->clock[stored.cta] < stored.event) {
-      fail("a load between CTAs is not ordered after the store by CTA " + std::to_string(stored.cta));
+    if (!is_ordered(found->second)) {
+      fail("a load between CTAs is not ordered after the store by CTA " + std::to_string(found->second.cta) +
+           ", thread " + std::to_string(found->second.thread));
     }
   }
 }
@@ -305,23 +339,10 @@ void Device::watch_load(const void* address, size_t bytes) {
 void Device::watch_store(const void* address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 4) {
     Stored& stored = stored_[reinterpret_cast<uintptr_t>(address) + i];
-    if (stored.event != 0 && stored.cta != cta_->id && cta_->clock[stored.cta] < stored.event) {
-      fail("two stores between CTAs are not ordered");
-    }
-    stored = {cta_->id, cta_->clock[cta_->id]};
+    if (stored.event != 0 && !is_ordered(stored)) fail("two stores between CTAs are not ordered");
+    stored = {cta_->id, thread_, cta_->event};
   }
 }
-
-namespace {
-
-void join(Clock& clock, const Clock& other) {
-  for (const auto& [cta, event] : other) {
-    uint64_t& known = clock[cta];
-    known = std::max(known, event);
-  }
-}
-
-}  // namespace
 
 uint64_t Device::load(uint64_t* word) {
   join(fiber_->loaded, released_[word]);
@@ -329,14 +350,16 @@ uint64_t Device::load(uint64_t* word) {
 }
 
 void Device::fence_acquire() {
-  if (options_.fault != Fault::unordered_acquire) join(cta_->clock, fiber_->loaded);
+  if (options_.fault != Fault::unordered_acquire) join(fiber_->acquired, fiber_->loaded);
 }
 
 void Device::store(uint64_t* word, uint64_t value, bool release) {
   if (options_.fault == Fault::flags_stay_up && value == 0) return;
   if (release && options_.fault != Fault::unordered_release) {
-    released_[word] = cta_->clock;
-    ++cta_->clock[cta_->id];
+    Clock& released = released_[word] = cta_->clock;
+    join(released, fiber_->acquired);
+    released[{cta_->id, kAllThreads}] = cta_->ordered;
+    released[{cta_->id, thread_}] = cta_->event++;
   } else {
     released_.erase(word);
   }

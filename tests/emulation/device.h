@@ -4,8 +4,8 @@
 //   - Fewer CTAs may be resident than the grid has; a CTA leaves its slot only when it is done.
 //   - Shared memory begins as NaN for each CTA; the target of an asynchronous copy is NaN until the thread
 //     that asked has waited for it.
-//   - Memory that CTAs share is watched with vector clocks: a load that no release and acquire orders after
-//     the store it reads is an error, whatever it happened to read.
+//   - Memory that CTAs share is watched with vector clocks: a load that no release, acquire and block barrier
+//     order after the store it reads is an error, whatever it happened to read.
 //   - Warp collectives want all 32 lanes at the same one; a launch in which nobody advances is an error.
 #pragma once
 
@@ -15,10 +15,12 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace lean::emulation {
@@ -28,11 +30,13 @@ constexpr int kWarpLanes = 32;
 // Ways to break the hardware that correct kernels rely on, so that tests can show that the emulation notices.
 enum class Fault {
   none,
-  unordered_release,  // a releasing store orders nothing
-  unordered_acquire,  // an acquiring fence orders nothing
-  reversed_tickets,   // CTAs take tickets from the last to the first, so hosts wait for CTAs yet to start
-  flags_stay_up,      // the store that lowers a flag is lost
-  short_copy_wait,    // waiting for copies leaves one group more pending
+  unordered_release,          // a releasing store orders nothing
+  unordered_acquire,          // an acquiring fence orders nothing
+  no_barrier_before_release,  // block barriers do not order what other threads stored before a release
+  no_barrier_after_acquire,   // nor what other threads load after an acquiring fence
+  reversed_tickets,  // CTAs take tickets from the last to the first, so hosts wait for CTAs yet to start
+  flags_stay_up,     // the store that lowers a flag is lost
+  short_copy_wait,   // waiting for copies leaves one group more pending
   no_warp_barrier,
 };
 
@@ -63,7 +67,10 @@ struct Copy {
   size_t bytes;
 };
 
-using Clock = std::unordered_map<int64_t, uint64_t>;  // CTA -> events of it that are ordered before
+// Events that are ordered before: those up to this one, of a CTA's thread or (kAllThreads) of all its
+// threads.
+constexpr int kAllThreads = -1;
+using Clock = std::map<std::pair<int64_t, int>, uint64_t>;  // (CTA, thread) -> event
 
 struct Fiber {
   enum class Status { ready, at_warp, at_block, paused, done };
@@ -76,6 +83,7 @@ struct Fiber {
   void* fake_stack = nullptr;                // AddressSanitizer's
   std::vector<std::vector<Copy>> copies{1};  // groups; the last is open
   Clock loaded;                              // what the words that it has loaded would order
+  Clock acquired;                            // by it alone, since the last block barrier
 };
 
 struct Warp {
@@ -103,7 +111,9 @@ struct Cta {
   int arrived = 0;
   uint64_t generation = 0;
   int done = 0;
-  Clock clock;
+  uint64_t event = 1;    // one more after each barrier and release
+  uint64_t ordered = 0;  // its events before the last barrier
+  Clock clock;           // of other CTAs, what all its threads are ordered after
 };
 
 class Device {
@@ -141,7 +151,15 @@ class Device {
   void compare_exchange(uint64_t* word, uint64_t expected, uint64_t desired);
 
  private:
+  struct Stored {
+    int64_t cta;
+    int thread;
+    uint64_t event;  // 0: none
+  };
+
   [[noreturn]] void fail(const std::string& what);
+  void pass_barrier();
+  bool is_ordered(const Stored& stored) const;
   void start_ctas();
   bool advance(Cta& cta, int warp);
   void resume(Cta& cta, int thread);
@@ -157,10 +175,6 @@ class Device {
   std::vector<std::unique_ptr<Cta>> resident_;
   std::vector<std::unique_ptr<char[]>> free_stacks_;
   std::vector<std::unique_ptr<char, void (*)(void*)>> workspaces_;
-  struct Stored {
-    int64_t cta;
-    uint64_t event;
-  };
   std::unordered_map<uintptr_t, Stored> stored_;  // by address of each 4 bytes
   std::unordered_map<uint64_t*, Clock> released_;
   int64_t next_id_ = 0;

@@ -97,7 +97,15 @@ def decode_under(fault: str, seed: int, **configuration) -> None:
     assert_close(CASE, inputs, out, lse)
 
 
-@pytest.mark.parametrize("fault", ["unordered_release", "unordered_acquire"])
+UNORDERED = [
+    "unordered_release",
+    "unordered_acquire",
+    "no_barrier_before_release",
+    "no_barrier_after_acquire",
+]
+
+
+@pytest.mark.parametrize("fault", UNORDERED)
 def test_a_fix_up_without_memory_order_is_caught(fault: str) -> None:
     for seed in range(5):
         with pytest.raises(RuntimeError, match="not ordered after the store by CTA"):
