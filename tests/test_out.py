@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import lean_attention
-from tests.cases import Case, make_inputs
+from tests.backends import Backend, devices
+from tests.cases import BF16, Case, make_inputs
 from tests.errors import assert_each_raises
 
-CASE = Case(torch.bfloat16, lens=(300, 0, 17), heads=6, kv_heads=2, head_dim=64, q_len=2)
+CASE = Case(BF16, lens=(300, 0, 17), heads=6, kv_heads=2, head_dim=64, q_len=2)
 
 
 @pytest.mark.parametrize("q_len", [3, "packed"])
@@ -25,6 +26,50 @@ def test_out_and_lse_are_written_and_returned(q_len: int | str) -> None:
     assert got[0] is out and got[1] is lse
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
     assert pool[..., 0, :].isnan().all() and pool[..., 1, -8:].isnan().all(), "written between the rows"
+
+
+# Of an out of shape (3, 2, 6, 64): where it begins, and the strides of its batch, tokens and heads.
+PLACES = {
+    "even": (2, 2 * 12 * 66, 12 * 66, 66),
+    "offset": (1, 2 * 12 * 66, 12 * 66, 66),
+    "batch": (2, 2 * 12 * 66 + 1, 12 * 66, 66),
+    "token": (2, 2 * 12 * 66, 6 * 66 + 1, 66),
+    "head": (2, 2 * 12 * 66, 12 * 66, 65),
+    "all": (1, 2 * 12 * 65 + 1, 6 * 65 + 1, 65),
+}
+
+
+@devices
+@pytest.mark.parametrize("place", PLACES)
+def test_out_at_odd_places(place: str, backend: Backend) -> None:
+    """Pairs of its elements lie across words of memory."""
+    arguments = make_inputs(CASE)
+    want, want_lse = backend.decode(**arguments, num_ctas=5)
+    offset, *strides = PLACES[place]
+    view = {"size": want.shape, "stride": (*strides, 1), "storage_offset": offset}
+    pool = torch.full((6000,), torch.nan, dtype=BF16)
+    out, lse = backend.decode(
+        **arguments, num_ctas=5, out=pool.as_strided(**view), lse=torch.full_like(want_lse, torch.nan)
+    )
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    if backend.name != "cuda":  # which takes copies
+        pool.as_strided(**view).fill_(torch.nan)
+        assert pool.isnan().all(), "written between the rows"
+
+
+@devices
+def test_packed_out_at_odd_places(backend: Backend) -> None:
+    """And its rows of no sequence, which are written element by element."""
+    arguments = make_inputs(Case(BF16, lens=(300, 17, 40), q_len="packed", heads=6, head_dim=64))
+    end = int(arguments["cu_seqlens_q"][-1])
+    want, want_lse = backend.decode(**arguments, num_ctas=5)
+    pool = torch.full((len(want), 7, 65), torch.nan, dtype=BF16)
+    lse = torch.full_like(want_lse, torch.nan)
+    out, lse = backend.decode(**arguments, num_ctas=5, out=pool[:, 1:, 1:], lse=lse)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert end < len(out) and (out[end:] == 0).all() and (lse[:, end:] == -torch.inf).all()
+    if backend.name != "cuda":
+        assert pool[:, 0].isnan().all() and pool[..., 0].isnan().all(), "written between the rows"
 
 
 def test_nothing_else_is_allocated() -> None:
