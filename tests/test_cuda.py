@@ -222,6 +222,44 @@ def test_errors(backend: Backend) -> None:
         backend.decode(**small, num_ctas=2**24)
 
 
+@on_cuda
+def test_calls_that_32_bits_cannot_count(backend: Backend) -> None:
+    """Nothing is read or written, so their caches may be one token that all others share."""
+
+    def decode(tokens: int, batch: int = 1, kv_heads: int = 1) -> None:
+        cache = torch.zeros(1, 1, 1, 8, dtype=BF16).expand(batch, tokens, kv_heads, 8)
+        backend.decode(q=torch.zeros(batch, 1, kv_heads, 8, dtype=BF16), k_cache=cache, v_cache=cache)
+
+    with pytest.raises(ValueError, match=r"a sequence may have 1073741825 tokens; on cuda .* 1073741824$"):
+        decode(2**30 + 1)
+    tiles = (
+        r"the batch may have 2147483648 LeanTiles, 1 query rows .* on cuda each may be at most 2147483647$"
+    )
+    with pytest.raises(ValueError, match=tiles):
+        decode(2**30, batch=128, kv_heads=4)
+
+
+def test_the_largest_numbers_of_a_launch() -> None:
+    emulated = load()
+    most = 2**31 - 1
+    rows = {"group": 2, "query_tokens": (most - 16) // 2}
+    emulated.windows(capacity=2**30, most_tiles=most, **rows)
+    with pytest.raises(ValueError, match="may have 2147483648 LeanTiles, 1 query rows per KV head; on cuda"):
+        emulated.windows(most_tiles=most + 1)
+    with pytest.raises(ValueError, match="may have 1 LeanTiles, 2147483632 query rows per KV head; on cuda"):
+        emulated.windows(group=2, query_tokens=(most - 16) // 2 + 1)
+
+
+@on_cuda
+def test_windows_larger_than_any_cache(backend: Backend) -> None:
+    inputs = make_inputs(Case(BF16, lens=(300, 17), q_len=3, causal=False))
+    want = backend.decode(**inputs)
+    for tokens in (2**30, 2**31 + 5, 2**40):
+        for name in ("window_left", "window_right"):
+            got = backend.decode(**inputs, **{name: tokens})
+            assert all(map(torch.equal, got, want)), f"{name}={tokens}"
+
+
 @pytest.mark.gpu
 def test_two_streams_on_a_gpu() -> None:
     cases = [Case(BF16, lens=(9000, 65)), Case(F16, lens=(40, 7000), head_dim=80)]

@@ -183,29 +183,26 @@ LEAN_DEVICE uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
       __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
   return reinterpret_cast<const uint32_t&>(difference);
 }
+// Products of two pairs of fp16 numbers.
+LEAN_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const __half2 product = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
+}
 // A pair of fp16 numbers that bf16 holds exactly, as that.
 LEAN_DEVICE uint32_t fp16_to_bf16(uint32_t pair) {
   const float2 floats = __half22float2(reinterpret_cast<const __half2&>(pair));
   return pack<BFloat16>(floats.x, floats.y);
 }
-// The four e4m3 numbers of a word as two pairs of fp16 ones.
+// The four e4m3 numbers of a word as two pairs of fp16 ones, where the chip has an instruction for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr bool kConvertsE4m3 = false;
+#else
+constexpr bool kConvertsE4m3 = true;
+#endif
 LEAN_DEVICE void e4m3_to_fp16(uint32_t word, uint32_t& low, uint32_t& high) {
-#if __CUDA_ARCH__ >= 890
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
       : "=r"(low), "=r"(high)
       : "r"(word));
-#else
-  // Sign, exponent and mantissa in their places, and the exponent's bias made up for by 2^8; all ones are
-  // NaN.
-  const auto convert = [](uint32_t upper) {
-    const uint32_t magnitude = upper & 0x7f007f00, bits = (upper & 0x80008000) | magnitude >> 1;
-    const __half2 scaled =
-        __hmul2(reinterpret_cast<const __half2&>(bits), __half2half2(__ushort_as_half(0x5c00)));
-    return reinterpret_cast<const uint32_t&>(scaled) | (__vcmpeq2(magnitude, 0x7f007f00) & 0x7e007e00);
-  };
-  low = convert(__byte_perm(word, 0, 0x1404));
-  high = convert(__byte_perm(word, 0, 0x3424));
-#endif
 }
 
 // 2^x, subnormal results as 0.

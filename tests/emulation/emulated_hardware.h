@@ -145,10 +145,15 @@ inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   const auto low = [](uint32_t x) { return bits_to_float<T>(static_cast<uint16_t>(x)); };
   return pack<T>(low(a) - low(b), low(a >> 16) - low(b >> 16));
 }
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const auto low = [](uint32_t x) { return bits_to_float<Half>(static_cast<uint16_t>(x)); };
+  return pack<Half>(low(a) * low(b), low(a >> 16) * low(b >> 16));
+}
 inline uint32_t fp16_to_bf16(uint32_t pair) {
   return pack<BFloat16>(bits_to_float<Half>(static_cast<uint16_t>(pair)),
                         bits_to_float<Half>(static_cast<uint16_t>(pair >> 16)));
 }
+constexpr bool kConvertsE4m3 = true;
 inline void e4m3_to_fp16(uint32_t word, uint32_t& low, uint32_t& high) {
   const auto value = [&](int byte) -> float {
     return c10::Float8_e4m3fn(static_cast<uint8_t>(word >> 8 * byte), c10::Float8_e4m3fn::from_bits());

@@ -70,7 +70,7 @@ inline Geometry32 geometry32(const DecodeParams& p, int64_t rows_per_block, int6
          " query rows per KV head; on cuda each may be at most ", kMost);
   }
   const auto window = [](int64_t tokens) {  // one that holds all tokens is as none
-    return tokens > kMaxTokens ? -1 : static_cast<int32_t>(tokens);
+    return tokens >= kMaxTokens ? -1 : static_cast<int32_t>(tokens);
   };
   return {.num_kv_heads = static_cast<int32_t>(p.num_kv_heads),
           .lengths_per_head = p.lengths_per_head,

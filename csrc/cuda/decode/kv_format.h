@@ -12,6 +12,18 @@
 
 namespace lean::cuda {
 
+// What hw::e4m3_to_fp16 does, for chips without it.
+LEAN_DEVICE void e4m3_to_fp16(uint32_t word, uint32_t& low, uint32_t& high) {
+  const auto convert = [](uint32_t upper) {  // numbers in the upper bytes
+    // Sign, exponent and mantissa take their places, and 2^8 makes up for the exponent's bias. A magnitude of
+    // all ones comes out as 480; the one bit of its exponent that is not set makes it NaN.
+    const uint32_t magnitude = upper & 0x7f007f00u, nan = (magnitude + 0x01000100u) & 0x80008000u;
+    return hw::multiply_pairs((upper & 0x80008000u) | magnitude >> 1, 0x5c005c00u) | nan >> 2;
+  };
+  low = convert(hw::permute_bytes(word, 0, 0x1404));
+  high = convert(hw::permute_bytes(word, 0, 0x3424));
+}
+
 // The four elements of a word as two pairs of T, unscaled. Exact: bf16 and fp16 hold all of them.
 template <class T, DType from>
 LEAN_DEVICE void dequantise(uint32_t word, uint32_t& low, uint32_t& high) {
@@ -33,8 +45,10 @@ LEAN_DEVICE void dequantise(uint32_t word, uint32_t& low, uint32_t& high) {
     if constexpr (from == DType::float8_e5m2) {  // it is the upper byte of fp16
       low = hw::permute_bytes(word, 0, 0x1404);
       high = hw::permute_bytes(word, 0, 0x3424);
-    } else {
+    } else if constexpr (hw::kConvertsE4m3) {
       hw::e4m3_to_fp16(word, low, high);
+    } else {
+      e4m3_to_fp16(word, low, high);
     }
     if constexpr (!half) {
       low = hw::fp16_to_bf16(low);
