@@ -1,0 +1,1 @@
+"""What nvcc makes of csrc/cuda: sources that are compiled by themselves, and never run."""
