@@ -224,12 +224,14 @@ def test_errors(backend: Backend) -> None:
 
 @on_cuda
 def test_calls_that_32_bits_cannot_count(backend: Backend) -> None:
-    """Nothing is read or written, so their caches may be one token that all others share."""
+    """By their shapes: sequences are empty, and caches are one token that all others share."""
 
     def decode(tokens: int, batch: int = 1, kv_heads: int = 1) -> None:
         cache = torch.zeros(1, 1, 1, 8, dtype=BF16).expand(batch, tokens, kv_heads, 8)
-        backend.decode(q=torch.zeros(batch, 1, kv_heads, 8, dtype=BF16), k_cache=cache, v_cache=cache)
+        q, seq_lens = torch.zeros(batch, 1, kv_heads, 8, dtype=BF16), torch.zeros(batch, dtype=torch.int32)
+        backend.decode(q=q, k_cache=cache, v_cache=cache, seq_lens=seq_lens)
 
+    decode(2**30)
     with pytest.raises(ValueError, match=r"a sequence may have 1073741825 tokens; on cuda .* 1073741824$"):
         decode(2**30 + 1)
     tiles = (

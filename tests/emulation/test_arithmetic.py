@@ -48,7 +48,7 @@ powers = st.builds(lambda exponent, more: 2**exponent + more, st.integers(0, 31)
 numbers = st.one_of(st.integers(0, LARGEST), powers.filter(lambda n: 0 <= n <= LARGEST))
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(numbers, numbers.filter(bool), st.integers(-1, 1))
 @example(LARGEST, 1, 0)
 @example(LARGEST, LARGEST, 0)
@@ -67,7 +67,7 @@ paddings = st.one_of(st.just(0), st.integers(0, 200), st.just(LARGEST))
 windows = st.one_of(st.integers(-1, 300), st.integers(2**30 - 2, 2**30 + 2), st.just(2**40))
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     lengths=st.lists(st.tuples(tokens, paddings, st.integers(0, 40)), min_size=1, max_size=6).filter(
         lambda lengths: any(q_len for _, _, q_len in lengths)
