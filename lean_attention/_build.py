@@ -75,7 +75,7 @@ def write_kernel_sources(directory: Path) -> list[str]:
         for dtype in ("BFloat16", "Half"):
             path = directory / f"decode_{dtype}_{arguments.replace(', ', '_')}.cu"
             text = (
-                '#include "cuda/decode/define_kernel.h"\n\nnamespace lean::cuda {\n'
+                '#include "cuda/decode/decode_kernel.h"\n\nnamespace lean::cuda {\n'
                 f"LEAN_DEFINE_DECODE_KERNEL({dtype}, {arguments})\n}}\n"
             )
             if not path.exists() or path.read_text() != text:

@@ -9,7 +9,6 @@
 
 #include "cuda/decode/config.h"
 #include "cuda/decode/fix_up.h"
-#include "cuda/decode/kernels.h"
 #include "cuda/host.h"
 #include "fail.h"
 

@@ -1,7 +1,7 @@
 // The kernels' own sources, compiled for the emulated device.
 #include "cuda/decode/kernels.cu"
 #include "cuda/append.cu"
-#include "cuda/decode/define_kernel.h"
+#include "cuda/decode/decode_kernel.h"
 #include "cuda/launch.cu"
 #include "cuda/merge_states.cu"
 

@@ -1,8 +1,10 @@
-// What a launch of the decode kernel is told.
+// What a launch of the decode kernel is told, and the table of the compiled kernels.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
+#include <span>
 
 #include "cuda/decode/fix_up.h"
 #include "cuda/errors.h"
@@ -40,6 +42,23 @@ struct DecodeArguments {
 };
 
 // ---- On the host.
+
+constexpr int kMaxDevices = 64;
+
+struct Kernel {
+  int head_dim;
+  int head_dim_v;
+  int rows;
+  bool quantised;  // its caches
+  int64_t tile_tokens;
+  int shared_bytes;
+  int64_t partial_floats;
+  int bytes_in_flight;
+  void (*function)(DecodeArguments);
+  std::atomic<int64_t>* resident_ctas;  // per device; 0: not asked yet
+};
+
+std::span<const Kernel> kernels_of(DType dtype);
 
 struct Dimension {
   int64_t size;

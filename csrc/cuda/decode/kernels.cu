@@ -1,4 +1,4 @@
-#include "cuda/decode/kernels.h"
+#include "cuda/decode/arguments.h"
 
 namespace lean::cuda {
 

@@ -1,7 +1,7 @@
 // Where the rows of K, of V and of their scales lie, step by step of a warp.
 #pragma once
 
-#include "cuda/decode/shared_state.h"
+#include "cuda/decode/config.h"
 
 namespace lean::cuda {
 

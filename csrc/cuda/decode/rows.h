@@ -2,7 +2,7 @@
 // row % group.
 #pragma once
 
-#include "cuda/decode/shared_state.h"
+#include "cuda/decode/config.h"
 
 namespace lean::cuda {
 
