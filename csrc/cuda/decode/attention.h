@@ -3,21 +3,10 @@
 
 #include "cuda/decode/kv_format.h"
 #include "cuda/decode/kv_ring.h"
+#include "cuda/decode/rows.h"
 #include "softmax_state.h"
 
 namespace lean::cuda {
-
-#define LEAN_BACKEND_INLINE LEAN_DEVICE
-#include "score-inl.h"
-
-// The Math of score-inl.h.
-struct ScoreMath {
-  using F = float;
-  static LEAN_DEVICE F set1(F x) { return x; }
-  static LEAN_DEVICE F mul(F a, F b) { return a * b; }
-  static LEAN_DEVICE F fma(F a, F b, F c) { return fmaf(a, b, c); }
-  static LEAN_DEVICE F tanh(F x) { return tanhf(x); }
-};
 
 // Scores, in units of log2, may exceed what they are taken relative to by this much: fp16 holds their
 // weights, and the outputs need not be rescaled whenever there is a new maximum.
@@ -60,10 +49,12 @@ class Attention {
   LEAN_DEVICE void step(KvRing<Config>& ring, int32_t first_token) {
     float scores[kRowTiles][2][4] = {};
     float scales[2][4];  // of K's and of V's tokens of this lane's columns
-    multiply_keys(ring, scores, scales, std::make_integer_sequence<int, KPanels::count>());
+    for_each_panel<KPanels::count>(
+        [&](auto panel) { multiply_panel<panel>(ring.template next<panel>(), scores, scales); });
     uint32_t weights[kRowTiles][4];
     soften(scores, scales, weights, first_token);
-    add_values(ring, weights, std::make_integer_sequence<int, VPanels::count>());
+    for_each_panel<VPanels::count>(
+        [&](auto panel) { add_panel<panel>(ring.template next<KPanels::count + panel>(), weights); });
   }
 
  private:
@@ -72,10 +63,11 @@ class Attention {
         a, query_rows<Config>() + Config::QRows::offset(rt * kTileRows + lane_ % 16, lane_ / 16) + 32 * kk);
   }
 
-  template <int... kPanels>
-  LEAN_DEVICE void multiply_keys(KvRing<Config>& ring, float (&scores)[kRowTiles][2][4],
-                                 float (&scales)[2][4], std::integer_sequence<int, kPanels...>) {
-    (multiply_panel<kPanels>(ring.template next<kPanels>(), scores, scales), ...);
+  // Calls `take` with the number of each panel, as a constant.
+  template <int count, int panel = 0, class Take>
+  static LEAN_DEVICE void for_each_panel(const Take& take) {
+    take(std::integral_constant<int, panel>{});
+    if constexpr (panel + 1 < count) for_each_panel<count, panel + 1>(take);
   }
 
   // scores += Q K^T over the dims of one panel.
@@ -191,13 +183,9 @@ class Attention {
       const float modified = modified_score<ScoreMath>(
           scaled_score<ScoreMath>(score, a_.scale), terms, [&] { return scales[0][i]; },
           [&] { return -s.slopes[row]; }, [&] { return static_cast<float>(abs(s.positions[row] - token)); },
-          [&](float x) { return all_seen || is_seen(s, row, token) ? x : kMinusInfinity; });
+          [&](float x) { return all_seen || is_seen<Config>(a_, row, token) ? x : kMinusInfinity; });
       score = modified - its.reference;
     });
-  }
-  LEAN_DEVICE bool is_seen(const SharedState<Config>& s, int row, int32_t token) const {
-    if (token < s.spans[row][0] || token >= s.spans[row][1]) return false;
-    return !a_.p.tree_mask || token < s.new_tokens || s.tree_rows[row][token];
   }
 
   // Makes the maximum of a row's scores its reference where that is more. Sums and outputs so far, and the
@@ -229,12 +217,6 @@ class Attention {
         for (int e = 0; e < 4; ++e) output[rt][j][e] *= factor[e / 2];
       }
     }
-  }
-
-  template <int... kPanels>
-  LEAN_DEVICE void add_values(KvRing<Config>& ring, const uint32_t (&weights)[kRowTiles][4],
-                              std::integer_sequence<int, kPanels...>) {
-    (add_panel<kPanels>(ring.template next<KPanels::count + kPanels>(), weights), ...);
   }
 
   // output += P V for the dims of one panel.

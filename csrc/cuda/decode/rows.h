@@ -1,10 +1,22 @@
 // The query rows of a segment: row `row` of an output tile is query token row / group of query head
-// row % group.
+// row % group. What they see, and what is made of their scores.
 #pragma once
 
 #include "cuda/decode/config.h"
 
 namespace lean::cuda {
+
+#define LEAN_BACKEND_INLINE LEAN_DEVICE
+#include "score-inl.h"
+
+// The Math of score-inl.h.
+struct ScoreMath {
+  using F = float;
+  static LEAN_DEVICE F set1(F x) { return x; }
+  static LEAN_DEVICE F mul(F a, F b) { return a * b; }
+  static LEAN_DEVICE F fma(F a, F b, F c) { return fmaf(a, b, c); }
+  static LEAN_DEVICE F tanh(F x) { return tanhf(x); }
+};
 
 template <class Config>
 class QueryRows {
@@ -104,5 +116,13 @@ class QueryRows {
   const int begin_;
   const int count_;
 };
+
+// After find_spans, and a barrier.
+template <class Config>
+LEAN_DEVICE bool is_seen(const DecodeArguments& a, int row, int32_t token) {
+  const SharedState<Config>& s = shared_state<Config>();
+  if (token < s.spans[row][0] || token >= s.spans[row][1]) return false;
+  return !a.p.tree_mask || token < s.new_tokens || s.tree_rows[row][token];
+}
 
 }  // namespace lean::cuda
