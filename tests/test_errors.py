@@ -152,7 +152,7 @@ WRONG_TYPES = [
     ({"seq_lens": 50}, "seq_lens is 50, an int; it must be a Tensor or None"),
     ({"seq_lens": np.array([50, 3])}, "seq_lens is array.*, a ndarray; it must be a Tensor or None"),
     ({"q": None}, "q is None; it must be a Tensor$"),
-    ({"k_cache": [1.0]}, r"k_cache is \[1.0\], a list; it must be a Tensor or None$"),
+    ({"k_cache": [1.0]}, r"k_cache is \[1.0\], a list; it must be a Tensor$"),
     ({"k_scale": 1.0}, "k_scale is 1.0, a float; it must be a Tensor or None"),
     ({"scale": "0.1"}, "scale is '0.1', a str; it must be a float or None"),
     ({"scale": torch.ones(2)}, r"scale is a Tensor of shape \[2\]; it must be a float or None"),
@@ -162,7 +162,7 @@ WRONG_TYPES = [
     ({"window_right": 2.0}, "window_right is 2.0, a float; it must be an int$"),
     ({"window_left": 2**70}, "window_left is 1180591620717411303424, an int; it must be an int of 64 bits"),
     ({"num_ctas": 2.5}, "num_ctas is 2.5, a float; it must be an int$"),
-    ({"out": [1], "lse": torch.ones(2, 8, 1)}, r"out is \[1\], a list; it must be a Tensor or None$"),
+    ({"out": [1], "lse": torch.ones(2, 8, 1)}, r"out is \[1\], a list; it must be a Tensor$"),
 ]
 
 
