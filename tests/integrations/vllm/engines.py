@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.attention import Attention
@@ -52,6 +55,9 @@ def save_model(folder: Path, config_class: str, **options) -> str:
                 if "sinks" in name:
                     parameter.normal_()
         model.save_pretrained(folder)
+        words = Tokenizer(WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
+        words.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(folder)
     return str(folder)
 
 

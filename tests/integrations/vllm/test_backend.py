@@ -131,7 +131,7 @@ def test_step(monkeypatch: pytest.MonkeyPatch, cache: str | None, options: dict)
         alibi_slopes=None if "alibi_slopes" not in options else torch.tensor(options["alibi_slopes"]),
         sinks=None if "sinks" not in options else options["sinks"].float(),
     )
-    torch.testing.assert_close(output[:13], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output[:13], expected.float(), atol=1e-4, rtol=1e-4)
     assert (output[13] == 7.0).all()
 
 

@@ -199,7 +199,7 @@ def test_encoder_is_left_to_vllm(models: Path) -> None:
     inputs = [{"prompt_token_ids": tokens} for tokens in prompts()]
     found = {}
     for ours in (False, True):
-        with engine(model, ours=ours, runner="pooling") as llm:
+        with engine(model, ours=ours, runner="pooling", skip_tokenizer_init=False) as llm:
             found[ours] = torch.tensor([output.outputs.embedding for output in llm.embed(inputs)])
             if ours:
                 assert reasons(llm) == {"encoder_only attention"}
