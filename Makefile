@@ -7,10 +7,12 @@
 # make cuda-check  what nvcc makes of the kernels, held to instruction budgets; needs a CUDA toolkit, no GPU
 # make test-newest    the integrations' tests with the newest of all packages but torch; TORCH=torch chooses that too
 # make test-oldest    the same with the oldest torch and transformers that pyproject.toml admits
+# make test-vllm      the tests in vLLM, in an environment of its own (minutes, and 2.4 GB); VLLM_VENV names another
 # make lint    formatters and linters, in check mode; make format applies them
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -44,7 +46,7 @@ timed = status=0; $(1) || status=$$?; \
 	seconds=$$(( $$(date +%s) - $(BEGIN) )); \
 	echo "make $@: $$(( seconds / 60 )) min $$(( seconds % 60 )) s, setting up included"; exit $$status
 
-.PHONY: test demo check bench sanitize cuda-check test-newest test-oldest lint format clean
+.PHONY: test demo check bench sanitize cuda-check test-newest test-oldest test-vllm lint format clean
 
 test: $(VENV)/installed
 	@$(call timed,$(BIN)/$(PYTEST) $(TEST_ARGS))
@@ -88,6 +90,16 @@ test-newest test-oldest: test-%: build/wheel
 	@result=passed; .venv-$*/bin/$(PYTEST) $(INTEGRATION_TESTS) $(TEST_ARGS) || result=failed; \
 	echo "$@: $$result with $$(.venv-$*/bin/python -m tests.versions)"; test $$result = passed
 
+VLLM_REQUIREMENTS := third_party/vllm-requirements.txt
+# One process: each test has the machine's memory and cores to itself.
+test-vllm: build/wheel
+	@echo "make: installing vLLM into $(VLLM_VENV) (two minutes, and downloads)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(call pip_install,$(VLLM_VENV)/bin) $(shell grep '^torch==' $(VLLM_REQUIREMENTS))
+	@$(call pip_install,$(VLLM_VENV)/bin) --no-deps -r $(VLLM_REQUIREMENTS)
+	@$(call pip_install,$(VLLM_VENV)/bin) --no-deps --force-reinstall build/wheel/*.whl
+	@$(call timed,$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm --show-capture=no $(TEST_ARGS))
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -99,7 +111,7 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest
+	rm -rf build demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest .venv-vllm
 	rm -f $(VENV)/installed
 
 # torch comes before the package: the core is compiled against the torch that runs it.

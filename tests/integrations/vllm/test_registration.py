@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from types import SimpleNamespace
@@ -17,11 +18,20 @@ from lean_attention.integrations.vllm.backend import LeanAttentionBackend
 
 
 @pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
     for once in (vllm_logger._print_info_once, vllm_logger._print_warning_once):
         once.cache_clear()
+    # Whether vLLM has configured its loggers by now depends on what ran before.
+    logger = logging.getLogger("vllm.lean_attention")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "disabled", False)
+    caplog.set_level(logging.INFO, logger.name)
+    logger.addHandler(caplog.handler)
     AttentionBackendEnum.CPU_ATTN.clear_override()
     yield caplog
+    logger.removeHandler(caplog.handler)
     AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
