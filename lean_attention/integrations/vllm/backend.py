@@ -181,7 +181,6 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
             window_left=self.sliding_window - 1 if self.sliding_window > 0 else -1,
             softcap=self.logits_soft_cap,
             out=output[:tokens],
-            lse=query.new_empty(self.num_heads, tokens, dtype=torch.float32),
         )
         return output
 
@@ -199,18 +198,13 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         """
         if self.reason is not None:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        key, value = key[: len(slot_mapping)], value[: len(slot_mapping)]
-        if slot_mapping.numel() and slot_mapping.min() < 0:
-            written = slot_mapping >= 0
-            slot_mapping, key, value = slot_mapping[written], key[written], value[written]
+        tokens = len(slot_mapping)
+        key, value = key[:tokens], value[:tokens]
         if self.cache_dtype is not None:
+            # A step's own scales would not be those of the tokens that are there.
             key = self._quantised(key, layer._k_scale)
             value = self._quantised(value, layer._v_scale)
-        k_pages, v_pages = self._pages(kv_cache)
-        block_size = k_pages.shape[1]
-        place = slot_mapping // block_size, slot_mapping % block_size
-        k_pages[place] = key
-        v_pages[place] = value
+        lean_attention.append_kv(*self._pages(kv_cache), key, value, slot_mapping=slot_mapping)
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the keys and the values, ``[num_blocks, block_size, num_kv_heads, head_dim]``."""
