@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -69,6 +71,10 @@ def prompts(seed: int = 1, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[li
 @contextmanager
 def engine(model: str, ours: bool, **options) -> Iterator[LLM]:
     """vLLM in this process, with this package's attention or with its own."""
+    if "numba" in sys.modules:
+        # Speculation by n-grams imports it. vLLM puts its CPU kernels into all modules for every engine, and
+        # stumbles over one of numba's objects; the kernels are in place since the engine before.
+        CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
     AttentionBackendEnum.CPU_ATTN.clear_override()
     selector._cached_get_attn_backend.cache_clear()
     if ours:
