@@ -2,9 +2,10 @@
 
     python -m benchmarks.vllm_serve --requests 4 --prompt 4096
 
-The model is a Llama with random weights in bfloat16 and KV heads of 128. Each contender is an engine in a
-process of its own; they take turns, one batch of requests each, so that a busy machine disturbs both alike.
-Medians over the rounds are told. It needs an environment with vLLM (`make test-vllm` makes one).
+The model is a Llama with random weights and KV heads of 128. Each contender is an engine in a process of its
+own; they take turns, one batch of requests each, so that a busy machine disturbs both alike. Medians over the
+rounds are told. vLLM's own attention uses AMX where the CPU has it, in bfloat16 alone: `--dtype float16`
+compares the two without. It needs an environment with vLLM (`make test-vllm` makes one).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def save_config(folder: str, options: argparse.Namespace) -> None:
         num_key_value_heads=options.kv_heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=options.prompt + options.new,
-        dtype="bfloat16",
+        dtype=options.dtype,
     ).save_pretrained(folder)
 
 
@@ -52,10 +53,11 @@ def serve(connection: Connection, folder: str, variable: str, options: argparse.
     from vllm import LLM
 
     blocks = options.requests * (-(-(options.prompt + options.new) // BLOCK_SIZE) + 1)
-    bytes_per_block = BLOCK_SIZE * options.layers * options.kv_heads * HEAD_DIM * 2 * 2
+    bytes_per_number = 4 if options.dtype == "float32" else 2
+    bytes_per_block = BLOCK_SIZE * options.layers * options.kv_heads * 2 * HEAD_DIM * bytes_per_number
     llm = LLM(
         folder,
-        dtype="bfloat16",
+        dtype=options.dtype,
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -147,11 +149,12 @@ def main() -> None:
         ("rounds", 3, "that are measured"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     options = parser.parse_args()
     results = run(options)
     print(
         f"{options.layers} layers, {options.heads} query heads and {options.kv_heads} KV heads of {HEAD_DIM}"
-        f", bfloat16; {options.requests} requests of {options.prompt:,} tokens, {options.new} new ones each"
+        f", {options.dtype}; {options.requests} requests of {options.prompt:,} tokens, {options.new} new each"
     )
     ours, own = results.values()
     print(f"{'':32}" + "".join(f"{name:>16}" for name in results) + f"{'ratio':>8}")

@@ -104,9 +104,8 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         if self.head_size % 8 or self.head_size > 512:
             return f"a head_dim of {self.head_size}"
         dtype = config.model_config.dtype
-        if self.cache_dtype is None and kv_cache_dtype_str_to_dtype(
-            self.kv_cache_dtype, config.model_config
-        ) not in (dtype,):
+        cached = self.cache_dtype or kv_cache_dtype_str_to_dtype(self.kv_cache_dtype, config.model_config)
+        if cached not in (dtype, *_FP8.values()):
             return f"a {self.kv_cache_dtype} cache and {dtype}"
         if config.kv_transfer_config is not None:
             return "a cache that a KV connector moves, which has to be in vLLM's own format"
@@ -201,7 +200,7 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         tokens = len(slot_mapping)
         key, value = key[:tokens], value[:tokens]
         if self.cache_dtype is not None:
-            # A step's own scales would not be those of the tokens that are there.
+            # append_kv would choose a scale for each row; vLLM has one for each layer.
             key = self._quantised(key, layer._k_scale)
             value = self._quantised(value, layer._v_scale)
         lean_attention.append_kv(*self._pages(kv_cache), key, value, slot_mapping=slot_mapping)
@@ -237,6 +236,13 @@ class LeanAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             # vLLM's own builder refuses head_dims that only its kernels have trouble with.
             AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
         else:
+            # The backend admits any block size, before anyone knows which layers it will not serve.
+            if not CPUAttentionBackend.supports_block_size(kv_cache_spec.block_size):
+                raise ValueError(
+                    f"lean_attention: a block size of {kv_cache_spec.block_size} does not go with layers "
+                    "that are left to vLLM's own attention, which takes multiples of 32; choose another "
+                    "--block-size, or none"
+                )
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from lean_attention import reference
-from lean_attention.integrations.vllm.backend import CPUAttentionMetadata, LeanAttentionImpl
+from lean_attention.integrations.vllm.backend import (
+    Attention,
+    CPUAttentionMetadata,
+    LeanAttentionImpl,
+    LeanAttentionMetadataBuilder,
+)
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 24, 8
 BLOCKS = 12
@@ -152,3 +157,26 @@ def test_output_that_is_to_be_quantised_is_refused(monkeypatch: pytest.MonkeyPat
 )
 def test_layers_left_to_vllm(monkeypatch: pytest.MonkeyPatch, options: dict, reason: str) -> None:
     assert implementation(monkeypatch, **options).reason == reason
+
+
+def builder(impl: LeanAttentionImpl, **spec) -> LeanAttentionMetadataBuilder:
+    layer = Attention.__new__(Attention)
+    layer.__dict__["impl"] = impl
+    configuration = config()
+    configuration.compilation_config.static_forward_context = {"layer": layer}
+    return LeanAttentionMetadataBuilder(
+        SimpleNamespace(**spec), ["layer"], configuration, torch.device("cpu")
+    )
+
+
+def test_non_causal_layers_are_left_to_vllm_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    impl = implementation(monkeypatch)
+    with pytest.raises(ValueError, match="a block size of 16 does not go with layers that are left"):
+        builder(impl, block_size=16, non_causal=True)
+    assert impl.reason == "attention that is not causal"
+
+
+def test_a_step_that_is_not_causal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = builder(implementation(monkeypatch), block_size=16)
+    with pytest.raises(NotImplementedError, match="LEAN_ATTENTION_VLLM=0"):
+        made.build(0, SimpleNamespace(causal=torch.tensor([True, False])))
