@@ -66,7 +66,29 @@ class Shape:
 
 
 PRODUCT, COPY = "HMMA", r"LDGSTS\S*\.128"
-PATTERNS = {"products": PRODUCT, "copies": COPY, "barriers": "BAR", "scans": r"SHFL\.UP", "stores": "STG"}
+PATTERNS = {
+    "products": PRODUCT,
+    "copies": COPY,
+    "barriers": "BAR",
+    "scans": r"SHFL\.UP",
+    "atomics": "ATOM",
+    "loads": r"LDG\.",
+    "stores": "STG",
+    "matrices": "LDSM",
+    "shared_stores": r"STS|ST\.",  # also where the compiler does not know that memory is shared
+}
+
+# What the thread that finds a CTA's range executes: the scan, the length of a sequence, the walk and the
+# first segment, which it lays in shared memory. Another one takes the ticket meanwhile.
+BEGIN = {
+    "scans": -5,
+    "barriers": -2,
+    "atomics": 0,
+    "loads": -1,
+    "stores": 0,
+    "matrices": 0,
+    "shared_stores": -20,
+}
 
 
 def find_paths(code: Function, shape: Shape) -> Paths:
@@ -85,7 +107,7 @@ def find_paths(code: Function, shape: Shape) -> Paths:
 
     return Paths(
         step=shortest(products, lambda at, to: to == at, products=shape.products, copies=shape.copies),
-        begin=shortest([min(code.blocks)], lambda _, to: to in copies, scans=-5, barriers=-2),
+        begin=shortest([min(code.blocks)], lambda _, to: to in copies, **BEGIN),
         change=shortest(products, lambda _, to: to in products, barriers=-4, copies=-shape.copies, stores=-3),
     )
 

@@ -16,14 +16,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 INSTRUCTION = re.compile(
     r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16})", re.M
 )
 
 # Cycles until a result is there that the compiler waits for by a scoreboard, by opcode; assumed, for Hopper.
+# (LD: of shared memory, where the compiler does not know that it is.)
 LATENCY = {
-    **dict.fromkeys(("LDG", "ATOM", "ATOMG"), 350), "LD": 600, "ATOMS": 60, "LDC": 35, "HMMA": 35, "LDSM": 33,
+    **dict.fromkeys(("LDG", "ATOM", "ATOMG"), 350), "LD": 60, "ATOMS": 60, "LDC": 35, "HMMA": 35, "LDSM": 33,
     **dict.fromkeys(("LDS", "MUFU", "BAR"), 30), "SHFL": 26, "LDGSTS": 20, "POPC": 20, "FLO": 20,
     **dict.fromkeys(("I2F", "F2I", "S2R", "S2UR", "STS"), 25),
     **dict.fromkeys(("CS2R", "F2FP", "I2FP", "IMAD"), 10),
@@ -92,6 +94,13 @@ class Block:
     callee: int | None = None  # called at its end
 
 
+class Place(NamedTuple):
+    """A block that is executed, and where the functions that are under way return to."""
+
+    block: int
+    returns: tuple[int, ...]
+
+
 class Function:
     """The machine code of a kernel."""
 
@@ -137,24 +146,16 @@ class Function:
             for pattern in wanted.values()
         )
 
-    @cached_property
-    def _call_length(self) -> dict[int, int]:
-        """Instructions of each called function, by its shortest way to RET."""
-        lengths = {}
-        for callee in {b.callee for b in self.blocks.values() if b.callee is not None}:
-            queue, seen = [(len(self.blocks[callee].code), callee)], set()
-            while queue:
-                length, at = heapq.heappop(queue)
-                if at in seen:
-                    continue
-                seen.add(at)
-                block = self.blocks[at]
-                if block.code[-1].family == "RET":
-                    lengths[callee] = length
-                    break
-                for to in block.next:
-                    heapq.heappush(queue, (length + len(self.blocks[to].code), to))
-        return lengths
+    def _next(self, at: Place) -> Iterator[Place]:
+        """Where a path may go on, calls and returns included."""
+        block, returns = self.blocks[at.block], at.returns
+        if block.callee is not None and block.next:
+            yield Place(block.callee, (block.next[0], *returns))
+            return
+        if block.code[-1].family == "RET" and returns:
+            yield Place(returns[0], returns[1:])
+        for to in block.next:
+            yield Place(to, returns)
 
     def shortest(
         self, begin: int, goal, wanted: Mapping[str, str], amounts: Mapping[str, int], most: int = 20000
@@ -180,24 +181,25 @@ class Function:
         first = add(tuple(0 for _ in limits), begin)
         if first is None:
             return None
-        queue = [(self._length(self.blocks[begin]), begin, first)]
-        before = {(begin, first): None}
-        best = {(begin, first): self._length(self.blocks[begin])}
+        start = (Place(begin, ()), first)
+        queue = [(len(self.blocks[begin].code), *start)]
+        before = {start: None}
+        best = {start: queue[0][0]}
         while queue:
             length, at, have = heapq.heappop(queue)
             if length > best[(at, have)] or length > most:
                 continue
-            for to in self.blocks[at].next:
-                if have == done and goal(to):
+            for to in self._next(at):
+                if have == done and goal(to.block):
                     path, state = [], (at, have)
                     while state is not None:
-                        path.append(state[0])
+                        path.append(state[0].block)
                         state = before[state]
                     return path[::-1]
-                more = add(have, to)
+                more = add(have, to.block)
                 if more is None:
                     continue
-                total = length + self._length(self.blocks[to])
+                total = length + len(self.blocks[to.block].code)
                 if total < best.get((to, more), 1 << 60):
                     best[(to, more)] = total
                     before[(to, more)] = (at, have)
@@ -209,10 +211,7 @@ class Function:
             yield from self.blocks[at].code
 
     def length(self, path: list[int]) -> int:
-        return sum(self._length(self.blocks[at]) for at in path)
-
-    def _length(self, block: Block) -> int:
-        return len(block.code) + self._call_length.get(block.callee, 0)
+        return sum(len(self.blocks[at].code) for at in path)
 
     def cycles(self, path: list[int], latency: Mapping[str, int] = LATENCY) -> int:
         """The model's time of a path, by a warp that has the scheduler for itself."""
@@ -229,10 +228,9 @@ class Function:
                     ready[i.reads] = now + min(cost, 20)
                 now += i.stall
             last = self.blocks[at].code[-1]
-            if last.family == "BRA" and n + 1 < len(path) and path[n + 1] == last.target:
+            taken = last.family == "BRA" and n + 1 < len(path) and path[n + 1] == last.target
+            if taken or last.family in ("CALL", "RET"):
                 now += BRANCH_CYCLES
-            if self.blocks[at].callee is not None:  # about two cycles an instruction, and its branches
-                now += 2 * self._call_length.get(self.blocks[at].callee, 0) + 2 * BRANCH_CYCLES
         return now
 
     def histogram(self, path: list[int]) -> Counter[str]:

@@ -163,9 +163,9 @@ using Grid = GridOf<int64_t>;
 
 // How many of `max_ctas` CTAs to use: a CTA that cannot get `min_tiles` LeanTiles costs more than
 // it saves.
-template <class Int>
+template <class Int, class Divisor>
 LEAN_HOST_DEVICE constexpr Int useful_ctas(Int total_tiles, std::type_identity_t<Int> max_ctas,
-                                           std::type_identity_t<Int> min_tiles) {
+                                           const Divisor& min_tiles) {
   return max(Int{1}, min(max_ctas, total_tiles / min_tiles));
 }
 

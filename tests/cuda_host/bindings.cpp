@@ -95,7 +95,7 @@ py::dict decode(const Call& c) {
                   py::arg("partials") = offset(w.partials), py::arg("partial_floats") = w.partial_floats,
                   py::arg("bytes") = bytes, py::arg("nonce") = w.nonce,
                   py::arg("aligned") = launched.whole_steps,
-                  py::arg("min_tiles_per_cta") = launched.min_tiles_per_cta);
+                  py::arg("min_tiles_per_cta") = int32_t{launched.min_tiles_per_cta});
 }
 
 std::vector<uint64_t> nonces(int threads, int launches) {

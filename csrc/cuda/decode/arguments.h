@@ -27,7 +27,7 @@ struct DecodeArguments {
   int32_t capacity;  // tokens that a sequence may have
   Workspace workspace;
   ErrorRecord* errors;
-  int32_t min_tiles_per_cta;
+  FastDivisor min_tiles_per_cta;
   // A step of 16 tokens lies in one block, where in pages it begins at a multiple of 16 slots, and each of
   // its rows begins and ends at a multiple of 16 bytes: it is copied 16 bytes at a time, from addresses that
   // are equally far apart.
@@ -133,7 +133,7 @@ inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32&
       .capacity = int32(p.pages.capacity()),
       .workspace = workspace,
       .errors = errors,
-      .min_tiles_per_cta = int32(min_tiles_per_cta),
+      .min_tiles_per_cta = FastDivisor(int32(min_tiles_per_cta)),
       .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
       .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
       .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),

@@ -68,9 +68,9 @@ LEAN_COLD void find_segment(const DecodeArguments& a, int n) {
 // Finds the first one, where the range begins in `sequence`.
 template <class Config>
 LEAN_DEVICE void start_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
-                            int32_t sequence_begin) {
-  shared_state<Config>().segment_walk() = SegmentWalk32(
-      geometry_of<Config>(a), range, sequence, sequence_begin, [&](int32_t i) { return length_of(a, i); });
+                            int32_t sequence_begin, const Length32& length) {
+  shared_state<Config>().segment_walk() =
+      SegmentWalk32(geometry_of<Config>(a), range, sequence, sequence_begin, [&](int32_t) { return length; });
   find_segment<Config>(a, 0);
 }
 
@@ -90,9 +90,16 @@ class Work {
     const int32_t per_thread = ceil_div(sequences, kThreads), first = thread_.index * per_thread;
     const int32_t end = min(first + per_thread, sequences);
     int32_t sum = 0, total = 0;
+    // Of this thread's last sequence: most threads have one, whose length then is loaded once.
+    Length32 length{};
+    int32_t tiles = 0;
     if (ragged()) {
       LEAN_ROLLED
-      for (int32_t i = first; i < end; ++i) sum += geometry.sequence_tiles(length_of(a_, i));
+      for (int32_t i = first; i < end; ++i) {
+        length = length_of(a_, i);
+        tiles = geometry.sequence_tiles(length);
+        sum += tiles;
+      }
       for (int lanes = 1; lanes < hw::kWarpThreads; lanes *= 2) {
         const int32_t below = hw::shuffle_up(sum, lanes);
         if (thread_.lane >= lanes) sum += below;
@@ -103,7 +110,6 @@ class Work {
     const int32_t ticket = s.ticket;
     if (ticket == 0) report_bad_numbers(a_, thread_.index);  // one CTA tells for all
     if (a_.p.cu_seqlens_q) write_padding(a_, ticket, thread_.index);
-    int32_t tiles = 0;  // of a sequence, where all have the same
     if (ragged()) {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -111,7 +117,8 @@ class Work {
         total += s.warp_tiles[w];
       }
     } else {
-      tiles = geometry.sequence_tiles(length_of(a_, 0));
+      length = length_of(a_, 0);
+      tiles = geometry.sequence_tiles(length);
       total = sequences * tiles;
     }
     if (total == 0) return false;
@@ -129,16 +136,19 @@ class Work {
       sequence = range.begin / tiles;
       sequence_begin = sequence * tiles;
     } else if (found) {
+      --sequence;
+      sequence_begin -= tiles;
       LEAN_ROLLED
-      do {
-        sequence_begin -= geometry.sequence_tiles(length_of(a_, --sequence));
-      } while (sequence_begin > range.begin && sequence > first);
+      while (sequence_begin > range.begin && sequence > first) {
+        length = length_of(a_, --sequence);
+        sequence_begin -= geometry.sequence_tiles(length);
+      }
       found = sequence_begin <= range.begin;
     }
     if (found) {
       s.grid = grid;
       s.cta = cta;
-      start_walk<Config>(a_, range, sequence, sequence_begin);
+      start_walk<Config>(a_, range, sequence, sequence_begin, length);
     }
     hw::sync_block();
     return true;
