@@ -125,12 +125,11 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
     Prefetcher prefetcher(prefetch, 0);
     const T* row = static_cast<const T*>(run.row[0]);
     for (int token = 0, head = 0; token < run.tokens;) {
-      // There are as many pairs of a token and a head as tokens in a vector of one head's scores. (Not
-      // unrolled: that would be a third of the kernels' code.)
+      // There are as many pairs of a token and a head as tokens in a vector of one head's scores. (Four are
+      // unrolled, which is faster; sixteen are not: that would be a third of the kernels' code.)
       F sums[kBlockTokens][rows];
       float* scores[kBlockTokens];
-#pragma GCC unroll 1
-      for (int i = 0; i < kBlockTokens; ++i) {
+      const auto multiply_row = [&](auto i) LEAN_INLINE {
         const auto* const q = static_cast<const typename KvRows::Query*>(heads[head]->q);
         scores[i] = heads[head]->scores + token * kPeriod;
         F of_row[rows];
@@ -148,6 +147,12 @@ struct Scores : MicrokernelShape<T, KvRows, rows> {
           head = 0;
           if (++token < run.tokens) row = static_cast<const T*>(run.row[token]);
         }
+      };
+      if constexpr (kBlockTokens <= 4) {
+        unrolled<kBlockTokens>(multiply_row);
+      } else {
+#pragma GCC unroll 1
+        for (int i = 0; i < kBlockTokens; ++i) multiply_row(i);
       }
       alignas(64) float dots[S::kLanes];
       S::store(dots, reduce(sums));
