@@ -13,7 +13,7 @@
 
 namespace lean::cuda {
 
-// The schedule on a GPU. The host sees to it that its numbers fit: see launch.cu.
+// The schedule on a GPU. The host sees to it that its numbers fit: see geometry32.
 using Geometry32 = GeometryOf<int32_t, FastDivisor>;
 using Length32 = SequenceLengthOf<int32_t>;
 using Segment32 = SegmentOf<int32_t>;

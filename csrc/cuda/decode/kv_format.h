@@ -4,7 +4,7 @@
 // of elements as one, and are converted to T in registers. That leaves their dims in another order: a lane
 // has dims 4 t to 4 t + 3 of a row of K where 16-bit rows give it 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, so the
 // query rows are laid in shared memory in that order too (rows.h); and columns g of two neighbouring output
-// tiles are dims 2 g and 2 g + 1 of 16, which write_output puts right (reduce.h). Scales are applied to
+// tiles are dims 2 g and 2 g + 1 of 16, which lay_output puts right (reduce.h). Scales are applied to
 // scores and weights.
 #pragma once
 

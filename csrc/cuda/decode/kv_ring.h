@@ -29,9 +29,7 @@ class KvRing {
         fill_(first_step(thread)),
         end_(place.end),
         whole_end_(fill_ < place.begin ? 0 : whole_end()) {
-    if (fill_ < end_)
-      source_.begin(a_, place_, lane_, first_dim_v_, place_.first_token + fill_,
-                    place_.first_token + end_ - 1);
+    if (fill_ < end_) source_.begin(a_, place_, lane_, first_dim_v_, place_.first_token + fill_);
     fill_all();
   }
 
@@ -43,6 +41,7 @@ class KvRing {
   static LEAN_DEVICE int32_t first_step(const Thread& thread) {
     return thread.warp / Config::dim_warps * kStepTokens;
   }
+
   // Waits for the next item, which is panel kPanel of its step, starts a copy into the slot of the item
   // before it, and returns where the next item lies.
   template <int kPanel>
@@ -100,10 +99,7 @@ class KvRing {
     if constexpr (kPanel == Config::panels - 1) {
       fill_ += kStride;
       whole_end_ = whole_end();
-      if (fill_ < end_) {
-        source_.advance(a_, place_, lane_, first_dim_v_, place_.first_token + fill_,
-                        place_.first_token + end_ - 1);
-      }
+      if (fill_ < end_) source_.advance(a_, place_, lane_, first_dim_v_, place_.first_token + fill_);
     }
   }
 

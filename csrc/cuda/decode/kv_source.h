@@ -62,12 +62,12 @@ class WholeSteps {
   const char* v;
   const float* scale;  // of K's token `lane`, or of V's token `lane - 16`
 
-  // Begins at the step at `token`, which is one of the sequence; its last one in the segment is `last`.
+  // Begins at the step at `token`, which is one of the sequence.
   LEAN_DEVICE void begin(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
-                         int32_t token, int32_t last) {
+                         int32_t token) {
     if (place.table != nullptr) {
-      look_up(a, place, token, last);
-      move(a, place, lane, first_dim_v, token, last);
+      look_up(a, place, token);
+      move(a, place, lane, first_dim_v, token);
     } else {
       set(a, place, lane, first_dim_v, 0, token);
     }
@@ -75,10 +75,10 @@ class WholeSteps {
 
   // Moves on to the warp's next step, at `token`.
   LEAN_DEVICE void advance(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
-                           int32_t token, int32_t last) {
+                           int32_t token) {
     constexpr int kTokens = Config::token_warps * kStepTokens;
     if (a.p.pages.block_table != nullptr) {
-      move(a, place, lane, first_dim_v, token, last);
+      move(a, place, lane, first_dim_v, token);
       return;
     }
     k += kTokens * int64_t{a.k_token_bytes};
@@ -108,14 +108,14 @@ class WholeSteps {
   }
 
   // The block of a step is looked up while the step before it is copied.
-  LEAN_DEVICE void look_up(const DecodeArguments& a, const SegmentPlace& place, int32_t token, int32_t last) {
-    index_ = min(token, last) / a.block_size;
+  LEAN_DEVICE void look_up(const DecodeArguments& a, const SegmentPlace& place, int32_t token) {
+    index_ = min(token, place.first_token + place.end - 1) / a.block_size;
     block_ = place.table[index_];
   }
   LEAN_DEVICE void move(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
-                        int32_t token, int32_t last) {
+                        int32_t token) {
     set(a, place, lane, first_dim_v, checked_block(a, place, block_, index_), token - index_ * a.block_size);
-    look_up(a, place, token + Config::token_warps * kStepTokens, last);
+    look_up(a, place, token + Config::token_warps * kStepTokens);
   }
 
   int32_t index_;

@@ -76,8 +76,8 @@ class HostBlock {
  private:
   LEAN_DEVICE float* partial(int32_t peer) const { return a_.workspace.partial(peer); }
 
-  // Makes m of the shared state the weights of the warps' outputs, peer_m (if all peers fit it) that of the
-  // peers', l[0] the factor of their sum and out_rows where it goes. Writes the log-sum-exps.
+  // Makes m of the shared state the weights of the warps' outputs, peer_m (if it holds all peers) those of
+  // the peers', l[0] the factor of their sum and out_rows where it goes. Writes the log-sum-exps.
   LEAN_DEVICE void merge_states() {
     const int row = thread_.index;
     SoftmaxState merged;
@@ -113,9 +113,21 @@ class HostBlock {
       a_.p.lse[segment_.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + token] = lse;
     }
     hw::sync_block();
+    if (first_peer_ < end_peer_ && holds_all_peers()) weigh_peers(first_peer_);
   }
 
   LEAN_DEVICE int peers_from(int32_t peer) const { return min(kPeersAtOnce, end_peer_ - peer); }
+  LEAN_DEVICE bool holds_all_peers() const { return end_peer_ - first_peer_ <= kPeersAtOnce; }
+
+  // Makes weights of the peers' m, which are those from `peer` on.
+  LEAN_DEVICE void weigh_peers(int32_t peer) const {
+    LEAN_ROLLED
+    for (int i = thread_.index; i < peers_from(peer) * Config::rows; i += kThreads) {
+      float& m = s_.peer_m[i / Config::rows][i % Config::rows];
+      if (i % Config::rows < rows_.count()) m = rescale(m, s_.merged_m[i % Config::rows]);
+    }
+    hw::sync_block();
+  }
 
   // Writes this thread's quads of columns from its n-th on, kCount of them, whose sums stay in registers.
   template <int kCount>
@@ -129,15 +141,12 @@ class HostBlock {
     }
     LEAN_ROLLED
     for (int32_t peer = first_peer_; peer < end_peer_; peer += kPeersAtOnce) {
-      hw::sync_block();  // the last weights have been used
-      load_peers<Config>(partial(peer), a_.workspace.partial_floats, peers_from(peer), rows_.count());
-      hw::sync_block();
-      LEAN_ROLLED
-      for (int i = thread_.index; i < peers_from(peer) * Config::rows; i += kThreads) {
-        float& m = s_.peer_m[i / Config::rows][i % Config::rows];
-        if (i % Config::rows < rows_.count()) m = rescale(m, s_.merged_m[i % Config::rows]);
+      if (!holds_all_peers()) {
+        hw::sync_block();  // the last weights have been used
+        load_peers<Config>(partial(peer), a_.workspace.partial_floats, peers_from(peer), rows_.count());
+        hw::sync_block();
+        weigh_peers(peer);
       }
-      hw::sync_block();
 #pragma unroll 2
       for (int p = 0; p < peers_from(peer); ++p) {
 #pragma unroll
