@@ -210,6 +210,18 @@ def test_replays_with_changing_pages() -> None:
 
 
 @on_cuda
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_more_peers_than_a_host_block_merges_at_a_time(backend: Backend, head_dim: int) -> None:
+    """It holds the states of 32; rows of 256 dims are written in more than one go."""
+    tiles = 70
+    tokens = tiles * (128 if head_dim == 128 else 64)
+    case = Case(BF16, lens=(tokens,), heads=4, kv_heads=1, head_dim=head_dim, q_len=3)
+    inputs = make_inputs(case)
+    for num_ctas in (tiles, 34, 33, 2):
+        assert_close(f"{case}, {num_ctas} CTAs", inputs, *backend.decode(**inputs, num_ctas=num_ctas))
+
+
+@on_cuda
 def test_errors(backend: Backend) -> None:
     inputs = make_inputs(Case(F32, lens=(64,), head_dim=64))
     with pytest.raises(
