@@ -262,7 +262,7 @@ def measure_case(
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < roofline_rounds:
             bandwidths.append(read_bandwidth_of(probe))
-            fma_rates.append(fma_rate(case.dtype))
+            fma_rates.append(fma_rate(case.dtype, case.heads // case.kv_heads))
             cached_rates.append(read_cached())
             read_only_rates.append(read_only())
         # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the

@@ -58,16 +58,17 @@ DType dtype_named(const std::string& name) {
 }
 
 py::dict dict_of(const cpu::Tuning& t) {
-  return py::dict(
-      py::arg("name") = t.name, py::arg("prefetch_level") = t.prefetch_level,
-      py::arg("touch_tokens") = t.touch_tokens, py::arg("max_pass_bytes") = t.max_pass_bytes,
-      py::arg("max_long_run_bytes") = t.max_long_run_bytes,
-      py::arg("max_heads_per_pass") = t.max_heads_per_pass,
-      py::arg("max_heads_per_pass_in_pages") = t.max_heads_per_pass_in_pages,
-      py::arg("min_thread_bytes") = t.min_thread_bytes, py::arg("min_range_bytes") = t.min_range_bytes,
-      py::arg("bytes_per_published_byte") = t.bytes_per_published_byte,
-      py::arg("bytes_read_per_merged_byte") = t.bytes_read_per_merged_byte,
-      py::arg("min_tiles_per_thread") = t.min_tiles_per_thread, py::arg("int8_in_fp32") = t.int8_in_fp32);
+  return py::dict(py::arg("name") = t.name, py::arg("prefetch_level") = t.prefetch_level,
+                  py::arg("touch_tokens") = t.touch_tokens, py::arg("max_pass_bytes") = t.max_pass_bytes,
+                  py::arg("max_long_run_bytes") = t.max_long_run_bytes,
+                  py::arg("max_heads_per_pass") = t.max_heads_per_pass,
+                  py::arg("max_heads_per_pass_in_pages") = t.max_heads_per_pass_in_pages,
+                  py::arg("min_thread_bytes") = t.min_thread_bytes,
+                  py::arg("min_range_bytes") = t.min_range_bytes,
+                  py::arg("bytes_per_published_byte") = t.bytes_per_published_byte,
+                  py::arg("bytes_read_per_merged_byte") = t.bytes_read_per_merged_byte,
+                  py::arg("min_tiles_per_thread") = t.min_tiles_per_thread,
+                  py::arg("multiplies_in_fp32") = t.multiplies_in_fp32);
 }
 
 // The plan of a decode step by the row of this name, of a core whose L2 has so many bytes and ways. Caches
@@ -101,7 +102,8 @@ py::dict plan_of(const std::string& tuning, std::pair<int64_t, int64_t> l2, cons
   p.v = p.k;
   p.visibility = {-1, 0};
   p.num_ctas = num_ctas;
-  const cpu::Plan plan = cpu::make_plan(p, cpu::tile_kernel(p.dtype, p.k.dtype), *row, threads);
+  const cpu::Plan plan =
+      cpu::make_plan(p, cpu::tile_kernel(p.dtype, p.k.dtype, cpu::most_rows(p)), *row, threads);
 
   const auto length = [&](int64_t i) { return p.scheduled_length(i); };
   std::vector<int64_t> range_tiles;
@@ -220,10 +222,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("head_dim"), py::arg("tokens_first"), py::arg("page_size"), py::arg("num_ctas"),
         py::arg("threads"));
   m.def("instruction_sets", &lean::cpu::runnable_instruction_sets);
-  m.def("chosen_instruction_set", [](const std::string& dtype) {
-    const lean::DType type = lean::dtype_named(dtype);
-    return std::string(lean::cpu::tile_kernel(type, type).instruction_set);
-  });
+  // For output tiles of so many rows.
+  m.def(
+      "chosen_instruction_set",
+      [](const std::string& dtype, int64_t rows) {
+        const lean::DType type = lean::dtype_named(dtype);
+        return std::string(lean::cpu::tile_kernel(type, type, rows).instruction_set);
+      },
+      py::arg("dtype"), py::arg("rows") = 1);
   m.def(
       "read_loop",
       [](uintptr_t address, int64_t bytes) {
@@ -232,10 +238,10 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "fma_loop",
-      [](const std::string& dtype, int64_t rounds) {
-        return lean::cpu::fma_loop(lean::dtype_named(dtype), rounds);
+      [](const std::string& dtype, int64_t rounds, int64_t rows) {
+        return lean::cpu::fma_loop(lean::dtype_named(dtype), rounds, rows);
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("dtype"), py::arg("rounds"), py::arg("rows") = 1, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_kernels", &lean::cuda_kernels);
   // The error of `device`, which must be the current one.
   m.def("take_cuda_error", [](int device) {

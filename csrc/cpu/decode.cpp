@@ -121,7 +121,7 @@ void decode_with(const DecodeParams& params, const TileKernel& kernel) {
 }
 
 void decode(const DecodeParams& params) {
-  decode_with(params, tile_kernel(params.dtype, params.k.dtype));
+  decode_with(params, tile_kernel(params.dtype, params.k.dtype, most_rows(params)));
 }
 
 }  // namespace lean::cpu

@@ -12,7 +12,7 @@ class Planner {
     plan_.dequantises = p_.quantised() && kernel.dequantise != nullptr;
     plan_.prefetch_level = t_.prefetch_level;
     plan_.touch_tokens = t_.touch_tokens;
-    plan_.rows_per_block = most_rows();
+    plan_.rows_per_block = most_rows(p_);
     const int64_t padded_dim = round_up(p_.v.dims, kernel.chunk_columns);
     plan_.partial_floats = round_up(plan_.rows_per_block * (padded_dim + 2), kCacheLineFloats);
   }
@@ -28,13 +28,6 @@ class Planner {
   }
 
  private:
-  // The most rows that an output tile of this call has.
-  int64_t most_rows() const {
-    int64_t q_len = 0;
-    for (int64_t b = 0; b < p_.batch; ++b) q_len = std::max(q_len, p_.clamped_length(b, 0).q_len);
-    return std::clamp<int64_t>(p_.group() * q_len, 1, kMaxRows);
-  }
-
   // A thread takes several heads in one pass over the tokens, run by run, where their rows are neighbours in
   // memory: in NHD caches (tokens first) those are the rows of a token, in short pages the heads' parts of a
   // page.
@@ -112,6 +105,12 @@ class Planner {
 };
 
 }  // namespace
+
+int64_t most_rows(const DecodeParams& p) {
+  int64_t q_len = 0;
+  for (int64_t b = 0; b < p.batch; ++b) q_len = std::max(q_len, p.clamped_length(b, 0).q_len);
+  return std::clamp<int64_t>(p.group() * q_len, 1, kMaxRows);
+}
 
 Plan make_plan(const DecodeParams& params, const TileKernel& kernel, const Tuning& tuning,
                int64_t max_threads, int64_t max_heads_per_pass) {

@@ -38,6 +38,9 @@ struct Plan {
   int64_t threads;
 };
 
+// The most rows that an output tile of this call has: as many as it has, or kMaxRows.
+int64_t most_rows(const DecodeParams& params);
+
 // `max_heads_per_pass` limits what the tuning allows.
 Plan make_plan(const DecodeParams& params, const TileKernel& kernel, const Tuning& tuning,
                int64_t max_threads, int64_t max_heads_per_pass = kMaxHeadsPerPass);

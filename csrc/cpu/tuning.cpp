@@ -29,7 +29,7 @@ constexpr Tuning zen5() {
       .bytes_per_published_byte = 16,
       .bytes_read_per_merged_byte = 64,
       .min_tiles_per_thread = 2,
-      .int8_in_fp32 = false,
+      .multiplies_in_fp32 = false,
   };
 }
 
@@ -44,9 +44,9 @@ constexpr Tuning zen4() {
   return row;
 }
 
-// All other cores. Unmeasured, but for int8_in_fp32 on Intel's: it prefetches as zen4 does, and takes the
-// shares of L2 that serve zen4 where L2 has few ways, half of L2 for a pass and zen5's quarter for long runs
-// where it has 16 or more.
+// All other cores. Unmeasured, but for multiplies_in_fp32 on Intel's: it prefetches as zen4 does, and takes
+// the shares of L2 that serve zen4 where L2 has few ways, half of L2 for a pass and zen5's quarter for long
+// runs where it has 16 or more.
 Tuning generic(const L2Cache& l2) {
   const bool many_ways = l2.ways >= 16;
   Tuning row = zen4();
@@ -54,7 +54,7 @@ Tuning generic(const L2Cache& l2) {
   row.max_pass_bytes = many_ways ? l2.bytes / 2 : l2.bytes / 4;
   row.max_long_run_bytes = many_ways ? l2.bytes / 4 : l2.bytes / 16 * 3;
 #if defined(__x86_64__)
-  row.int8_in_fp32 = __builtin_cpu_is("intel") != 0;
+  row.multiplies_in_fp32 = __builtin_cpu_is("intel") != 0;
 #endif
   return row;
 }

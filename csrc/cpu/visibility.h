@@ -61,7 +61,7 @@ class RunViews {
   const Segment& segment_;
   const int rows_;
   TokenSpan common_;  // all rows see these tokens
-  RowView views_[kMaxRows];
+  RowView views_[kMaxRows] = {};
 };
 
 }  // namespace lean::cpu

@@ -78,13 +78,18 @@ class Workspace {
       : p_(params),
         table_(table),
         rows_(plan.rows_per_block),
+        padded_rows_(round_up(plan.rows_per_block, kernel.rows_at_once)),
         heads_(plan.heads_per_pass),
         partial_floats_(plan.partial_floats),
         padded_head_dim_(round_up(params.k.dims, kernel.chunk_columns)),
         padded_head_dim_v_(round_up(params.v.dims, kernel.chunk_columns)),
         dequantised_floats_(plan.dequantises
                                 ? round_up(DequantisedRows::memory_floats(params, kernel), kCacheLineFloats)
-                                : 0) {}
+                                : 0),
+        scratch_floats_(kernel.scratch_bytes == nullptr
+                            ? 0
+                            : round_up(kernel.scratch_bytes(params.k.dims, params.v.dims) / sizeof(float),
+                                       kCacheLineFloats)) {}
 
   // Makes room for `partials` partial states and for the threads. The memory is the calling thread's, until
   // its next call.
@@ -102,6 +107,7 @@ class Workspace {
       float* memory = threads_ + thread * thread_floats() + i * head_floats();
       float* const run_output = run_outputs(thread) + i * run_output_floats();
       heads[i] = {0, tile_state(memory + partial_floats_, run_output), partial_at(memory)};
+      heads[i].tile.scratch = dequantised_rows(thread) + dequantised_floats_;
     }
     return heads;
   }
@@ -110,11 +116,12 @@ class Workspace {
   float* dequantised_rows(int64_t thread) const { return run_outputs(thread) + heads_ * run_output_floats(); }
 
  private:
-  // A thread has the memory of its HeadStates, then their run_outputs, then that of its DequantisedRows. The
+  // A thread has the memory of its HeadStates, then their run_outputs, that of its DequantisedRows and the
+  // kernel's scratch. The
   // run_outputs of one pass's heads are written in turn, so they are neighbours: in L1 they do not push each
   // other out.
   int64_t thread_floats() const {
-    return heads_ * (head_floats() + run_output_floats()) + dequantised_floats_;
+    return heads_ * (head_floats() + run_output_floats()) + dequantised_floats_ + scratch_floats_;
   }
   float* run_outputs(int64_t thread) const {
     return threads_ + thread * thread_floats() + heads_ * head_floats();
@@ -128,7 +135,7 @@ class Workspace {
 
   // A HeadState's memory holds the saved partial state, then what its TileState points to.
   int64_t head_floats() const {
-    return partial_floats_ + rows_ * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
+    return partial_floats_ + padded_rows_ * (kMaxQueryCopies * padded_head_dim_ + padded_head_dim_v_) +
            4 * stats_floats() + kRunTokens * (rows_ + kMaxMicrokernelRows);
   }
   int64_t stats_floats() const { return round_up(rows_ + kMaxLanes, kCacheLineFloats); }
@@ -140,9 +147,9 @@ class Workspace {
     t.output_stride = padded_head_dim_v_;
     t.table = table_;
     t.q = memory;
-    t.output = memory + rows_ * kMaxQueryCopies * padded_head_dim_;
+    t.output = memory + padded_rows_ * kMaxQueryCopies * padded_head_dim_;
     t.run_output = run_output;
-    t.scores = t.output + rows_ * padded_head_dim_v_;
+    t.scores = t.output + padded_rows_ * padded_head_dim_v_;
     t.m = t.scores + kRunTokens * (rows_ + kMaxMicrokernelRows);
     t.l = t.m + stats_floats();
     t.run_max = t.l + stats_floats();
@@ -154,12 +161,14 @@ class Workspace {
 
   const DecodeParams& p_;
   const DequantiseTable* const table_;
-  const int64_t rows_;   // of an output tile, at most
-  const int64_t heads_;  // of a pass, at most
+  const int64_t rows_;         // of an output tile, at most
+  const int64_t padded_rows_;  // that there is room for
+  const int64_t heads_;        // of a pass, at most
   const int64_t partial_floats_;
   const int64_t padded_head_dim_;
   const int64_t padded_head_dim_v_;
   const int64_t dequantised_floats_;
+  const int64_t scratch_floats_;
   float* partials_ = nullptr;
   float* threads_ = nullptr;  // they come after the partial states
 };

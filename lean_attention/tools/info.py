@@ -14,9 +14,19 @@ from lean_attention._version import __version__
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def chosen_for(dtype: str) -> str:
+    """The instruction set that decode uses, and from how many query rows per KV head on which other one."""
+    text = chosen = core.chosen_instruction_set(dtype)
+    for rows in range(2, 65):
+        if (better := core.chosen_instruction_set(dtype, rows)) != chosen:
+            text += f" ({better} from {rows} query rows per KV head on)"
+            chosen = better
+    return text
+
+
 def describe() -> str:
     """One fact per line."""
-    chosen = ", ".join(f"{core.chosen_instruction_set(dtype)} for {dtype}" for dtype in DTYPES)
+    chosen = ", ".join(f"{chosen_for(dtype)} for {dtype}" for dtype in DTYPES)
     kernels = len(core.cuda_kernels())
     forced = {name: os.environ.get(name) for name in ("LEAN_ATTENTION_CPU", "LEAN_ATTENTION_TUNING")}
     says = {name: f" ({name}={value})" if value else "" for name, value in forced.items()}

@@ -27,14 +27,19 @@ def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
     return sorted(read_bandwidth_of(memory) for _ in range(repeats))[repeats // 2]
 
 
-def fma_rate(dtype: torch.dtype, rounds: int = 100_000) -> float:
+def fma_rate(dtype: torch.dtype, rows: int = 1, seconds: float = 0.004) -> float:
     """Products a second that all of torch's threads add up when they do nothing else.
 
-    With the instructions that `decode` uses for caches of `dtype` (float32, float16, bfloat16), from
-    registers; its conversions, loads and softmax come on top. `rounds` of some 16 instructions are timed.
+    With the instructions that `decode` uses for caches of `dtype` (float32, float16, bfloat16) and `rows`
+    query rows per KV head, from registers; its conversions, loads and softmax come on top. The loop is run
+    for longer and longer, until it takes `seconds`: the shorter ones wake the threads.
     """
     name = str(dtype).removeprefix("torch.")
-    core.fma_loop(name, rounds // 4)  # wakes the threads
-    begin = time.perf_counter()
-    products = core.fma_loop(name, rounds)
-    return products / (time.perf_counter() - begin)
+    rounds = 1000
+    while True:
+        begin = time.perf_counter()
+        products = core.fma_loop(name, rounds, rows)
+        took = time.perf_counter() - begin
+        if took >= seconds:
+            return products / took
+        rounds *= 2

@@ -18,12 +18,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @dtypes
 def test_every_microkernel(dtype: torch.dtype, instruction_set: str) -> None:
     """All counts of rows that the kernels have code of their own for, and tails of head dims."""
-    groups = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33]
+    groups = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 20, 33, 64]
     for group, head_dim in AllPairs([groups, [64, 80, 128, 256]]):
         case = Case(dtype, lens=(70, 200), heads=group, kv_heads=1, head_dim=head_dim)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))
-    for group, head_dim in zip(groups, (8, 16, 24, 40, 120, 136, 192, 200, 264, 448, 512), strict=True):
+    for group, head_dim in zip(groups, (8, 16, 24, 40, 120, 136, 192, 200, 264, 448, 512, 72, 328), strict=True):
         case = Case(dtype, (70, 200), group, kv_heads=1, head_dim=head_dim, head_dim_v=520 - head_dim)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))

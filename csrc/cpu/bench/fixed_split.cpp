@@ -34,7 +34,7 @@ Segment piece_of(Segment output, int64_t split, int64_t splits) {
 
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
   check_values(params);
-  const TileKernel& kernel = tile_kernel(params.dtype, params.k.dtype);
+  const TileKernel& kernel = tile_kernel(params.dtype, params.k.dtype, most_rows(params));
   const Plan plan = make_plan(params, kernel, tuning(), num_threads(), 1);
   const Attention attention(params, kernel, plan);
   Workspace workspace(params, kernel, attention.table(), plan);

@@ -29,8 +29,8 @@ uint64_t read_loop(const void* memory, int64_t bytes) {
   return all.load();
 }
 
-int64_t fma_loop(DType dtype, int64_t rounds) {
-  const TileKernel& kernel = tile_kernel(dtype, dtype);
+int64_t fma_loop(DType dtype, int64_t rounds, int64_t rows) {
+  const TileKernel& kernel = tile_kernel(dtype, dtype, rows);
   std::atomic<int64_t> products{0};
   parallel_for(num_threads(), [&](int64_t) { products += kernel.fma_loop(rounds); });
   return products.load();

@@ -12,9 +12,9 @@ namespace lean::cpu {
 // read_bandwidth times. The result only keeps the reads from being optimised away.
 uint64_t read_loop(const void* memory, int64_t bytes);
 
-// Multiplies as the tile kernel for `dtype` does, on all of torch's threads, but from registers alone,
-// without loads, conversions and softmax. Returns how many products it added up (`rounds` times a constant);
-// what fma_rate times.
-int64_t fma_loop(DType dtype, int64_t rounds);
+// Multiplies as the tile kernel for `dtype` and output tiles of `rows` rows does, on all of torch's threads,
+// but from registers alone, without loads, conversions and softmax. Returns how many products it added up
+// (`rounds` times a constant); what fma_rate times.
+int64_t fma_loop(DType dtype, int64_t rounds, int64_t rows);
 
 }  // namespace lean::cpu

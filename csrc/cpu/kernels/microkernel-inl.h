@@ -12,7 +12,7 @@
 #include "cpu/kernels/simd/math-inl.h"
 
 constexpr int power_of_two_from(int n) {
-  return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : 8;
+  return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2);
 }
 
 template <class T, class KvRows, int rows>
@@ -24,7 +24,6 @@ struct MicrokernelShape {
   // Vectors are handled in even number, because some KvRows pair tokens.
   static constexpr int kRoundTokens = 2 * kBlockTokens;
   static_assert(kRunTokens % kRoundTokens == 0);
-  static_assert(kRoundTokens % (KvRows::kTokensPerStep * KvRows::kStepsAtOnce) == 0);
   // The microkernel has so few products to a row of K or V that memory is far from keeping up. Then what
   // counts is to read in the order of addresses.
   static constexpr bool kFewRows = rows * (KvRows::kConverts ? 4 : 2) <= S::kMicrokernelRows;

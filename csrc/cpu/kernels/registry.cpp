@@ -18,8 +18,8 @@ struct InstructionSet {
   // The kernels that take quantised rows as they are, by q's DType.
   const TileKernel* over_fp8[3] = {};
   const TileKernel* over_int8[3] = {};
-  // Over int8 it multiplies in bf16, so that it is taken only where it is named if fp32 is faster there.
-  bool int8_in_bf16 = false;
+  // Its products are dot products of bf16: see Tuning::multiplies_in_fp32.
+  bool has_dot_products = false;
 
   const TileKernel* kernel(DType dtype, DType cache_dtype) const {
     const int i = static_cast<int>(dtype);
@@ -30,15 +30,27 @@ struct InstructionSet {
   }
 };
 
+#if defined(LEAN_X86)
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
 // The best set comes first.
 const InstructionSet kInstructionSets[] = {
 #if defined(LEAN_X86)
-    {"avx512_bf16",
+    {"amx_bf16",
      [] {
-       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vbmi");
+       static const bool runnable = has_avx512_bf16() && amx_bf16::may_use_tiles();
+       return runnable;
      },
+     {nullptr, nullptr, &amx_bf16::bfloat16},
+     {},
+     {nullptr, nullptr, &amx_bf16::bfloat16_over_int8}},
+    {"avx512_bf16",
+     has_avx512_bf16,
      {nullptr, nullptr, &avx512_bf16::bfloat16},
      {nullptr, &avx512_bf16::float16_over_fp8, &avx512_bf16::bfloat16_over_fp8},
      {nullptr, nullptr, &avx512_bf16::bfloat16_over_int8},
@@ -73,7 +85,7 @@ std::string runnable_instruction_sets() {
   return names;
 }
 
-const TileKernel& tile_kernel(DType dtype, DType cache_dtype, const std::string& at_most) {
+const TileKernel& tile_kernel(DType dtype, DType cache_dtype, int64_t rows, const std::string& at_most) {
   bool allowed = at_most.empty();
   for (const InstructionSet& set : kInstructionSets) {
     if (at_most == set.name) {
@@ -83,17 +95,18 @@ const TileKernel& tile_kernel(DType dtype, DType cache_dtype, const std::string&
       }
       allowed = true;
     }
-    if (at_most.empty() && cache_dtype == DType::int8 && set.int8_in_bf16 && tuning().int8_in_fp32) continue;
+    const bool fp8 = cache_dtype == DType::float8_e4m3 || cache_dtype == DType::float8_e5m2;
+    if (at_most.empty() && set.has_dot_products && !fp8 && tuning().multiplies_in_fp32) continue;
     const TileKernel* kernel = set.kernel(dtype, cache_dtype);
-    if (allowed && kernel != nullptr && set.runnable()) return *kernel;
+    if (allowed && kernel != nullptr && rows >= kernel->min_rows && set.runnable()) return *kernel;
   }
   throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +
                               " (this machine can run: " + runnable_instruction_sets() + ")");
 }
 
-const TileKernel& tile_kernel(DType dtype, DType cache_dtype) {
+const TileKernel& tile_kernel(DType dtype, DType cache_dtype, int64_t rows) {
   const char* forced = std::getenv("LEAN_ATTENTION_CPU");
-  return tile_kernel(dtype, cache_dtype, forced == nullptr ? "" : forced);
+  return tile_kernel(dtype, cache_dtype, rows, forced == nullptr ? "" : forced);
 }
 
 }  // namespace lean::cpu

@@ -159,7 +159,17 @@ struct TileKernelFor {
   }
   // The kernel for rows that need no conversion beforehand.
   static constexpr TileKernel kernel_as_is(const char* instruction_set) {
-    return {instruction_set, KvRows::kRowDtype, KvRows::kColumns, max_rows_for_heads(), pack_query, score,
-            score_heads,     accumulate,        accumulate_heads, write_output,         nullptr,    fma_loop};
+    return {.instruction_set = instruction_set,
+            .row_dtype = KvRows::kRowDtype,
+            .chunk_columns = KvRows::kColumns,
+            .max_rows_for_heads = max_rows_for_heads(),
+            .pack_query = pack_query,
+            .score = score,
+            .score_heads = score_heads,
+            .accumulate = accumulate,
+            .accumulate_heads = accumulate_heads,
+            .write_output = write_output,
+            .dequantise = nullptr,
+            .fma_loop = fma_loop};
   }
 };

@@ -28,7 +28,7 @@ inline constexpr int kShortRunTokens = kRunTokens / 2;
 inline constexpr int kMaxRows = 64;
 
 // A microkernel has at most this many rows, whose accumulators stay in registers.
-inline constexpr int kMaxMicrokernelRows = 8;
+inline constexpr int kMaxMicrokernelRows = 16;
 
 // The most rows of a head with which accumulate_heads adds V of several heads token by token.
 inline constexpr int kMaxRowsAdded = 2;
@@ -94,6 +94,7 @@ struct TileState {
   float* output;      // [rows, output_stride]: unnormalised O, columns in the kernel's own order
   float* run_output;  // [min(rows, kMaxRowsAdded), output_stride]: what a run adds to it
   float* scores;  // [rows + kMaxMicrokernelRows, kRunTokens], in the kernel's own order: of the current run
+  void* scratch;  // of TileKernel::scratch_bytes; all heads of a thread share it
   int64_t output_stride;
 };
 
@@ -103,8 +104,14 @@ struct TileKernel {
   DType row_dtype;
   // So many columns are processed at once; rows of q and O are padded to a multiple of it.
   int chunk_columns;
+  // The kernel is for output tiles of so many rows or more.
+  int min_rows = 1;
+  // So many rows are processed at once; q, O and the scores have room for a multiple of it.
+  int rows_at_once = 1;
   // score_heads is for heads of at most so many rows.
   int max_rows_for_heads;
+  // What a thread needs beside its heads' states, in bytes; null: nothing.
+  int64_t (*scratch_bytes)(int64_t head_dim, int64_t head_dim_v) = nullptr;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
   // Attends all rows to a run in two steps: `score` multiplies them with its K rows, `accumulate` adds what
@@ -131,10 +138,10 @@ struct TileKernel {
   int64_t (*fma_loop)(int64_t rounds);
 };
 
-// The best kernel of this machine that is not above the instruction set named by the environment
-// variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if the name
-// is unknown or the machine lacks the instructions.
-const TileKernel& tile_kernel(DType dtype, DType cache_dtype);
+// The best kernel of this machine for output tiles of `rows` rows that is not above the instruction set named
+// by the environment variable LEAN_ATTENTION_CPU (read at each call, so that a test can change it). Throws if
+// the name is unknown or the machine lacks the instructions.
+const TileKernel& tile_kernel(DType dtype, DType cache_dtype, int64_t rows = 1);
 
 // The values are in fp16 for `to` float16, else in bf16.
 const DequantiseTable& dequantise_table(DType from, DType to);

@@ -22,6 +22,7 @@ struct WeightedSum : MicrokernelShape<T, KvRows, rows> {
                                                    const Prefetch& prefetch, int tokens,
                                                    const typename KvRows::Weight* weights,
                                                    const float* correction, int column) {
+    static_assert(Base::kRoundTokens % (KvRows::kTokensPerStep * KvRows::kStepsAtOnce) == 0);
     const KvRows kv_rows(t);
     Prefetcher prefetcher(prefetch, column * sizeof(T) * tokens);
     F sums[chunks][rows][2];

@@ -50,6 +50,7 @@ struct Simd {
       return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(p))));
     if constexpr (period == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if constexpr (period == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    if constexpr (period == 16) return load(p);
   }
 
   // Stores the first lanes.
@@ -62,6 +63,7 @@ struct Simd {
   template <int period>
   static F spread(const float* p) {
     const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    if constexpr (period == kLanes) return set1(*p);
     constexpr int kShift = period == 8 ? 3 : period == 4 ? 2 : period == 2 ? 1 : 0;
     constexpr auto kNeeded = static_cast<__mmask16>((1u << kLanes / period) - 1);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(i, kShift), _mm512_maskz_loadu_ps(kNeeded, p));
