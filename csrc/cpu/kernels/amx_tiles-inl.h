@@ -53,10 +53,10 @@ struct Tiles {
   }
 };
 
-// Transposes 16 rows of 16 words in place.
-inline void transpose(float* words) {
+// Transposes 16 rows of 16 words in place; the rows are `stride` words apart.
+inline void transpose(float* words, int64_t stride) {
   __m512i a[16], b[16];
-  unrolled<16>([&](auto i) LEAN_INLINE { a[i] = _mm512_loadu_si512(words + 16 * i); });
+  unrolled<16>([&](auto i) LEAN_INLINE { a[i] = _mm512_loadu_si512(words + stride * i); });
   unrolled<8>([&](auto i) LEAN_INLINE {
     b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
@@ -73,9 +73,9 @@ inline void transpose(float* words) {
     const __m512i odd01 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
     const __m512i even23 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
     const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
-    _mm512_storeu_si512(words + 16 * k, _mm512_shuffle_i32x4(even01, even23, 0x88));
-    _mm512_storeu_si512(words + 16 * (4 + k), _mm512_shuffle_i32x4(odd01, odd23, 0x88));
-    _mm512_storeu_si512(words + 16 * (8 + k), _mm512_shuffle_i32x4(even01, even23, 0xdd));
-    _mm512_storeu_si512(words + 16 * (12 + k), _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+    _mm512_storeu_si512(words + stride * k, _mm512_shuffle_i32x4(even01, even23, 0x88));
+    _mm512_storeu_si512(words + stride * (4 + k), _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+    _mm512_storeu_si512(words + stride * (8 + k), _mm512_shuffle_i32x4(even01, even23, 0xdd));
+    _mm512_storeu_si512(words + stride * (12 + k), _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
   });
 }

@@ -41,14 +41,14 @@ bool has_avx512_bf16() {
 // The best set comes first.
 const InstructionSet kInstructionSets[] = {
 #if defined(LEAN_X86)
-    {"amx_bf16",
+    {"amx",
      [] {
-       static const bool runnable = has_avx512_bf16() && amx_bf16::may_use_tiles();
+       static const bool runnable = has_avx512_bf16() && amx::may_use_tiles();
        return runnable;
      },
-     {nullptr, nullptr, &amx_bf16::bfloat16},
+     {nullptr, &amx::float16, &amx::bfloat16},
      {},
-     {nullptr, nullptr, &amx_bf16::bfloat16_over_int8}},
+     {nullptr, &amx::float16_over_int8, &amx::bfloat16_over_int8}},
     {"avx512_bf16",
      has_avx512_bf16,
      {nullptr, nullptr, &avx512_bf16::bfloat16},
@@ -75,6 +75,13 @@ const InstructionSet kInstructionSets[] = {
     {"portable", [] { return true; }, {&portable::float32, &portable::float16, &portable::bfloat16}},
 };
 
+// Where Tuning::multiplies_in_fp32 holds, dot products of bf16 are the faster way for fp8 only, whose
+// conversion to bf16 is cheaper than to fp32; fp16 queries have twice as many of them.
+bool dot_products_pay_off(DType dtype, DType cache_dtype, int64_t rows) {
+  const bool fp8 = cache_dtype == DType::float8_e4m3 || cache_dtype == DType::float8_e5m2;
+  return fp8 && (dtype == DType::bfloat16 || rows <= 2);
+}
+
 }  // namespace
 
 std::string runnable_instruction_sets() {
@@ -95,8 +102,10 @@ const TileKernel& tile_kernel(DType dtype, DType cache_dtype, int64_t rows, cons
       }
       allowed = true;
     }
-    const bool fp8 = cache_dtype == DType::float8_e4m3 || cache_dtype == DType::float8_e5m2;
-    if (at_most.empty() && set.has_dot_products && !fp8 && tuning().multiplies_in_fp32) continue;
+    if (at_most.empty() && set.has_dot_products && tuning().multiplies_in_fp32 &&
+        !dot_products_pay_off(dtype, cache_dtype, rows)) {
+      continue;
+    }
     const TileKernel* kernel = set.kernel(dtype, cache_dtype);
     if (allowed && kernel != nullptr && rows >= kernel->min_rows && set.runnable()) return *kernel;
   }

@@ -50,10 +50,10 @@ constexpr DType dtype_of_element(BFloat16) {
 }
 
 #if defined(LEAN_X86)
-namespace amx_bf16 {
+namespace amx {
 bool may_use_tiles();
-extern const TileKernel bfloat16, bfloat16_over_int8;
-}  // namespace amx_bf16
+extern const TileKernel float16, bfloat16, float16_over_int8, bfloat16_over_int8;
+}  // namespace amx
 namespace avx512_bf16 {
 extern const TileKernel bfloat16, bfloat16_over_fp8, bfloat16_over_int8, float16_over_fp8;
 }

@@ -1,8 +1,8 @@
 """Whether the op or transformers' sdpa is faster for a step of many query tokens on this machine.
 
 Both take a time of ``a + b * q_len * tokens``, near enough. One short measurement for each dtype and shape of
-a head finds a and b of both: a tenth of a second, before the first prompt. On processors with matrix units
-(AMX) sdpa is faster for long prompts in bfloat16, elsewhere the op was at every length measured.
+a head finds a and b of both: a tenth of a second, before the first prompt. The processors measured differ in
+how fast they multiply 16-bit numbers, and so does what the two make of it.
 """
 
 from __future__ import annotations
