@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "params.h"
 
@@ -18,30 +19,22 @@ struct NewRowsOf {
   }
 };
 
-// A flat slot of the cache for each new token: block * block_size + slot in the block; -1: it is not written.
-struct SlotMapping {
-  const void* data;  // [total] int64 or int32, or null
-  bool is_int64;
-
-  LEAN_HOST_DEVICE constexpr int64_t at(int64_t token) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[token] : static_cast<const int32_t*>(data)[token];
-  }
-};
-
 struct AppendParams {
   WritableCacheView k_cache, v_cache;  // their scales are written where `dtype` is another than theirs
   PageTable pages;
-  NewRowsOf<const void> k;    // [.., num_kv_heads, head_dim]
-  NewRowsOf<const void> v;    // [.., num_kv_heads, head_dim_v]
-  NewRowsOf<void> q;          // [.., num_heads, head_dim], or null
-  const int32_t* seq_lens;    // [batch], tokens in the caches before; null with a slot mapping
-  const int32_t* cu_seqlens;  // [batch + 1] or null
-  SlotMapping slots;          // of packed tokens, which then are one sequence's
-  const void* cos;            // [max_position, rotary_dim / 2] or null
-  const void* sin;            // the same
-  DType dtype;                // of k, v and q
-  DType rotary_dtype;         // of cos and sin
-  bool interleaved;           // rotates elements 2i and 2i + 1 with each other, else i and i + rotary_dim / 2
+  NewRowsOf<const void> k;  // [.., num_kv_heads, head_dim]
+  NewRowsOf<const void> v;  // [.., num_kv_heads, head_dim_v]
+  NewRowsOf<void> q;        // [.., num_heads, head_dim], or null
+  Indices seq_lens;         // [batch], tokens in the caches before; none with a slot mapping
+  Indices cu_seqlens;       // [batch + 1] or none
+  // [total] or none: the flat slot of each packed token, which then are one sequence's: block * block_size +
+  // slot in the block; -1: it is not written.
+  Indices slots;
+  const void* cos;     // [max_position, rotary_dim / 2] or null
+  const void* sin;     // the same
+  DType dtype;         // of k, v and q
+  DType rotary_dtype;  // of cos and sin
+  bool interleaved;    // rotates elements 2i and 2i + 1 with each other, else i and i + rotary_dim / 2
   int64_t batch;
   int64_t tokens;  // per sequence, or of all
   int64_t num_heads, num_kv_heads;
@@ -52,7 +45,7 @@ struct AppendParams {
     return 2 * num_kv_heads + (q.data ? num_heads : 0);
   }
   LEAN_HOST_DEVICE constexpr int64_t all_tokens() const { return packed() ? tokens : batch * tokens; }
-  LEAN_HOST_DEVICE constexpr bool packed() const { return cu_seqlens || slots.data; }
+  LEAN_HOST_DEVICE constexpr bool packed() const { return cu_seqlens || slots; }
   LEAN_HOST_DEVICE constexpr bool quantises() const { return k_cache.dtype != dtype; }
 };
 
@@ -67,8 +60,8 @@ struct NewToken {
 
 LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t token) {
   NewToken t{-1, token, 0, -1, 0};
-  if (p.slots.data) {
-    const int64_t slot = p.slots.at(token);
+  if (p.slots) {
+    const int64_t slot = p.slots[token];
     if (slot == -1) return t;
     t.sequence = 0;
     if (slot < 0 || slot >= p.pages.num_blocks * p.pages.block_size) return t;
@@ -90,8 +83,9 @@ LEAN_HOST_DEVICE constexpr NewToken new_token(const AppendParams& p, int64_t tok
     t.sequence = token / p.tokens;
     t.index = in_sequence = token % p.tokens;
   }
-  t.position = p.seq_lens[t.sequence] + in_sequence;
-  if (p.seq_lens[t.sequence] < 0 || t.position >= p.pages.capacity()) return t;
+  const int64_t seq_len = p.seq_lens[t.sequence];
+  t.position = min(seq_len, std::numeric_limits<int64_t>::max() - in_sequence) + in_sequence;
+  if (seq_len < 0 || t.position >= p.pages.capacity()) return t;
   const int64_t index = p.pages.block_table ? t.position / p.pages.block_size : 0;
   t.slot = t.position - index * p.pages.block_size;
   const int64_t block = p.pages.raw_block(t.sequence, 0, index);
@@ -128,7 +122,8 @@ LEAN_HOST_DEVICE inline NewRow new_row(const AppendParams& p, const NewToken& t,
     return {from, cache.address(t.block, t.slot, head),
             p.quantises() ? cache.scale.address(0, t.block, t.slot, head) : nullptr, cache.dims, pairs};
   };
-  const int64_t pairs = p.cos != nullptr && t.position < p.max_position ? p.rotary_dim / 2 : 0;
+  const bool rotates = p.cos != nullptr && t.position >= 0 && t.position < p.max_position;
+  const int64_t pairs = rotates ? p.rotary_dim / 2 : 0;
   if (row < p.num_kv_heads) return into_cache(new_data(p.k, row), p.k_cache, row, pairs);
   row -= p.num_kv_heads;
   if (row < p.num_kv_heads) return into_cache(new_data(p.v, row), p.v_cache, row, 0);

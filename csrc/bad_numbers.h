@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "append.h"
 #include "params.h"
@@ -42,54 +43,58 @@ struct BadNumber {
 // The text of the error, as "decode: seq_lens[1] is 51; it must be from 0 to 50, the tokens ...".
 std::string describe(const BadNumber& bad);
 
-// Report where sequence b ends by cu_seqlens, and where the first begins.
-template <class Report>
-LEAN_HOST_DEVICE void find_bad_counts(BadNumber::Op op, const int32_t* cu_seqlens, int64_t b, int64_t tokens,
-                                      const Report& report) {
+// What is wrong with where sequence b ends by cu_seqlens.
+LEAN_HOST_DEVICE constexpr BadNumber bad_count(BadNumber::Op op, const Indices& cu_seqlens, int64_t b,
+                                               int64_t tokens) {
   const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
-  if (end < begin || end > tokens) {
-    report(BadNumber{.kind = BadNumber::count,
-                     .op = op,
-                     .sequence = b,
-                     .index = b + 1,
-                     .value = end,
-                     .least = begin,
-                     .most = tokens});
-  }
+  if (end >= begin && end <= tokens) return {};
+  return {.kind = BadNumber::count,
+          .op = op,
+          .sequence = b,
+          .index = b + 1,
+          .value = end,
+          .least = begin,
+          .most = tokens};
 }
+// And with where the first begins.
 template <class Report>
-LEAN_HOST_DEVICE void find_bad_first_count(BadNumber::Op op, const int32_t* cu_seqlens,
+LEAN_HOST_DEVICE void find_bad_first_count(BadNumber::Op op, const Indices& cu_seqlens,
                                            const Report& report) {
   if (cu_seqlens[0] != 0) report(BadNumber{.kind = BadNumber::first_count, .op = op, .value = cu_seqlens[0]});
 }
 
-// Reports what is wrong with the counts, lengths and left padding of sequences first, first + step, ...
+// What is wrong with the counts, the left padding and the length of sequence b; of several, the first.
+LEAN_HOST_DEVICE constexpr BadNumber bad_number(const DecodeParams& p, int64_t b, int64_t head) {
+  if (p.cu_seqlens_q && head == 0) {
+    const BadNumber bad = bad_count(BadNumber::decode, p.cu_seqlens_q, b, p.query_tokens);
+    if (bad.kind != BadNumber::none) return bad;
+    const int64_t count = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+    if (p.tree_mask && count > p.tree_columns) {
+      return {.kind = BadNumber::tree_columns, .sequence = b, .value = count, .most = p.tree_columns};
+    }
+  }
+  if (const int64_t leftpad = p.raw_leftpad(b); leftpad < 0 && head == 0) {
+    return {.kind = BadNumber::leftpad, .sequence = b, .value = leftpad};
+  }
+  const int64_t tokens = p.raw_seq_len(b, head);
+  if (tokens >= 0 && tokens <= p.pages.capacity()) return {};
+  return {.kind = BadNumber::length,
+          .paged = bool{p.pages.block_table},
+          .per_head = p.lengths_per_head,
+          .sequence = b,
+          .kv_head = head,
+          .value = tokens,
+          .most = p.pages.capacity()};
+}
+
+// Reports what is wrong with sequences first, first + step, ...
 template <class Report>
 LEAN_HOST_DEVICE void find_bad_numbers(const DecodeParams& p, int64_t first, int64_t step,
                                        const Report& report) {
   if (p.cu_seqlens_q && first == 0) find_bad_first_count(BadNumber::decode, p.cu_seqlens_q, report);
   for (int64_t b = first; b < p.batch; b += step) {
-    if (p.cu_seqlens_q) {
-      find_bad_counts(BadNumber::decode, p.cu_seqlens_q, b, p.query_tokens, report);
-      const int64_t count = int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b];
-      if (p.tree_mask && count > p.tree_columns) {
-        report(BadNumber{
-            .kind = BadNumber::tree_columns, .sequence = b, .value = count, .most = p.tree_columns});
-      }
-    }
-    if (const int64_t leftpad = p.raw_leftpad(b); leftpad < 0) {
-      report(BadNumber{.kind = BadNumber::leftpad, .sequence = b, .value = leftpad});
-    }
     for (int64_t head = 0; head < (p.lengths_per_head ? p.num_kv_heads : 1); ++head) {
-      const int64_t tokens = p.raw_seq_len(b, head);
-      if (tokens >= 0 && tokens <= p.pages.capacity()) continue;
-      report(BadNumber{.kind = BadNumber::length,
-                       .paged = p.pages.block_table != nullptr,
-                       .per_head = p.lengths_per_head,
-                       .sequence = b,
-                       .kv_head = head,
-                       .value = tokens,
-                       .most = p.pages.capacity()});
+      if (const BadNumber bad = bad_number(p, b, head); bad.kind != BadNumber::none) report(bad);
     }
   }
 }
@@ -115,18 +120,29 @@ void find_bad_blocks(const DecodeParams& p, int64_t b, int64_t kv_head, TokenSpa
                      const Report& report) {
   if (seen.begin >= seen.end) return;
   const PageTable& pages = p.pages;
-  if (pages.block_table == nullptr) {
+  if (!pages.block_table) {
     const int64_t slot = pages.raw_block(b, kv_head, 0);
     if (!pages.is_block(slot)) report(bad_block(BadNumber::decode, pages, b, kv_head, 0, slot));
     return;
   }
   const int64_t first = seen.begin / pages.block_size, end = ceil_div(seen.end, pages.block_size);
-  const int32_t* entries = pages.block_table + b * pages.batch_stride + kv_head * pages.head_stride;
-  bool bad = false;  // one comparison per entry, without a branch
-  for (int64_t i = first; i < end; ++i) bad |= static_cast<uint32_t>(entries[i]) >= pages.num_blocks;
-  if (!bad) return;
+  const int64_t row = b * pages.batch_stride + kv_head * pages.head_stride;
+  const auto any_bad = [&](const auto* entries) {
+    using Unsigned = std::make_unsigned_t<std::remove_cvref_t<decltype(*entries)>>;
+    bool bad = false;  // one comparison per entry, without a branch
+    for (int64_t i = first; i < end; ++i) {
+      bad |= static_cast<Unsigned>(entries[row + i]) >= static_cast<uint64_t>(pages.num_blocks);
+    }
+    return bad;
+  };
+  const void* const entries = pages.block_table.data;
+  if (pages.block_table.is_int64 ? !any_bad(static_cast<const int64_t*>(entries))
+                                 : !any_bad(static_cast<const int32_t*>(entries))) {
+    return;
+  }
   for (int64_t i = first; i < end; ++i) {
-    if (!pages.is_block(entries[i])) report(bad_block(BadNumber::decode, pages, b, kv_head, i, entries[i]));
+    const int64_t block = pages.raw_block(b, kv_head, i);
+    if (!pages.is_block(block)) report(bad_block(BadNumber::decode, pages, b, kv_head, i, block));
   }
 }
 
@@ -137,26 +153,27 @@ LEAN_HOST_DEVICE void find_bad_numbers(const AppendParams& p, int64_t first, int
   if (!p.cu_seqlens) return;
   if (first == 0) find_bad_first_count(BadNumber::append_kv, p.cu_seqlens, report);
   for (int64_t b = first; b < p.batch; b += step) {
-    find_bad_counts(BadNumber::append_kv, p.cu_seqlens, b, p.tokens, report);
+    const BadNumber bad = bad_count(BadNumber::append_kv, p.cu_seqlens, b, p.tokens);
+    if (bad.kind != BadNumber::none) report(bad);
   }
 }
 
 // Reports what is wrong with where a new token goes.
 template <class Report>
 LEAN_HOST_DEVICE void find_bad_place(const AppendParams& p, const NewToken& t, const Report& report) {
-  if (p.slots.data) {
+  if (p.slots) {
     if (t.block < 0) {
       report(BadNumber{.kind = BadNumber::cache_slot,
                        .op = BadNumber::append_kv,
                        .index = t.index,
-                       .value = p.slots.at(t.index),
+                       .value = p.slots[t.index],
                        .most = p.pages.num_blocks * p.pages.block_size - 1});
     }
     return;
   }
   const int64_t seq_len = p.seq_lens[t.sequence];
   BadNumber bad{.op = BadNumber::append_kv,
-                .paged = p.pages.block_table != nullptr,
+                .paged = bool{p.pages.block_table},
                 .sequence = t.sequence,
                 .value = t.position,
                 .seq_len = seq_len};

@@ -84,13 +84,13 @@ py::dict plan_of(const std::string& tuning, std::pair<int64_t, int64_t> l2, cons
   const int32_t no_block = 0;
   DecodeParams p{};
   p.batch = static_cast<int64_t>(seq_lens.size());
-  p.seq_lens = seq_lens.data();
+  p.seq_lens = {seq_lens.data(), false};
   p.seq_lens_batch_stride = 1;
   const int64_t longest = seq_lens.empty() ? 0 : *std::max_element(seq_lens.begin(), seq_lens.end());
   p.pages.block_size = page_size > 0 ? page_size : longest;
   p.pages.max_blocks = page_size > 0 ? ceil_div(longest, page_size) : 1;
   p.pages.num_blocks = p.batch * p.pages.max_blocks;
-  if (page_size > 0) p.pages.block_table = &no_block;
+  if (page_size > 0) p.pages.block_table = {&no_block, false};
   p.dtype = dtype_named(dtype);
   p.query_tokens = q_len;
   p.num_heads = num_heads;

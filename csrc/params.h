@@ -18,6 +18,20 @@ constexpr int64_t element_size(DType dtype) {
   return dtype == DType::float32 ? 4 : dtype == DType::float16 || dtype == DType::bfloat16 ? 2 : 1;
 }
 
+// A caller's integers, as they are: int32 or int64.
+struct Indices {
+  const void* data = nullptr;  // null: there are none
+  bool is_int64 = false;
+
+  LEAN_HOST_DEVICE constexpr explicit operator bool() const { return data != nullptr; }
+  LEAN_HOST_DEVICE constexpr int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+  LEAN_HOST_DEVICE const void* address(int64_t i) const {
+    return static_cast<const char*>(data) + i * (is_int64 ? sizeof(int64_t) : sizeof(int32_t));
+  }
+};
+
 // What the rows of a quantised cache are multiplied by, with a stride of 0 in each dimension that it is
 // broadcast over. `Float` is const where they are only read.
 template <class Float>
@@ -64,8 +78,8 @@ using WritableCacheView = CacheViewOf<void, float>;
 // sequence has a list of blocks in block_table; a contiguous cache is one block per slot of the batch, as
 // long as max_len, and a sequence has one of them.
 struct PageTable {
-  const int32_t* block_table;      // [batch, max_blocks] or [batch, num_kv_heads, max_blocks]; null: no pages
-  const int32_t* cache_batch_idx;  // [batch], the sequence's slot; null: its index in the batch
+  Indices block_table;      // [batch, max_blocks] or [batch, num_kv_heads, max_blocks]; none: no pages
+  Indices cache_batch_idx;  // [batch], the sequence's slot; none: its index in the batch
   int64_t num_blocks;
   int64_t block_size;
   int64_t max_blocks;                 // of a sequence
@@ -89,15 +103,15 @@ struct DecodeParams {
   const void* q;   // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
   CacheView k, v;  // of one dtype: that of q, or a quantised one
   PageTable pages;
-  const int32_t* seq_lens;       // [batch] or [batch, num_kv_heads]; null: every sequence is full
-  const int32_t* cache_leftpad;  // [batch] or null
-  const int32_t* cu_seqlens_q;   // [batch + 1], where q is packed; else null
-  const bool* tree_mask;         // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
-  const float* alibi_slopes;     // [batch, num_heads] or null
-  const float* sinks;            // [num_heads] or null
-  void* out;                     // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
-  float* lse;                    // [batch, num_heads, q_len] or [num_heads, total_q], natural log
-  DType dtype;                   // of q and out
+  Indices seq_lens;           // [batch] or [batch, num_kv_heads]; none: every sequence is full
+  Indices cache_leftpad;      // [batch] or none
+  Indices cu_seqlens_q;       // [batch + 1], where q is packed; else none
+  const bool* tree_mask;      // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
+  const float* alibi_slopes;  // [batch, num_heads] or null
+  const float* sinks;         // [num_heads] or null
+  void* out;                  // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
+  float* lse;                 // [batch, num_heads, q_len] or [num_heads, total_q], natural log
+  DType dtype;                // of q and out
   int64_t batch;
   int64_t query_tokens;  // q_len, or total_q
   int64_t num_heads;
@@ -140,7 +154,8 @@ struct DecodeParams {
     return cu_seqlens_q ? max(0, min(cu_seqlens_q[b], query_tokens)) : 0;
   }
   LEAN_HOST_DEVICE constexpr SequenceLength clamped_length(int64_t b, int64_t kv_head) const {
-    return {max(0, min(raw_seq_len(b, kv_head), pages.capacity())), max(0, raw_leftpad(b)),
+    return {max(0, min(raw_seq_len(b, kv_head), pages.capacity())),
+            max(0, min(raw_leftpad(b), pages.capacity())),
             cu_seqlens_q ? max(0, first_query(b + 1) - first_query(b)) : query_tokens};
   }
   LEAN_HOST_DEVICE constexpr SequenceLength scheduled_length(int64_t sequence) const {

@@ -65,22 +65,24 @@ def decode(
             float8_e5m2 or int8. ``num_heads`` must be a multiple of ``num_kv_heads``: head ``h`` reads KV
             head ``h // (num_heads // num_kv_heads)``.
         v_cache: the same, with a last dimension of ``head_dim_v``.
-        seq_lens: ``[batch]`` int32 on q's device: tokens in use, the new ones included, from 0 to what the
-            cache holds. What lies beyond is never read. ``None``: all of it. With ``block_table`` also
-            ``[batch, num_kv_heads]``: a length of each KV head's own.
-        block_table: ``[batch, max_blocks]`` int32, or ``[batch, num_kv_heads, max_blocks]``: token ``t`` of a
-            sequence lies in slot ``t % block_size`` of block ``block_table[sequence, t // block_size]``. Any
-            block size; entries beyond a sequence's length may hold anything; blocks may be shared.
-        cache_batch_idx: ``[batch]`` int32: the slot of the cache, along its first dimension, that a sequence
-            has; without it sequence ``b`` has slot ``b``. Not with ``block_table``.
-        cache_leftpad: ``[batch]`` int32: leading tokens that no row sees. Lengths and positions count them.
+        seq_lens: ``[batch]`` int32 or int64 on q's device: tokens in use, the new ones included, from 0 to
+            what the cache holds. What lies beyond is never read. ``None``: all of it. With ``block_table``
+            also ``[batch, num_kv_heads]``: a length of each KV head's own.
+        block_table: ``[batch, max_blocks]`` or ``[batch, num_kv_heads, max_blocks]``, int32 or int64: token
+            ``t`` of a sequence lies in slot ``t % block_size`` of block ``block_table[sequence, t //
+            block_size]``. Any block size; entries beyond a sequence's length may hold anything; blocks may be
+            shared.
+        cache_batch_idx: ``[batch]`` int32 or int64: the slot of the cache, along its first dimension, that a
+            sequence has; without it sequence ``b`` has slot ``b``. Not with ``block_table``.
+        cache_leftpad: ``[batch]`` int32 or int64: leading tokens that no row sees. Lengths and positions
+            count them.
         alibi_slopes: ``[num_heads]`` or ``[batch, num_heads]`` float32: a score at a distance of ``d`` tokens
             loses ``slope * d`` (after the softcap).
         sinks: ``[num_heads]`` float32: a logit that joins the denominator of the softmax, and has no value.
         k_scale, v_scale: float32, what the rows of quantised caches are multiplied by: a scalar,
             ``[num_kv_heads]``, ``[batch, num_kv_heads]``, or one per row, in the shape of the cache without
             its last dimension; any dimension may be 1. int8 caches must have them.
-        cu_seqlens_q: ``[batch + 1]`` int32: sequence ``b`` has query tokens ``cu_seqlens_q[b]`` to
+        cu_seqlens_q: ``[batch + 1]`` int32 or int64: sequence ``b`` has query tokens ``cu_seqlens_q[b]`` to
             ``cu_seqlens_q[b + 1] - 1`` of a packed q; it begins with 0. Tokens from the last entry on belong
             to no sequence and come out as rows that see nothing.
         tree_mask: bool, ``[q_len, q_len]``, ``[batch, q_len, q_len]`` or, with ``cu_seqlens_q``,
@@ -306,10 +308,10 @@ def append_kv(
         k: ``[batch, tokens, num_kv_heads, head_dim]``, or ``[total, num_kv_heads, head_dim]`` with
             ``cu_seqlens``, in the cache's dtype. Quantised caches take float32, float16 and bfloat16 as well.
         v: the same, with a last dimension of ``head_dim_v``.
-        seq_lens: ``[batch]`` int32, tokens in the cache before: new token ``i`` of sequence ``b`` goes to
-            position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new tokens.
-            Needed without ``slot_mapping``.
-        cu_seqlens: ``[batch + 1]`` int32: sequence ``b`` has tokens ``cu_seqlens[b]`` to
+        seq_lens: ``[batch]`` int32 or int64, tokens in the cache before: new token ``i`` of sequence ``b``
+            goes to position ``seq_lens[b] + i``. It is not changed; :func:`decode` wants it grown by the new
+            tokens. Needed without ``slot_mapping``.
+        cu_seqlens: ``[batch + 1]`` int32 or int64: sequence ``b`` has tokens ``cu_seqlens[b]`` to
             ``cu_seqlens[b + 1] - 1`` of packed k, v and q; it begins with 0.
         q: queries of the new tokens, with any number of heads: rotated in place, by the same positions.
         rotary_cos, rotary_sin: ``[max_position, rotary_dim / 2]``, in k's dtype or float32. The first

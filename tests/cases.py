@@ -18,6 +18,7 @@ The id of a case says where it differs from the plain one, in this order, and ca
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -261,6 +262,20 @@ def make_inputs(case: Case) -> dict:
         inputs["tree_mask"] = tree
     inputs |= make_cache(case, lens, inputs.get("cache_leftpad"))
     return inputs
+
+
+INDICES = ("seq_lens", "block_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q", "cu_seqlens")
+
+
+def with_int64(arguments: dict, names: Iterable[str] = INDICES) -> dict:
+    """The same with these indices in int64. Poison among them then is a block by its low 32 bits."""
+    made = dict(arguments)
+    for name in names:
+        if isinstance(made.get(name), Tensor):
+            made[name] = made[name].long()
+            made[name][made[name] == 2**31 - 1] = 2**32
+            made[name][made[name] == -7] = -(2**33)
+    return made
 
 
 def make_cache(case: Case, lens: Tensor, leftpad: Tensor | None) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 import lean_attention
 from lean_attention import reference
 from tests.backends import Backend, devices, only
-from tests.cases import BF16, DTYPES, E4M3, E5M2, F32, INT8, QUANTISED, SHORT
+from tests.cases import BF16, DTYPES, E4M3, E5M2, F32, INDICES, INT8, QUANTISED, SHORT, with_int64
 from tests.errors import assert_each_raises
 
 
@@ -112,6 +112,31 @@ def test_quantised_tokens_are_copied(backend: Backend, dtype) -> None:
             at = (int(want["block_table"][b, position // 5]), position % 5)
             got = arguments[name + "_cache"].view(torch.uint8)[at]
             assert torch.equal(got, want[name].view(torch.uint8)[b, i])
+
+
+@devices
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+def test_indices_in_int64(backend: Backend, paged: bool) -> None:
+    plain = pack(make_arguments(F32, paged, 2, "half"))
+    names = [name for name in INDICES if name in plain]
+    for some in (names, *([name] for name in names)):
+        arguments, wanted = with_int64(clones(plain), some), clones(plain)
+        backend.append_kv(**arguments)
+        backend.append_kv(**wanted)
+        for name in ("k_cache", "v_cache", "q"):
+            assert torch.equal(arguments[name], wanted[name]), (name, some)
+        assert not torch.equal(arguments["k_cache"], plain["k_cache"])
+
+
+@only("emulated", "cuda")
+def test_queries_of_no_position_stay(backend: Backend) -> None:
+    """And nothing before the rotary tables is read."""
+    arguments = make_arguments(F32, True, 2, "half")
+    arguments["seq_lens"] = torch.tensor([13, -(2**33), 2**63 - 1])
+    q = arguments["q"].clone()
+    backend.append_kv(**arguments)
+    assert "seq_lens" in backend.take_error()
+    assert torch.equal(arguments["q"][1:], q[1:]) and not torch.equal(arguments["q"][0], q[0])
 
 
 @devices

@@ -113,6 +113,59 @@ CASES = {
 }
 
 
+# In 64 bits. The low 32 bits of these are legal.
+BEYOND = 2**32 + 5
+
+
+def longs(*values) -> Tensor:
+    return torch.tensor(values)
+
+
+def one_token(**changes) -> dict:
+    return append_arguments(k=torch.randn(3, 1, 2, 64), v=torch.randn(3, 1, 2, 64), **changes)
+
+
+CASES |= {
+    f"decode: seq_lens[1] is {BEYOND}; it must be from 0 to 50, " + HOLDS: decode_arguments(
+        seq_lens=longs(50, BEYOND)
+    ),
+    f"decode: seq_lens[0] is {-(2**33)}; it must be from 0 to 32, " + PAGES_HOLD: paged(
+        seq_lens=longs(-(2**33), 1)
+    ),
+    f"decode: cache_leftpad[1] is {-(2**33)}; it must be at least 0": decode_arguments(
+        cache_leftpad=longs(0, -(2**33))
+    ),
+    "decode: cache_batch_idx[1] is 4294967296; it must be from 0 to 1, the slots of the cache": (
+        decode_arguments(cache_batch_idx=longs(0, 2**32))
+    ),
+    "decode: block_table[1, 1] is 4294967297; it must be from 0 to 4, the blocks of the cache": paged(
+        block_table=longs((0, 1), (2, 2**32 + 1))
+    ),
+    f"decode: block_table[0, 0] is {-(2**33)}; it must be from 0 to 4, the blocks of the cache": paged(
+        block_table=longs((-(2**33), 1), (2, 3))
+    ),
+    f"decode: cu_seqlens_q[0] is {-(2**33)}; it must be 0": packed(0, 2, 3)
+    | {"cu_seqlens_q": longs(-(2**33), 2, 3)},
+    f"decode: cu_seqlens_q[2] is {BEYOND}; " + ENTRY + "q": packed(0, 2, 3)
+    | {"cu_seqlens_q": longs(0, 2, BEYOND)},
+    f"append_kv: seq_lens[0] is {-(2**33)}; it must be at least 0": append_arguments(
+        seq_lens=longs(-(2**33), 0, 7)
+    ),
+    f"append_kv: seq_lens[2] is {2**63 - 1}, and a new token would go to position {2**63 - 1}; the cache "
+    "holds 25 tokens": append_arguments(seq_lens=longs(13, 0, 2**63 - 1)),
+    f"append_kv: seq_lens[1] is {BEYOND}, and a new token would go to position {BEYOND}; the cache holds 25 "
+    "tokens": one_token(seq_lens=longs(13, BEYOND, 7)),
+    "append_kv: cache_batch_idx[2] is 4294967296; it must be from 0 to 2, the slots of the cache": (
+        append_arguments(cache_batch_idx=longs(0, 1, 2**32))
+    ),
+    f"append_kv: block_table[0, 2] is {BEYOND}; it must be from 0 to 14, the blocks of the cache": (
+        append_paged(block_table=longs((0, 1, BEYOND, 3, 4), (5, 6, 7, 8, 9), (10, 11, 12, 13, 14)))
+    ),
+    f"append_kv: cu_seqlens[2] is {BEYOND}; " + ENTRY + "k": append_packed(0, 2, 3)
+    | {"cu_seqlens": longs(0, 2, BEYOND)},
+}
+
+
 def with_outputs(arguments: dict) -> dict:
     """Its outputs are NaN: what is not written stays so."""
     q, dim = arguments["q"], arguments["v_cache"].shape[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 
 import lean_attention
 from lean_attention import reference
-from tests.backends import CPUS, DEVICES, Backend, Emulated, devices, listed, on_each, only
+from tests.backends import CPUS, DEVICES, Backend, Cpu, Emulated, devices, listed, on_each, only
 from tests.cases import (
     BF16,
     CASES,
     E4M3,
     F16,
     F32,
+    INDICES,
     INT8,
     SHORT,
     TOGETHER,
@@ -30,6 +32,7 @@ from tests.cases import (
     case_of,
     in_dtypes,
     make_inputs,
+    with_int64,
 )
 
 # Each on two instruction sets: cpu/test_kernels.py has all sizes on all of them.
@@ -88,6 +91,53 @@ def test_any_combination_of_features_emulated(case: Case, seed: int) -> None:
     backend.device.configure(seed=seed, resident_ctas=1 + seed % 7, sms=1 + seed % 5)
     inputs = make_inputs(case)
     assert_close(case, inputs, *backend.decode(**inputs))
+
+
+def assert_same_in_int64(case: Case, backend: Backend, names: Iterable[str]) -> None:
+    inputs = make_inputs(case)
+    wanted = backend.decode(**inputs)
+    for got, want in zip(backend.decode(**with_int64(inputs, names)), wanted, strict=True):
+        assert torch.equal(got, want), f"{case} with {', '.join(names)}"
+
+
+# Whole steps and partial ones, tables per head, 8-bit rows whose scales are looked up too.
+WITH_INDICES = [
+    Case(q_len="packed", layout="paged", leftpad=True),
+    Case(q_len=3, layout="slots", leftpad=True, window_left=40),
+    Case(layout="table_per_head", block_size=32),
+    Case(layout="pool", block_size=12, quantised=INT8, scales="row"),
+    Case(lens=(333, 17), layout="paged_heads_first", quantised=E4M3, scales="head", num_ctas=5),
+    Case(heads=3, kv_heads=1, head_dim=512, layout="paged", q_len="packed"),
+]
+
+
+@listed(on_each(WITH_INDICES, DEVICES))
+def test_indices_in_int64(case: Case, backend: Backend) -> None:
+    for names in (INDICES, *((name,) for name in INDICES if name in make_inputs(case))):
+        assert_same_in_int64(case, backend, names)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(case=any_case(), names=st.sets(st.sampled_from(INDICES), min_size=1))
+def test_any_indices_in_int64(case: Case, names: set[str]) -> None:
+    assert_same_in_int64(case, Cpu(), names)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(case=any_case(**ON_CUDA), names=st.sets(st.sampled_from(INDICES), min_size=1))
+def test_any_indices_in_int64_emulated(case: Case, names: set[str]) -> None:
+    assert_same_in_int64(case, Emulated(), names)
+
+
+@devices
+def test_left_padding_of_more_than_32_bits(backend: Backend) -> None:
+    inputs = make_inputs(Case(lens=(300, 40), leftpad=True))
+    for padding in (2**31 - 1, 2**32 + 5, 2**63 - 1):
+        inputs["cache_leftpad"] = torch.tensor([33, padding])
+        out, lse = backend.decode(**inputs)
+        assert (out[1] == 0).all() and (lse[1] == -torch.inf).all() and (out[0] != 0).any(), padding
 
 
 @devices

@@ -76,8 +76,8 @@ BAD = [
         {"k_cache": torch.randn(2, 50, 64, 2).transpose(2, 3)},
         "k_cache has stride 2 in its last dimension; it must be contiguous there",
     ),
-    ({"seq_lens": torch.tensor([50, 3])}, "seq_lens is torch.int64; it must be torch.int32"),
-    ({"seq_lens": torch.tensor([50.0, 3.0])}, "seq_lens is torch.float32; it must be torch.int32"),
+    ({"seq_lens": I32(50, 3).short()}, "seq_lens is torch.int16; it must be torch.int32 or torch.int64"),
+    ({"seq_lens": I32(50, 3).float()}, "seq_lens is torch.float32; it must be torch.int32 or torch.i"),
     ({"seq_lens": torch.tensor([[50, 3]], dtype=torch.int32)}, r"seq_lens has shape \[1, 2\]; .*\[batch\]"),
     (
         {"seq_lens": torch.tensor([50], dtype=torch.int32)},
@@ -89,7 +89,10 @@ BAD = [
     ({"window_right": -7}, "window_right is -7"),
     ({"num_ctas": -1}, "num_ctas is -1; it must be positive, or 0 to choose"),
     ({"cache_batch_idx": I32(2, 0, 1)}, r"cache_batch_idx has shape \[3\]; its dimension 0 must be 2"),
-    ({"cache_batch_idx": torch.tensor([0, 1])}, "cache_batch_idx is torch.int64; it must be torch.int32"),
+    (
+        {"cache_batch_idx": I32(0, 1).bool()},
+        "cache_batch_idx is torch.bool; it must be torch.int32 or torch.i",
+    ),
     ({"alibi_slopes": torch.zeros(7)}, r"alibi_slopes has shape \[7\]; its dimension 0 must be 8"),
     ({"alibi_slopes": torch.zeros(8).half()}, "alibi_slopes is torch.float16; it must be torch.float32"),
     ({"alibi_slopes": torch.zeros(3, 8)}, r"alibi_slopes has shape \[3, 8\]; its dimension 0 must be 2"),

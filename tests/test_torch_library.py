@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lean_attention
 from lean_attention import ops, reference
-from tests.cases import DTYPES, SHORT, Case, assert_close, make_inputs
+from tests.cases import DTYPES, SHORT, Case, assert_close, make_inputs, with_int64
 
 # What only one of function, op and definition has.
 OWN = {"decode": {"out", "lse", "num_ctas", "dtype"}, "append_kv": set(), "merge_states": set()}
@@ -53,6 +53,23 @@ def test_opcheck_decode(case: Case) -> None:
     arguments = (inputs["q"], caches["k_cache"], caches["v_cache"], inputs["seq_lens"])
     torch.library.opcheck(torch.ops.lean_attn.decode.default, arguments)
     torch.library.opcheck(torch.ops.lean_attn.decode.default, arguments[:3], {"num_ctas": 3, "scale": 0.2})
+
+
+def test_opcheck_indices_in_int64() -> None:
+    inputs = with_int64(make_inputs(Case(torch.float32, q_len="packed", layout="paged", leftpad=True)))
+    caches = {name: inputs[name].nan_to_num() for name in ("k_cache", "v_cache")}
+    arguments = ("q", "k_cache", "v_cache", "seq_lens", "block_table")
+    options = {name: inputs[name] for name in ("cache_leftpad", "cu_seqlens_q")}
+    torch.library.opcheck(
+        torch.ops.lean_attn.decode.default, [({**inputs, **caches})[name] for name in arguments], options
+    )
+    k, v = (torch.randn(len(inputs["q"]), 2, 128) for _ in range(2))
+    lens, table = torch.zeros(3, dtype=torch.int64), torch.arange(3)[:, None]
+    torch.library.opcheck(
+        torch.ops.lean_attn.append_kv.default,
+        (*caches.values(), k, v, lens, table),
+        {"cu_seqlens": inputs["cu_seqlens_q"]},
+    )
 
 
 def test_opcheck_what_benchmarks_compare_with() -> None:

@@ -37,7 +37,7 @@ class Destinations {
 
   void add(const NewToken& t) {
     // Every sequence has a slot of its own.
-    if (!p_.pages.block_table && !p_.pages.cache_batch_idx && !p_.slots.data) return;
+    if (!p_.pages.block_table && !p_.pages.cache_batch_idx && !p_.slots) return;
     const int64_t place = place_of(t);
     if (!runs_.empty() && runs_.back().end == place) {
       ++runs_.back().end;
@@ -64,8 +64,8 @@ class Destinations {
       if (t.sequence < 0) continue;
       const auto [other, is_new] = taken.try_emplace(place_of(t), t);
       if (is_new) continue;
-      if (p_.slots.data) {
-        fail("append_kv: slot_mapping[", t.index, "] is ", p_.slots.at(t.index), ", as is slot_mapping[",
+      if (p_.slots) {
+        fail("append_kv: slot_mapping[", t.index, "] is ", p_.slots[t.index], ", as is slot_mapping[",
              other->second.index, "]; each new token must have a place of its own");
       }
       fail("append_kv: ", name_of(t), " is ", t.block, ", as is ", name_of(other->second),

@@ -48,8 +48,7 @@ class PageWalk {
   // within memory pages, where every other row of those at multiples of half a page seems to be the same.
   bool rows_attract_prefetchers() const {
     const auto attract = [&](const CacheBytes& bytes) {
-      return bytes.to_token != bytes.row &&
-             (p_.pages.block_table != nullptr || 2 * bytes.to_token % kPageBytes != 0);
+      return bytes.to_token != bytes.row && (p_.pages.block_table || 2 * bytes.to_token % kPageBytes != 0);
     };
     return attract(k_bytes) || attract(v_bytes);
   }

@@ -33,7 +33,7 @@ class Planner {
   // page.
   int64_t useful_heads_per_pass() const {
     const bool tokens_first = p_.k.head_stride < p_.k.token_stride && p_.v.head_stride < p_.v.token_stride;
-    const bool short_pages = p_.pages.block_table != nullptr && p_.pages.block_size <= kRunTokens;
+    const bool short_pages = p_.pages.block_table && p_.pages.block_size <= kRunTokens;
     if ((!tokens_first && !short_pages) || p_.pages.head_stride != 0) return 1;
     return std::min({tokens_first ? t_.max_heads_per_pass : t_.max_heads_per_pass_in_pages,
                      p_.heads_per_sequence(), t_.max_pass_bytes / (kShortRunTokens * token_bytes())});

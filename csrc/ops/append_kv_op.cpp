@@ -116,11 +116,9 @@ class AppendCall {
   void take_slots() {
     const Argument arg{"append_kv", "slot_mapping", *a_.slot_mapping};
     arg.is_list_of("[total]", p.tokens, "the tokens of k");
-    if (arg.tensor.scalar_type() != ScalarType::Long) {
-      arg.has_dtype(ScalarType::Int, " or torch.int64");
-    }
+    arg.has_dtype_of_indices();
     arg.is_on_device_of(k_);
-    p.slots = {copies_.contiguous(arg.tensor), arg.tensor.scalar_type() == ScalarType::Long};
+    p.slots = indices(arg.tensor, copies_.contiguous(arg.tensor));
   }
 
   void take_lengths() {
@@ -252,12 +250,12 @@ class AppendCall {
             .head_stride = scales->stride(2)};
   }
 
-  const int32_t* list(const char* name, const char* layout, const Tensor& tensor, int64_t size) {
+  Indices list(const char* name, const char* layout, const Tensor& tensor, int64_t size) {
     const Argument arg{"append_kv", name, tensor};
     arg.is_list_of(layout, size, "the batch size of k (cu_seqlens: and one more)");
-    arg.has_dtype(ScalarType::Int, "");
+    arg.has_dtype_of_indices();
     arg.is_on_device_of(k_);
-    return static_cast<const int32_t*>(copies_.contiguous(tensor));
+    return indices(tensor, copies_.contiguous(tensor));
   }
 
   const char* cache_layout() const {

@@ -62,7 +62,7 @@ Tensor DecodeCall::fresh_tensor(const std::array<int64_t, rank>& sizes, int32_t 
 }
 
 const DecodeParams& DecodeCall::with_outputs(const Tensor& given_out, const Tensor& given_lse) {
-  const bool packed = p_.cu_seqlens_q != nullptr;
+  const bool packed = bool{p_.cu_seqlens_q};
   const Argument out_arg{"decode", "out", given_out}, lse_arg{"decode", "lse", given_lse};
   const int64_t first = packed ? 0 : 1;
   out_arg.has_shape(packed ? "[total_q, num_heads, head_dim_v]" : "[batch, q_len, num_heads, head_dim_v]",
@@ -94,7 +94,7 @@ const DecodeParams& DecodeCall::with_outputs(const Tensor& given_out, const Tens
 }
 
 const DecodeParams& DecodeCall::with_outputs() {
-  const bool packed = p_.cu_seqlens_q != nullptr;
+  const bool packed = bool{p_.cu_seqlens_q};
   const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.v.dims;
   int32_t q_dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &q_dtype));
@@ -187,10 +187,10 @@ void DecodeCall::take_lengths() {
     } else {
       arg.has_shape(a_.block_table ? "[batch] or [batch, num_kv_heads]" : "[batch]", 1);
     }
-    arg.has_dtype(ScalarType::Int, "");
+    arg.has_dtype_of_indices();
     arg.has_size(0, p_.batch, "the batch size of q");
     arg.is_on_device_of(q_);
-    p_.seq_lens = static_cast<const int32_t*>(arg.tensor.const_data_ptr());
+    p_.seq_lens = indices(arg.tensor, arg.tensor.const_data_ptr());
     p_.seq_lens_batch_stride = arg.tensor.stride(0);
   }
   if (a_.cache_leftpad) {
@@ -252,7 +252,7 @@ void DecodeCall::take_visibility() {
          ": the position of a new token in a tree is not its index");
   }
   const Tensor& mask = arg.tensor;
-  const bool packed = p_.cu_seqlens_q != nullptr;
+  const bool packed = bool{p_.cu_seqlens_q};
   if (packed) {
     arg.has_shape("[total_q, max_q_len] with cu_seqlens_q", 2);
     arg.has_size(0, p_.query_tokens, "the total_q of q");
@@ -307,10 +307,10 @@ Scales DecodeCall::scales(const char* name, const OptionalTensor& tensor) const 
   return scales;
 }
 
-const int32_t* DecodeCall::integers(const Argument& arg) {
-  arg.has_dtype(ScalarType::Int, "");
+Indices DecodeCall::integers(const Argument& arg) {
+  arg.has_dtype_of_indices();
   arg.is_on_device_of(q_);
-  return static_cast<const int32_t*>(copies_.contiguous(arg.tensor));
+  return indices(arg.tensor, copies_.contiguous(arg.tensor));
 }
 const float* DecodeCall::floats(const Argument& arg) {
   arg.has_dtype(ScalarType::Float, "");
@@ -322,7 +322,7 @@ namespace {
 
 void run(const Argument& q, const DecodeParams& params) {
   // Packed query tokens that are no sequence's are written too.
-  if (params.query_tokens == 0 || (params.batch == 0 && params.cu_seqlens_q == nullptr)) return;
+  if (params.query_tokens == 0 || (params.batch == 0 && !params.cu_seqlens_q)) return;
   dispatch(q, [&](const Backend& backend, const Queue& queue) { backend.decode(params, queue); });
 }
 

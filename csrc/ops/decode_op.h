@@ -54,7 +54,7 @@ class DecodeCall {
   Scales scales(const char* name, const OptionalTensor& tensor) const;
 
   DType cache_dtype() const;
-  const int32_t* integers(const Argument& arg);
+  Indices integers(const Argument& arg);
   const float* floats(const Argument& arg);
   template <int rank>
   Tensor fresh_tensor(const std::array<int64_t, rank>& sizes, int32_t dtype) const;

@@ -106,6 +106,10 @@ struct Argument {
       fail(op, ": ", name, " is ", name_of(tensor.scalar_type()), "; it must be ", name_of(want), why);
     }
   }
+  // Backends read either as it is.
+  void has_dtype_of_indices() const {
+    if (tensor.scalar_type() != ScalarType::Long) has_dtype(ScalarType::Int, " or torch.int64");
+  }
   void is_on_device_of(const Argument& other) const {
     if (tensor.device() != other.tensor.device()) {
       fail(op, ": ", name, " is on ", device_of(tensor), ", ", other.name, " on ", device_of(other.tensor),
@@ -170,6 +174,11 @@ class Copies {
   std::vector<Tensor> copies_;
 };
 
+// The numbers of a tensor of indices, of which `data` is the first one.
+inline Indices indices(const Tensor& tensor, const void* data) {
+  return {data, tensor.scalar_type() == ScalarType::Long};
+}
+
 // Device memory for a call, until its work is queued: torch gives it to later work of the same stream only.
 class DeviceMemory {
  public:
@@ -226,12 +235,12 @@ inline PageTable page_table(const PageArgs& args) {
                                              : "[batch, max_blocks]",
                   2);
   }
-  arg.has_dtype(ScalarType::Int, "");
+  arg.has_dtype_of_indices();
   arg.has_size(0, args.batch, args.batch_is);
   if (per_head) arg.has_size(1, args.k_cache.tensor.size(2), "the num_kv_heads of k_cache");
   arg.has_contiguous_rows();
   arg.is_on_device_of(args.tokens);
-  pages.block_table = static_cast<const int32_t*>(table.const_data_ptr());
+  pages.block_table = indices(table, table.const_data_ptr());
   pages.max_blocks = table.size(table.dim() - 1);
   pages.batch_stride = table.stride(0);
   pages.head_stride = per_head ? table.stride(1) : 0;

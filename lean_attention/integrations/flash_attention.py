@@ -86,8 +86,8 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: ``[seqlen_ro, rotary_dim / 2]``: k is rotated by its positions in the cache;
             q by the same where ``causal`` or a window is set, else all of it by position ``cache_seqlens``.
             Only with ``k`` and ``v``.
-        cache_seqlens: an int or a Tensor, ``[batch]`` int32 (no list): cached tokens, before the new ones.
-            ``None``: the whole cache (not with ``k``).
+        cache_seqlens: an int or a Tensor, ``[batch]`` int32 or int64 (no list): cached tokens, before the new
+            ones. ``None``: the whole cache (not with ``k``).
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks: as in
             :func:`lean_attention.decode`.
         softmax_scale: ``None``: ``headdim ** -0.5``.
@@ -97,7 +97,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp, ``[batch, nheads, seqlen_q]`` or ``[nheads,
             total_q]``.
         page_table: FlashAttention-3's name of ``block_table``.
-        cu_seqlens_q, cu_seqlens_k_new: ``[batch + 1]`` int32, for packed q, and packed k and v.
+        cu_seqlens_q, cu_seqlens_k_new: ``[batch + 1]`` int32 or int64, for packed q, and packed k and v.
         k_descale, v_descale: scales of quantised caches, as ``k_scale`` and ``v_scale`` of
             :func:`lean_attention.decode`; FlashAttention-3's ``[batch, nheads_k]`` is one of their shapes.
         qv, q_descale, rotary_seqlens, attention_chunk: FlashAttention-3 has them; given, they raise.

@@ -164,6 +164,27 @@ def test_packed_queries_and_new_tokens() -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_indices_in_int64() -> None:
+    lens, ends = I32(9, 30, 4), I32(0, 3, 4, 4)
+    table = torch.randperm(15, dtype=torch.int32).view(3, 5)
+    q, k, v = torch.randn(4, 4, 64), torch.randn(4, 2, 64), torch.randn(4, 2, 64)
+    angles = torch.rand(64, 32) * 6
+    rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    caches = [torch.randn(15, 8, 2, 64) for _ in range(2)]
+    for causal in (True, False):
+        results = []
+        for wide in (torch.Tensor.int, torch.Tensor.long):
+            written, counts = [cache.clone() for cache in caches], wide(ends)
+            out = flash_attn_with_kvcache(
+                q, *written, k, v, **rotary, cache_seqlens=wide(lens), cu_seqlens_q=counts,
+                cu_seqlens_k_new=counts, page_table=wide(table), causal=causal,
+                cache_leftpad=wide(I32(0, 3, 0)),
+            )  # fmt: skip
+            results.append((out, *written))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dim", [20, 57])
 @pytest.mark.parametrize("dtype", [F32, E4M3], ids=SHORT.get)
 def test_head_dims_that_are_no_multiple_of_8(dim: int, dtype: torch.dtype) -> None:
@@ -209,7 +230,10 @@ BAD = [
     ({"cache_seqlens": 51}, "cache_seqlens is 51; it must be from 0 to 50"),
     ({"cache_seqlens": -1}, "cache_seqlens is -1; it must be from 0"),
     ({"cache_seqlens": 2**40}, "cache_seqlens is 1099511627776; it must be from 0"),
-    ({"cache_seqlens": torch.tensor([50, 3])}, "cache_seqlens is torch.int64; it must be torch.int32"),
+    (
+        {"cache_seqlens": I32(50, 3).short()},
+        "cache_seqlens is torch.int16; it must be torch.int32 or torch.i",
+    ),
     ({"cache_seqlens": I32(50)}, r"cache_seqlens has shape \[1\]; its dimension 0 must be 2"),
     (
         {**NEW, "cache_seqlens": I32(3, 50)},
@@ -225,8 +249,11 @@ BAD = [
     ({"window_size": (5, -3)}, r"window_size\[1\] is -3; it must be -1"),
     ({"window_size": 5}, r"window_size is 5; it must be \(left, right\) or None"),
     ({"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\); it must be \(left, right\) or None"),
-    ({**PAGES, "block_table": TABLE.long()}, "block_table is torch.int64; it must be torch.int32"),
-    ({**PAGES, "page_table": TABLE.long()}, "page_table is torch.int64; it must be torch.int32"),
+    (
+        {**PAGES, "block_table": TABLE.short()},
+        "block_table is torch.int16; it must be torch.int32 or torch.i",
+    ),
+    ({**PAGES, "page_table": TABLE.short()}, "page_table is torch.int16; it must be torch.int32 or torch.i"),
     ({**PAGES, "page_table": TABLE - 1}, r"page_table\[0, 0\] is -1; it must be from 0 to 5"),
     (
         {**PAGES, "page_table": TABLE, "cache_seqlens": 99},

@@ -28,6 +28,7 @@ struct DecodeArguments {
   Workspace workspace;
   ErrorRecord* errors;
   FastDivisor min_tiles_per_cta;
+  bool ragged;  // sequences may differ in their LeanTiles
   // A step of 16 tokens lies in one block, where in pages it begins at a multiple of 16 slots, and each of
   // its rows begins and ends at a multiple of 16 bytes: it is copied 16 bytes at a time, from addresses that
   // are equally far apart.
@@ -107,7 +108,7 @@ inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32&
   const auto bytes = [&](const CacheView& cache, int64_t stride) {
     return stride * element_size(cache.dtype);
   };
-  const bool paged = p.pages.block_table != nullptr;
+  const bool paged = bool{p.pages.block_table};
   const auto has_whole_steps = [&](const CacheView& cache) {
     const Dimension blocks{p.pages.num_blocks, bytes(cache, cache.block_stride)};
     const Dimension tokens{p.pages.block_size, bytes(cache, cache.token_stride)};
@@ -134,6 +135,7 @@ inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32&
       .workspace = workspace,
       .errors = errors,
       .min_tiles_per_cta = FastDivisor(int32(min_tiles_per_cta)),
+      .ragged = p.seq_lens || p.cache_leftpad || p.cu_seqlens_q,
       .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
       .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
       .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),

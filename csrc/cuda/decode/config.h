@@ -1,6 +1,7 @@
 // What a compiled kernel is made for, and the shared memory that follows from it.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "cuda/decode/arguments.h"
@@ -111,7 +112,7 @@ struct SegmentPlace {
   const char* k;  // in pages, the head's row of the first slot of block 0; else its row of token 0
   const char* v;
   const float* scales[2];  // of the same rows of K and V
-  const int32_t* table;    // the sequence's row of block_table
+  const void* table;       // the sequence's row of block_table
   int32_t first_token;     // in the sequence
   int32_t begin;
   int32_t end;
@@ -169,6 +170,20 @@ LEAN_DEVICE SharedState<Config>& shared_state() {
 template <class Config>
 LEAN_DEVICE float* output_row(int warp, int row) {
   return reinterpret_cast<float*>(ring_of<Config>(warp)) + row * Config::output_pitch;
+}
+
+// The nearest number of 32 bits. A function of its own, so that its load is in nobody's way.
+LEAN_COLD int32_t narrowed(const int64_t* index) {
+  constexpr int64_t kLeast = std::numeric_limits<int32_t>::min(), kMost = std::numeric_limits<int32_t>::max();
+  return static_cast<int32_t>(max(kLeast, min(*index, kMost)));
+}
+LEAN_DEVICE int32_t index_at(const Indices& indices, int64_t i) {
+  return indices.is_int64 ? narrowed(static_cast<const int64_t*>(indices.data) + i)
+                          : static_cast<const int32_t*>(indices.data)[i];
+}
+// DecodeParams::first_query in 32 bits, which hold it on a GPU.
+LEAN_DEVICE int32_t first_query(const DecodeParams& p, int64_t b) {
+  return p.cu_seqlens_q ? max(0, min(index_at(p.cu_seqlens_q, b), static_cast<int32_t>(p.query_tokens))) : 0;
 }
 
 // Where a thread stands in its CTA.

@@ -7,11 +7,34 @@ namespace lean::cuda {
 
 // A block that the caller's numbers name; another one where it is out of range. Reported when the segment is
 // done: where steps are copied are no registers to spare.
-LEAN_DEVICE int32_t checked_block(const DecodeArguments& a, SegmentPlace& place, int32_t block,
+LEAN_DEVICE int32_t checked_block(const DecodeArguments& a, SegmentPlace& place, uint64_t block,
                                   int32_t index) {
-  if (static_cast<uint32_t>(block) < static_cast<uint32_t>(a.num_blocks)) return block;
+  if (block < static_cast<uint32_t>(a.num_blocks)) return static_cast<int32_t>(block);
   place.bad_block = index;
   return 0;
+}
+
+// An entry of the segment's table. A negative one of 32 bits is none that checked_block takes.
+LEAN_DEVICE uint64_t entry(const DecodeArguments& a, const SegmentPlace& place, int32_t index) {
+  if (a.p.pages.block_table.is_int64) return static_cast<const uint64_t*>(place.table)[index];
+  return static_cast<const uint32_t*>(place.table)[index];
+}
+
+// The low 32 bits of an entry of the segment's table. They are looked up a step ahead, which has no register
+// for the others.
+LEAN_DEVICE uint32_t low_entry(const DecodeArguments& a, const SegmentPlace& place, int32_t index) {
+  return static_cast<const uint32_t*>(
+      place.table)[static_cast<uint32_t>(index) << a.p.pages.block_table.is_int64];
+}
+// All of an entry of int64, whose low half is in L1; no block where it has more than 32 bits. Negative ones
+// of 32 bits are none either.
+LEAN_COLD uint32_t wide_entry(const SegmentPlace& place, int32_t index) {
+  const uint64_t entry = static_cast<const uint64_t*>(place.table)[index];
+  return entry >> 32 == 0 ? static_cast<uint32_t>(entry) : ~0u;
+}
+LEAN_DEVICE int32_t checked_entry(const DecodeArguments& a, SegmentPlace& place, uint32_t low,
+                                  int32_t index) {
+  return checked_block(a, place, a.p.pages.block_table.is_int64 ? wide_entry(place, index) : low, index);
 }
 
 LEAN_COLD void report_bad_block(const DecodeArguments& a, const Segment32& segment, int32_t index) {
@@ -24,7 +47,7 @@ LEAN_COLD void report_bad_block(const DecodeArguments& a, const Segment32& segme
 template <class Config>
 LEAN_DEVICE void find_place(const DecodeArguments& a, const Segment32& segment, SegmentPlace& place) {
   const DecodeParams& p = a.p;
-  const bool paged = p.pages.block_table != nullptr;
+  const bool paged = bool{p.pages.block_table};
   const TokenSpanOf<int32_t> tokens = segment.tokens(Config::tile_tokens);
   const bool empty = tokens.begin >= tokens.end;
   const int32_t before = paged && a.whole_steps && !empty ? tokens.begin % kStepTokens : 0;
@@ -34,11 +57,13 @@ LEAN_DEVICE void find_place(const DecodeArguments& a, const Segment32& segment, 
   place.bad_block = -1;
   int32_t block = 0;
   if (!paged && !empty) {
-    block = checked_block(a, place, static_cast<int32_t>(p.pages.raw_block(segment.batch, 0, 0)), 0);
+    block = checked_block(a, place, p.pages.raw_block(segment.batch, 0, 0), 0);
   }
-  place.table = paged ? p.pages.block_table + segment.batch * p.pages.batch_stride +
-                            segment.kv_head * p.pages.head_stride
-                      : nullptr;
+  place.table = nullptr;
+  if (paged) {
+    const int64_t row = segment.batch * p.pages.batch_stride + segment.kv_head * p.pages.head_stride;
+    place.table = p.pages.block_table.address(row);
+  }
   place.k = static_cast<const char*>(p.k.address(block, 0, segment.kv_head));
   place.v = static_cast<const char*>(p.v.address(block, 0, segment.kv_head));
   if constexpr (Config::quantised) {  // scales that are not there are 1
@@ -77,7 +102,7 @@ class WholeSteps {
   LEAN_DEVICE void advance(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
                            int32_t token) {
     constexpr int kTokens = Config::token_warps * kStepTokens;
-    if (a.p.pages.block_table != nullptr) {
+    if (a.p.pages.block_table) {
       move(a, place, lane, first_dim_v, token);
       return;
     }
@@ -110,16 +135,16 @@ class WholeSteps {
   // The block of a step is looked up while the step before it is copied.
   LEAN_DEVICE void look_up(const DecodeArguments& a, const SegmentPlace& place, int32_t token) {
     index_ = min(token, place.first_token + place.end - 1) / a.block_size;
-    block_ = place.table[index_];
+    block_ = low_entry(a, place, index_);
   }
   LEAN_DEVICE void move(const DecodeArguments& a, SegmentPlace& place, int lane, int32_t first_dim_v,
                         int32_t token) {
-    set(a, place, lane, first_dim_v, checked_block(a, place, block_, index_), token - index_ * a.block_size);
+    set(a, place, lane, first_dim_v, checked_entry(a, place, block_, index_), token - index_ * a.block_size);
     look_up(a, place, token + Config::token_warps * kStepTokens);
   }
 
   int32_t index_;
-  int32_t block_;
+  uint32_t block_;  // the low bits of its entry
 };
 
 // Copies a panel row by row, each by two lanes: any block size, strides and alignment. `token` is its first
@@ -139,7 +164,7 @@ LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* pa
   if (place.table != nullptr) {
     const int32_t index = slot / a.block_size;
     slot -= index * a.block_size;
-    block = checked_block(a, place, place.table[index], index);
+    block = checked_block(a, place, entry(a, place, index), index);
   }
   const Element* from =
       reinterpret_cast<const Element*>(values ? place.v : place.k) + cache.offset(block, slot, 0) + first_dim;

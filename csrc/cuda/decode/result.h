@@ -8,14 +8,14 @@
 namespace lean::cuda {
 
 template <class Config>
-constexpr int kQuads = Config::head_dim_v / 4;  // of columns
+constexpr unsigned kQuads = Config::head_dim_v / 4;  // of columns; unsigned, as a divisor a shift
 
 // Called by all threads, as is write.
 template <class Config>
 LEAN_DEVICE void publish(const DecodeArguments& a, const Thread& thread, int rows) {
   const SharedState<Config>& s = shared_state<Config>();
   float* const partial = a.workspace.partial(s.cta);
-  for (int i = thread.index; i < rows * kQuads<Config>; i += kThreads) {
+  for (unsigned i = thread.index; i < rows * kQuads<Config>; i += kThreads) {
     const int row = i / kQuads<Config>, column = i % kQuads<Config> * 4;
     hw::store_shared_between_ctas(reinterpret_cast<hw::Float4*>(partial + row * Config::head_dim_v + column),
                                   reduced_output<Config>(row, column));

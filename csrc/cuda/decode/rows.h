@@ -33,7 +33,7 @@ class QueryRows {
     const int group = a_.geometry.group;
     return segment_.kv_head * group + begin_ + row - token(row) * group;
   }
-  LEAN_DEVICE int64_t packed_token(int row) const { return a_.p.first_query(segment_.batch) + token(row); }
+  LEAN_DEVICE int64_t packed_token(int row) const { return first_query(a_.p, segment_.batch) + token(row); }
 
   // Lays the rows in shared memory as matrix products take them; zeros beyond the rows and dims that exist.
   // Called by all threads, as is find_spans.

@@ -12,18 +12,20 @@ LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence) {
   const int32_t b = p.lengths_per_head ? sequence / num_kv_heads : sequence;
   const int32_t head = p.lengths_per_head ? sequence - b * num_kv_heads : 0;
   const int32_t tokens =
-      p.seq_lens ? p.seq_lens[b * p.seq_lens_batch_stride + head * p.seq_lens_head_stride] : a.capacity;
+      p.seq_lens ? index_at(p.seq_lens, b * p.seq_lens_batch_stride + head * p.seq_lens_head_stride)
+                 : a.capacity;
   int32_t q_len = static_cast<int32_t>(p.query_tokens);
   if (p.cu_seqlens_q) {
-    q_len = max(0, static_cast<int32_t>(p.first_query(b + 1) - p.first_query(b)));
+    q_len = max(0, first_query(p, b + 1) - first_query(p, b));
   }
-  return {max(0, min(tokens, a.capacity)), p.cache_leftpad ? max(0, p.cache_leftpad[b]) : 0, q_len};
+  const int32_t leftpad = p.cache_leftpad ? index_at(p.cache_leftpad, b) : 0;
+  return {max(0, min(tokens, a.capacity)), max(0, min(leftpad, a.capacity)), q_len};
 }
 
 // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
 LEAN_COLD void write_padding(const DecodeArguments& a, int32_t ticket, int thread) {
   const DecodeParams& p = a.p;
-  const int64_t before = p.first_query(0), end = p.first_query(p.batch);
+  const int64_t before = first_query(p, 0), end = first_query(p, p.batch);
   LEAN_ROLLED
   for (int64_t n = ticket; n < before + p.query_tokens - end; n += hw::num_ctas()) {
     const int64_t token = n < before ? n : end + n - before;
@@ -87,19 +89,21 @@ class Work {
     if (thread_.index == kThreads - 1) s.ticket = take_ticket(a_.workspace, hw::num_ctas());
     const Geometry32 geometry = geometry_of<Config>(a_);
     const int32_t sequences = sequences_of(a_);
-    const int32_t per_thread = ceil_div(sequences, kThreads), first = thread_.index * per_thread;
-    const int32_t end = min(first + per_thread, sequences);
+    // Where all have the same LeanTiles, every thread counts those of the first.
+    const int32_t per_thread = a_.ragged ? ceil_div(sequences, kThreads) : 1;
+    const int32_t first = a_.ragged ? thread_.index * per_thread : 0,
+                  end = min(first + per_thread, sequences);
     int32_t sum = 0, total = 0;
     // Of this thread's last sequence: most threads have one, whose length then is loaded once.
     Length32 length{};
     int32_t tiles = 0;
-    if (ragged()) {
-      LEAN_ROLLED
-      for (int32_t i = first; i < end; ++i) {
-        length = length_of(a_, i);
-        tiles = geometry.sequence_tiles(length);
-        sum += tiles;
-      }
+    LEAN_ROLLED
+    for (int32_t i = first; i < end; ++i) {
+      length = length_of(a_, i);
+      tiles = geometry.sequence_tiles(length);
+      sum += tiles;
+    }
+    if (a_.ragged) {
       for (int lanes = 1; lanes < hw::kWarpThreads; lanes *= 2) {
         const int32_t below = hw::shuffle_up(sum, lanes);
         if (thread_.lane >= lanes) sum += below;
@@ -110,15 +114,13 @@ class Work {
     const int32_t ticket = s.ticket;
     if (ticket == 0) report_bad_numbers(a_, thread_.index);  // one CTA tells for all
     if (a_.p.cu_seqlens_q) write_padding(a_, ticket, thread_.index);
-    if (ragged()) {
+    if (a_.ragged) {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         if (w == thread_.warp) sum += total;
         total += s.warp_tiles[w];
       }
     } else {
-      length = length_of(a_, 0);
-      tiles = geometry.sequence_tiles(length);
       total = sequences * tiles;
     }
     if (total == 0) return false;
@@ -131,7 +133,7 @@ class Work {
     // One thread finds the sequence that has the range's first LeanTile.
     bool found = range.begin < sum;
     int32_t sequence = end, sequence_begin = sum;
-    if (!ragged()) {
+    if (!a_.ragged) {
       found = thread_.index == 0;
       sequence = range.begin / tiles;
       sequence_begin = sequence * tiles;
@@ -155,9 +157,6 @@ class Work {
   }
 
  private:
-  // Sequences may differ in their LeanTiles.
-  LEAN_DEVICE bool ragged() const { return a_.p.seq_lens || a_.p.cache_leftpad || a_.p.cu_seqlens_q; }
-
   static LEAN_DEVICE int32_t sequences_of(const DecodeArguments& a) {
     const int32_t batch = static_cast<int32_t>(a.p.batch);
     return a.p.lengths_per_head ? batch * a.geometry.num_kv_heads : batch;
