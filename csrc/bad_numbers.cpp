@@ -62,6 +62,24 @@ std::string describe(const BadNumber& bad) {
       text << "slot_mapping[" << bad.index << "] is " << bad.value << "; it must be from 0 to " << bad.most
            << ", the slots of all blocks, or -1";
       break;
+    case BadNumber::shared_sequences:
+      text << "shared[" << bad.index << "] has sequences " << bad.value << " to " << bad.least
+           << "; they must be one or more, from 0 to " << bad.most << ", the batch size of q";
+      break;
+    case BadNumber::shared_order:
+      text << "shared[" << bad.index << "] begins with sequence " << bad.value << "; it must lie in shared["
+           << bad.sequence << "] or come after it, from sequence " << bad.least << " on";
+      break;
+    case BadNumber::shared_begin:
+      text << "shared[" << bad.index << "] begins with token " << bad.value << "; it must begin with token "
+           << bad.least;
+      if (bad.sequence >= 0) text << ", where shared[" << bad.sequence << "], in which it lies, ends";
+      break;
+    case BadNumber::shared_end:
+      text << "shared[" << bad.index << "] ends with token " << bad.value << "; it must be from " << bad.least
+           << " to " << bad.most << ", the tokens that all query tokens of sequence " << bad.sequence
+           << " see";
+      break;
     case BadNumber::rotary_position:
       text << "a new token of sequence " << bad.sequence << " is at position " << bad.value
            << "; rotary_cos has positions up to " << bad.most;

@@ -15,16 +15,20 @@ namespace lean {
 struct BadNumber {
   enum Kind : int32_t {
     none,
-    first_count,      // the first entry of cu_seqlens
-    count,            // another entry of it
-    tree_columns,     // query tokens of a sequence, beside the columns of tree_mask
-    leftpad,          // of a sequence
-    length,           // of a sequence
-    slot,             // of a sequence, in a contiguous cache
-    page,             // of a sequence, in its row of block_table
-    position,         // of a new token, in the cache
-    cache_slot,       // of a new token, through all blocks
-    rotary_position,  // of a new token, in the rotary tables
+    first_count,       // the first entry of cu_seqlens
+    count,             // another entry of it
+    tree_columns,      // query tokens of a sequence, beside the columns of tree_mask
+    leftpad,           // of a sequence
+    length,            // of a sequence
+    slot,              // of a sequence, in a contiguous cache
+    page,              // of a sequence, in its row of block_table
+    position,          // of a new token, in the cache
+    cache_slot,        // of a new token, through all blocks
+    rotary_position,   // of a new token, in the rotary tables
+    shared_sequences,  // of a row of shared: which they are
+    shared_order,      // where its sequences begin, beside those of an earlier row
+    shared_begin,      // its first token
+    shared_end,        // its last one
   };
   enum Op : int32_t { decode, append_kv };
 
@@ -97,6 +101,55 @@ LEAN_HOST_DEVICE void find_bad_numbers(const DecodeParams& p, int64_t first, int
       if (const BadNumber bad = bad_number(p, b, head); bad.kind != BadNumber::none) report(bad);
     }
   }
+}
+
+// What is wrong with row i of shared; of several things, the first.
+LEAN_HOST_DEVICE constexpr BadNumber bad_shared(const DecodeParams& p, int64_t i) {
+  const SharedNode node = p.shared.node(i);
+  if (node.is_empty()) return {};
+  if (node.first_sequence < 0 || node.first_sequence >= node.end_sequence || node.end_sequence > p.batch) {
+    return {.kind = BadNumber::shared_sequences,
+            .index = i,
+            .value = node.first_sequence,
+            .least = node.end_sequence,
+            .most = p.batch};
+  }
+  int64_t parent = -1, begin = 0;
+  for (int64_t j = 0; j < i; ++j) {
+    const SharedNode earlier = p.shared.node(j);
+    if (earlier.is_empty()) continue;
+    if (earlier.contains(node)) {
+      parent = j;
+      begin = earlier.end_token;
+    } else if (earlier.end_sequence > node.first_sequence) {
+      return {.kind = BadNumber::shared_order,
+              .sequence = j,
+              .index = i,
+              .value = node.first_sequence,
+              .least = earlier.end_sequence};
+    }
+  }
+  if (node.first_token != begin) {
+    return {.kind = BadNumber::shared_begin,
+            .sequence = parent,
+            .index = i,
+            .value = node.first_token,
+            .least = begin};
+  }
+  for (int64_t b = node.first_sequence; b < node.end_sequence; ++b) {
+    const SequenceLength length = p.clamped_length(b, 0);
+    if (length.q_len == 0) continue;
+    const int64_t all_see =
+        p.tree_mask ? length.tokens - length.q_len : visible_tokens(p.visibility, length, 0, 0).end;
+    if (node.end_token > node.first_token && node.end_token <= all_see) continue;
+    return {.kind = BadNumber::shared_end,
+            .sequence = b,
+            .index = i,
+            .value = node.end_token,
+            .least = node.first_token + 1,
+            .most = all_see};
+  }
+  return {};
 }
 
 // What there is to report of a block (a page, or a slot of a contiguous cache) that is out of range: `value`

@@ -102,8 +102,9 @@ py::dict plan_of(const std::string& tuning, std::pair<int64_t, int64_t> l2, cons
   p.v = p.k;
   p.visibility = {-1, 0};
   p.num_ctas = num_ctas;
-  const cpu::Plan plan =
-      cpu::make_plan(p, cpu::tile_kernel(p.dtype, p.k.dtype, cpu::most_rows(p)), *row, threads);
+  const cpu::Sharing sharing(p);
+  const cpu::Plan plan = cpu::make_plan(
+      p, sharing, cpu::tile_kernel(p.dtype, p.k.dtype, cpu::most_rows(p, sharing)), *row, threads);
 
   const auto length = [&](int64_t i) { return p.scheduled_length(i); };
   std::vector<int64_t> range_tiles;

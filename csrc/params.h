@@ -96,6 +96,30 @@ struct PageTable {
   LEAN_HOST_DEVICE constexpr bool is_block(int64_t block) const { return block >= 0 && block < num_blocks; }
 };
 
+// Tokens that neighbouring sequences have in common, found where the first of them has them.
+struct SharedNode {
+  int64_t first_sequence, end_sequence;
+  int64_t first_token, end_token;
+
+  LEAN_HOST_DEVICE constexpr bool is_empty() const {
+    return first_sequence == 0 && end_sequence == 0 && first_token == 0 && end_token == 0;
+  }
+  // The sequences of `other` are among this one's.
+  LEAN_HOST_DEVICE constexpr bool contains(const SharedNode& other) const {
+    return first_sequence <= other.first_sequence && other.end_sequence <= end_sequence;
+  }
+};
+
+// A forest of them, parents before their children and siblings in order; some rows may be empty.
+struct SharedNodes {
+  const int32_t* data = nullptr;  // [count, 4]
+  int64_t count = 0;
+
+  LEAN_HOST_DEVICE constexpr SharedNode node(int64_t i) const {
+    return {data[4 * i], data[4 * i + 1], data[4 * i + 2], data[4 * i + 3]};
+  }
+};
+
 // Strides are in elements and named after the dimension that they step over; the last dimension of
 // q is contiguous. Query tokens [b, i] of a packed q are its tokens cu_seqlens_q[b] + i,
 // and its batch stride is 0; the same holds for out, lse and the rows of tree_mask.
@@ -103,9 +127,10 @@ struct DecodeParams {
   const void* q;   // [batch, q_len, num_heads, head_dim] or [total_q, num_heads, head_dim]
   CacheView k, v;  // of one dtype: that of q, or a quantised one
   PageTable pages;
-  Indices seq_lens;           // [batch] or [batch, num_kv_heads]; none: every sequence is full
-  Indices cache_leftpad;      // [batch] or none
-  Indices cu_seqlens_q;       // [batch + 1], where q is packed; else none
+  Indices seq_lens;       // [batch] or [batch, num_kv_heads]; none: every sequence is full
+  Indices cache_leftpad;  // [batch] or none
+  Indices cu_seqlens_q;   // [batch + 1], where q is packed; else none
+  SharedNodes shared;
   const bool* tree_mask;      // [batch, q_len, q_len] or [total_q, tree_columns]: new tokens a row sees
   const float* alibi_slopes;  // [batch, num_heads] or null
   const float* sinks;         // [num_heads] or null
@@ -157,6 +182,13 @@ struct DecodeParams {
     return {max(0, min(raw_seq_len(b, kv_head), pages.capacity())),
             max(0, min(raw_leftpad(b), pages.capacity())),
             cu_seqlens_q ? max(0, first_query(b + 1) - first_query(b)) : query_tokens};
+  }
+  // Query tokens of the sequences before b.
+  LEAN_HOST_DEVICE constexpr int64_t first_row(int64_t b) const {
+    return cu_seqlens_q ? first_query(b) : b * query_tokens;
+  }
+  LEAN_HOST_DEVICE constexpr int64_t total_query_tokens() const {
+    return cu_seqlens_q ? query_tokens : batch * query_tokens;
   }
   LEAN_HOST_DEVICE constexpr SequenceLength scheduled_length(int64_t sequence) const {
     return lengths_per_head ? clamped_length(sequence / num_kv_heads, sequence % num_kv_heads)

@@ -48,9 +48,10 @@ using Visibility = VisibilityOf<int64_t>;
 // What a sequence contributes to the schedule.
 template <class Int>
 struct SequenceLengthOf {
-  Int tokens;   // cached tokens, the new ones included
-  Int leftpad;  // leading tokens that no row may see
-  Int q_len;    // query tokens; with none the sequence has no output tile
+  Int tokens;                // cached tokens, the new ones included
+  Int leftpad;               // leading tokens that no row may see
+  Int q_len;                 // query tokens; with none the sequence has no output tile
+  bool seen_by_all = false;  // every query token sees all tokens but the left padding
 };
 using SequenceLength = SequenceLengthOf<int64_t>;
 
@@ -59,6 +60,7 @@ LEAN_HOST_DEVICE constexpr TokenSpanOf<Int> visible_tokens(const VisibilityOf<In
                                                            SequenceLengthOf<Int> length,
                                                            std::type_identity_t<Int> first_query,
                                                            std::type_identity_t<Int> last_query) {
+  if (length.seen_by_all) return {length.leftpad, max(length.leftpad, length.tokens)};
   const Int offset = length.tokens - length.q_len;
   const Int begin =
       v.window_left < 0 ? length.leftpad : max(length.leftpad, offset + first_query - v.window_left);

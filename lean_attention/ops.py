@@ -48,6 +48,7 @@ def decode(
     num_ctas: int = 0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of a few query tokens over long KV caches, scheduled stream-K.
 
@@ -101,6 +102,15 @@ def decode(
         out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
             last dimension and no element twice in memory. ``out`` alone will do. With both, nothing is
             allocated but, on a GPU, the workspace.
+        shared: ``[count, 4]`` int32 on q's device, rows ``(first sequence, end sequence, first token, end
+            token)``: these sequences have the same K and V for these tokens, which are read once for all of
+            them, where the first one has them. The rows are a forest: ranges of sequences are nested (equal
+            ones count as nested) or disjoint, parents come before their children, siblings in order, and a
+            row's tokens begin where its parent's end, a root's with token 0. All query tokens must see them.
+            ``(0, 0, 0, 0)`` is an empty row, so that a captured graph holds any forest of up to ``count``
+            rows. The result is that of the call without it, within rounding. Not with ``cache_leftpad``,
+            ``window_left``, ``alibi_slopes``, lengths or tables of each KV head, or scales of each sequence.
+            On a CPU only, so far.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
@@ -137,6 +147,7 @@ def decode(
         v_scale,
         cu_seqlens_q,
         tree_mask,
+        shared,
     )
     named = (scale, causal, window_left, window_right, softcap, num_ctas)
     try:
@@ -229,6 +240,7 @@ def _(
     v_scale=None,
     cu_seqlens_q=None,
     tree_mask=None,
+    shared=None,
     **_options,
 ):
     return _fake_attention(q, k_cache, v_cache, cu_seqlens_q is not None)

@@ -26,6 +26,7 @@ def decode(
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
+    shared: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """What `lean_attention.decode` computes. Shapes as there; the arithmetic and the results are in `dtype`.
@@ -57,19 +58,23 @@ def decode(
         q_len = len(queries)
         for kv_head in range(num_kv_heads):
             # The sequence's tokens: where each lies in the cache.
-            if block_table is None:
-                seq_len = block_size if seq_lens is None else int(seq_lens[b])
-                slots = torch.arange(seq_len)
-                blocks = torch.full_like(slots, b if cache_batch_idx is None else int(cache_batch_idx[b]))
+            if seq_lens is not None:
+                seq_len = int(seq_lens[b] if seq_lens.dim() == 1 else seq_lens[b, kv_head])
             else:
-                table = block_table[b] if block_table.dim() == 2 else block_table[b, kv_head]
-                if seq_lens is None:
-                    seq_len = len(table) * block_size
-                else:
-                    seq_len = int(seq_lens[b] if seq_lens.dim() == 1 else seq_lens[b, kv_head])
-                blocks = table[torch.arange(seq_len) // block_size].long()
+                seq_len = block_size * (1 if block_table is None else block_table.shape[-1])
+            tokens = torch.arange(seq_len)
+            sequence = torch.full_like(tokens, b)
+            for first, end, begin_token, end_token in [] if shared is None else shared.tolist():
+                if first <= b < end:
+                    sequence[begin_token:end_token] = first
+            if block_table is None:
+                slots = tokens
+                blocks = sequence if cache_batch_idx is None else cache_batch_idx.long()[sequence]
+            else:
+                table = block_table if block_table.dim() == 2 else block_table[:, kv_head]
+                blocks = table[sequence, tokens // block_size].long()
                 blocks = blocks.clamp(0, len(k_cache) - 1)  # those that no token is seen of may hold anything
-                slots = torch.arange(seq_len) % block_size
+                slots = tokens % block_size
             at = (blocks, slots, kv_head)
             keys = k_cache[at].to(dtype) * k_scale(b, *at).to(dtype)
             values = v_cache[at].to(dtype) * v_scale(b, *at).to(dtype)
@@ -78,24 +83,23 @@ def decode(
             for i in range(q_len):
                 # Which of them this query token sees.
                 position = seq_len - q_len + i
-                token = torch.arange(seq_len)
-                seen = token >= (0 if cache_leftpad is None else int(cache_leftpad[b]))
+                seen = tokens >= (0 if cache_leftpad is None else int(cache_leftpad[b]))
                 if window_left >= 0:
-                    seen &= token >= position - window_left
+                    seen &= tokens >= position - window_left
                 if tree is not None:
-                    new = token - (seq_len - q_len)
+                    new = tokens - (seq_len - q_len)
                     seen &= (new < 0) | tree[i][new.clamp(min=0)]
                 elif causal:
-                    seen &= token <= position
+                    seen &= tokens <= position
                 elif window_right >= 0:
-                    seen &= token <= position + window_right
+                    seen &= tokens <= position + window_right
 
                 scores = scale * (queries[i, heads].to(dtype) @ keys[seen].T)  # head, token
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
                 if alibi_slopes is not None:
                     slopes = alibi_slopes[heads] if alibi_slopes.dim() == 1 else alibi_slopes[b, heads]
-                    scores = scores - slopes.to(dtype)[:, None] * (position - token[seen]).abs()
+                    scores = scores - slopes.to(dtype)[:, None] * (position - tokens[seen]).abs()
                 seen_values = values[seen]
                 if sinks is not None:  # a logit without a value
                     scores = torch.cat([scores, sinks[heads, None]], dim=1)

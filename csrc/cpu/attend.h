@@ -15,8 +15,9 @@ inline constexpr int64_t kSumTokens = 8192;
 
 class Attention {
  public:
-  Attention(const DecodeParams& params, const TileKernel& kernel, const Plan& plan)
+  Attention(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel, const Plan& plan)
       : p_(params),
+        sharing_(sharing),
         kernel_(kernel),
         plan_(plan),
         table_(params.quantised() ? &dequantise_table(params.k.dtype, kernel.row_dtype) : nullptr),
@@ -40,13 +41,13 @@ class Attention {
       }
       const int64_t end = std::min(begin + kSumTokens, tokens.end);
       const auto next_range = [&]() -> TokenRange {
-        if (end < tokens.end) return {segment.batch, segment.kv_head, count, {end, tokens.end}};
+        if (end < tokens.end) return {sequence_of(segment), segment.kv_head, count, {end, tokens.end}};
         const TakenSegment* const next = segments.next();
         if (next == nullptr) return {};
         const Segment& s = next->segment;
-        return {s.batch, s.kv_head, s.kv_heads, s.tokens(plan_.geometry.tile_tokens)};
+        return {sequence_of(s), s.kv_head, s.kv_heads, s.tokens(plan_.geometry.tile_tokens)};
       };
-      attend_range(heads, segment, {segment.batch, segment.kv_head, count, {begin, end}}, next_range,
+      attend_range(heads, segment, {sequence_of(segment), segment.kv_head, count, {begin, end}}, next_range,
                    dequantised);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(heads[i].tile, heads[i].saved);
     }
@@ -57,12 +58,12 @@ class Attention {
     head.kv_head = kv_head;
     TileState& t = head.tile;
     t.rows = static_cast<int>(plan_.geometry.block_rows(segment.length.q_len, segment.row_block));
-    t.scale = p_.scale * common_scale(p_.k.scale, segment.batch, kv_head) * t.score.unit;
-    const int64_t first_query = p_.first_query(segment.batch);
+    t.scale = p_.scale * common_scale(p_.k.scale, sequence_of(segment), kv_head) * t.score.unit;
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(plan_.geometry, segment, kv_head, row);
-      const int64_t offset = segment.batch * p_.q_batch_stride +
-                             (first_query + query.token) * p_.q_token_stride + query.head * p_.q_head_stride;
+      const QueryToken place = query_token(segment, query.token);
+      const int64_t offset =
+          place.batch * p_.q_batch_stride + place.token * p_.q_token_stride + query.head * p_.q_head_stride;
       kernel_.pack_query(t, row, static_cast<const char*>(p_.q) + offset * element_size(p_.dtype));
       if (t.slopes != nullptr) {
         t.slopes[row] = p_.alibi_slopes[segment.batch * p_.alibi_batch_stride + query.head] * kLog2e;
@@ -91,6 +92,9 @@ class Attention {
     }
   }
 
+  // The sequence of the batch that has a segment's tokens.
+  int64_t sequence_of(const Segment& segment) const { return sharing_.batch(segment.batch); }
+
   void* out_row(int64_t sequence, int64_t token, int64_t head) const {
     const int64_t offset =
         sequence * p_.out_batch_stride + token * p_.out_token_stride + head * p_.out_head_stride;
@@ -98,6 +102,17 @@ class Attention {
   }
 
  private:
+  // Where query token `token` of a segment's is in q.
+  struct QueryToken {
+    int64_t batch;
+    int64_t token;
+  };
+  QueryToken query_token(const Segment& segment, int64_t token) const {
+    const int64_t sequence = sequence_of(segment);
+    if (p_.cu_seqlens_q) return {0, p_.first_query(sequence) + token};
+    return {sequence + token / p_.query_tokens, token % p_.query_tokens};
+  }
+
   // The scale that all tokens of a sequence and head have in common.
   static float common_scale(const Scales& scales, int64_t sequence, int64_t kv_head) {
     return scales.per_token() ? 1.0f : scales.at(sequence, 0, 0, kv_head);
@@ -153,6 +168,7 @@ class Attention {
   }
 
   const DecodeParams& p_;
+  const Sharing& sharing_;
   const TileKernel& kernel_;
   const Plan& plan_;
   const DequantiseTable* const table_;

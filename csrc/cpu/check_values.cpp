@@ -1,5 +1,6 @@
 #include "cpu/check_values.h"
 
+#include "cpu/sharing.h"
 #include "fail.h"
 
 namespace lean::cpu {
@@ -10,13 +11,21 @@ void refuse(const BadNumber& bad) {
 
 void check_values(const DecodeParams& p) {
   find_bad_numbers(p, 0, 1, refuse);
+  for (int64_t i = 0; i < p.shared.count; ++i) {
+    if (const BadNumber bad = bad_shared(p, i); bad.kind != BadNumber::none) refuse(bad);
+  }
+  const Sharing sharing(p);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t tables = p.pages.head_stride != 0 || p.lengths_per_head ? p.num_kv_heads : 1;
     for (int64_t head = 0; head < tables; ++head) {
-      const SequenceLength length = p.clamped_length(b, head);
+      const SequenceLength length = tables > 1 ? p.clamped_length(b, head) : sharing.length(b);
       if (length.q_len == 0) continue;
       find_bad_blocks(p, b, head, visible_tokens(p.visibility, length, 0, length.q_len - 1), refuse);
     }
+  }
+  for (int64_t i = p.sequences(); i < sharing.sequences(); ++i) {
+    const SequenceLength length = sharing.length(i);
+    if (length.q_len > 0) find_bad_blocks(p, sharing.batch(i), 0, {length.leftpad, length.tokens}, refuse);
   }
 }
 

@@ -21,16 +21,19 @@ namespace {
 
 class Decode {
  public:
-  Decode(const DecodeParams& params, const TileKernel& kernel, const Plan& plan)
+  Decode(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel, const Plan& plan)
       : p_(params),
+        sharing_(sharing),
         kernel_(kernel),
         plan_(plan),
-        attention_(params, kernel, plan),
+        attention_(params, sharing, kernel, plan),
         workspace_(params, kernel, attention_.table(), plan) {}
 
   void run() {
     write_padding();
-    workspace_.reserve(plan_.ranges.count() * plan_.heads_per_pass, plan_.threads);
+    const int64_t shared_rows = sharing_.count() > 0 ? p_.total_query_tokens() * p_.num_heads : 0;
+    workspace_.reserve(plan_.ranges.count() * plan_.heads_per_pass, shared_rows, plan_.threads);
+    blocks_done_ = std::make_unique<std::atomic<int64_t>[]>(sharing_.count() * p_.num_kv_heads);
     published_ = std::make_unique<std::atomic<uint32_t>[]>(plan_.ranges.count());
     parallel_for(plan_.threads, [&](int64_t thread) { take_ranges(thread); });
   }
@@ -56,10 +59,22 @@ class Decode {
     std::array<HeadState, kMaxHeadsPerPass> heads = workspace_.heads_of(thread);
     DequantisedRows dequantised(p_, kernel_, attention_.table(), workspace_.dequantised_rows(thread));
     const LeanRanges& ranges = plan_.ranges;
-    const auto length = [&](int64_t i) { return p_.scheduled_length(i); };
+    const auto length = [&](int64_t i) { return sharing_.length(i); };
     SegmentWalk walk(plan_.geometry, {0, 0}, 0, 0, length);
+    std::vector<Segment> in_order;  // what is left of the range where there are nodes, the next one last
+    const auto next = [&](Segment& segment) {
+      if (sharing_.count() == 0) return walk.next(segment, length);
+      if (in_order.empty()) {
+        while (walk.next(segment, length)) in_order.push_back(segment);
+        put_in_order(in_order);
+      }
+      if (in_order.empty()) return false;
+      segment = in_order.back();
+      in_order.pop_back();
+      return true;
+    };
     SegmentQueue segments([&](TakenSegment& taken) {
-      while (!walk.next(taken.segment, length)) {
+      while (!next(taken.segment)) {
         const int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
         if (ticket >= ranges.count()) return false;
         taken.number = ranges.count() - 1 - ticket;
@@ -74,6 +89,16 @@ class Decode {
     while (segments.advance()) process(heads.data(), segments, dequantised);
   }
 
+  // What a range begins with, if that is a peer's, is published first; then come nodes, parents before their
+  // children, then sequences: both may wait for nodes of their own range. The next one is last in `segments`.
+  void put_in_order(std::vector<Segment>& segments) const {
+    const auto hosted = segments.begin() + (!segments.empty() && !segments.front().is_host());
+    const auto nodes = std::stable_partition(hosted, segments.end(),
+                                             [&](const Segment& s) { return !sharing_.is_node(s.batch); });
+    std::reverse(hosted, nodes);  // nodes come from the last one on, which are the parents
+    std::rotate(segments.begin(), hosted, segments.end());
+  }
+
   template <class Segments>
   void process(HeadState* heads, Segments& segments, DequantisedRows& dequantised) {
     const auto& [segment, cta] = segments.now();
@@ -81,7 +106,39 @@ class Decode {
     attention_.attend(heads, segments, dequantised);
     if (!segment.is_host()) return publish(heads, count, cta);
     if (segment.has_peers()) merge_peers(heads, count, cta, plan_.ranges.cta_of(segment.output_end - 1));
-    for (int64_t i = 0; i < count; ++i) attention_.write(heads[i], segment);
+    if (const int64_t node = sharing_.prefix(segment.batch); node >= 0) merge_prefix(heads, segment, node);
+    for (int64_t i = 0; i < count; ++i) {
+      if (sharing_.is_node(segment.batch)) {
+        share(heads[i], segment);
+      } else {
+        attention_.write(heads[i], segment);
+      }
+    }
+  }
+
+  // The states of a segment's rows over what they share.
+  Partial shared_states(const Segment& segment, int64_t kv_head) const {
+    const int64_t row = p_.first_row(attention_.sequence_of(segment)) * p_.group() +
+                        segment.row_block * plan_.geometry.rows_per_block;
+    return workspace_.shared_states(kv_head * p_.total_query_tokens() * p_.group() + row);
+  }
+
+  // A node's states take the place of its parent's, which are merged into them and which no other node merges
+  // for these rows.
+  void share(const HeadState& head, const Segment& segment) {
+    save(head.tile, shared_states(segment, head.kv_head));
+    auto& done = blocks_done_[sharing_.node(segment.batch) * p_.num_kv_heads + head.kv_head];
+    done.fetch_add(1, std::memory_order_release);
+    done.notify_all();
+  }
+
+  void merge_prefix(const HeadState* heads, const Segment& segment, int64_t node) {
+    const int64_t blocks = plan_.geometry.row_blocks(sharing_.length(sharing_.sequence(node)).q_len);
+    for (int64_t i = 0; i < segment.kv_heads; ++i) {
+      const auto& done = blocks_done_[node * p_.num_kv_heads + heads[i].kv_head];
+      for (int64_t seen; (seen = done.load(std::memory_order_acquire)) < blocks;) done.wait(seen);
+      merge_into(heads[i].tile, shared_states(segment, heads[i].kv_head));
+    }
   }
 
   // A range may publish the partial state of each head of a pass.
@@ -104,24 +161,29 @@ class Decode {
   }
 
   const DecodeParams& p_;
+  const Sharing& sharing_;
   const TileKernel& kernel_;
   const Plan& plan_;
   const Attention attention_;
   Workspace workspace_;
   std::unique_ptr<std::atomic<uint32_t>[]> published_;
+  std::unique_ptr<std::atomic<int64_t>[]> blocks_done_;  // row blocks of each node and KV head
   std::atomic<int64_t> next_ticket_{0};
 };
 
 }  // namespace
 
-void decode_with(const DecodeParams& params, const TileKernel& kernel) {
+void decode_with(const DecodeParams& params,
+                 const std::function<TileKernel(const TileKernel& kernel)>& adapt) {
   check_values(params);
-  const Plan plan = make_plan(params, kernel, tuning(), num_threads());
-  Decode(params, kernel, plan).run();
+  const Sharing sharing(params);
+  const TileKernel kernel = adapt(tile_kernel(params.dtype, params.k.dtype, most_rows(params, sharing)));
+  const Plan plan = make_plan(params, sharing, kernel, tuning(), num_threads());
+  Decode(params, sharing, kernel, plan).run();
 }
 
 void decode(const DecodeParams& params) {
-  decode_with(params, tile_kernel(params.dtype, params.k.dtype, most_rows(params)));
+  decode_with(params, [](const TileKernel& kernel) { return kernel; });
 }
 
 }  // namespace lean::cpu

@@ -7,12 +7,13 @@ namespace {
 
 class Planner {
  public:
-  Planner(const DecodeParams& params, const TileKernel& kernel, const Tuning& tuning, int64_t max_threads)
-      : p_(params), t_(tuning), max_threads_(max_threads) {
+  Planner(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel, const Tuning& tuning,
+          int64_t max_threads)
+      : p_(params), sharing_(sharing), t_(tuning), max_threads_(max_threads) {
     plan_.dequantises = p_.quantised() && kernel.dequantise != nullptr;
     plan_.prefetch_level = t_.prefetch_level;
     plan_.touch_tokens = t_.touch_tokens;
-    plan_.rows_per_block = most_rows(p_);
+    plan_.rows_per_block = most_rows(p_, sharing_);
     const int64_t padded_dim = round_up(p_.v.dims, kernel.chunk_columns);
     plan_.partial_floats = round_up(plan_.rows_per_block * (padded_dim + 2), kCacheLineFloats);
   }
@@ -45,12 +46,12 @@ class Planner {
     plan_.geometry =
         p_.geometry(plan_.rows_per_block, std::max<int64_t>(tile_runs / heads_per_pass, 1) * kRunTokens);
     plan_.geometry.passes = ceil_div(p_.heads_per_sequence(), heads_per_pass);
-    const int64_t sequences = p_.sequences();
+    const int64_t sequences = sharing_.sequences();
     plan_.sequence_begin.resize(sequences + 1);
     int64_t tiles = 0;
     for (int64_t i = 0; i < sequences; ++i) {
       plan_.sequence_begin[i] = tiles;
-      tiles += plan_.geometry.sequence_tiles(p_.scheduled_length(i));
+      tiles += plan_.geometry.sequence_tiles(sharing_.length(i));
     }
     plan_.sequence_begin[sequences] = tiles;
     plan_.ranges =
@@ -80,7 +81,7 @@ class Planner {
   int64_t most_peers() const {
     const std::vector<int64_t>& begin = plan_.sequence_begin;
     int64_t peers = 0;
-    for (int64_t i = 0, cta = 0; i < p_.sequences(); ++i) {
+    for (int64_t i = 0, cta = 0; i < sharing_.sequences(); ++i) {
       const int64_t tiles = (begin[i + 1] - begin[i]) / plan_.geometry.passes;
       for (int64_t tile = begin[i]; tile < begin[i + 1]; tile += tiles) {
         while (plan_.ranges.range(cta).end <= tile) ++cta;
@@ -99,6 +100,7 @@ class Planner {
   int64_t token_bytes() const { return (p_.k.dims + p_.v.dims) * element_size(p_.k.dtype); }
 
   const DecodeParams& p_;
+  const Sharing& sharing_;
   const Tuning& t_;
   const int64_t max_threads_;
   Plan plan_{};
@@ -106,15 +108,18 @@ class Planner {
 
 }  // namespace
 
-int64_t most_rows(const DecodeParams& p) {
+int64_t most_rows(const DecodeParams& p, const Sharing& sharing) {
   int64_t q_len = 0;
   for (int64_t b = 0; b < p.batch; ++b) q_len = std::max(q_len, p.clamped_length(b, 0).q_len);
+  for (int64_t i = p.sequences(); i < sharing.sequences(); ++i) {
+    q_len = std::max(q_len, sharing.length(i).q_len);
+  }
   return std::clamp<int64_t>(p.group() * q_len, 1, kMaxRows);
 }
 
-Plan make_plan(const DecodeParams& params, const TileKernel& kernel, const Tuning& tuning,
-               int64_t max_threads, int64_t max_heads_per_pass) {
-  return Planner(params, kernel, tuning, max_threads).plan(max_heads_per_pass);
+Plan make_plan(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel,
+               const Tuning& tuning, int64_t max_threads, int64_t max_heads_per_pass) {
+  return Planner(params, sharing, kernel, tuning, max_threads).plan(max_heads_per_pass);
 }
 
 }  // namespace lean::cpu

@@ -7,6 +7,7 @@
 
 #include "cpu/kernels/tile_kernel.h"
 #include "cpu/lean_ranges.h"
+#include "cpu/sharing.h"
 #include "cpu/tuning.h"
 
 namespace lean::cpu {
@@ -39,10 +40,10 @@ struct Plan {
 };
 
 // The most rows that an output tile of this call has: as many as it has, or kMaxRows.
-int64_t most_rows(const DecodeParams& params);
+int64_t most_rows(const DecodeParams& params, const Sharing& sharing);
 
 // `max_heads_per_pass` limits what the tuning allows.
-Plan make_plan(const DecodeParams& params, const TileKernel& kernel, const Tuning& tuning,
-               int64_t max_threads, int64_t max_heads_per_pass = kMaxHeadsPerPass);
+Plan make_plan(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel,
+               const Tuning& tuning, int64_t max_threads, int64_t max_heads_per_pass = kMaxHeadsPerPass);
 
 }  // namespace lean::cpu

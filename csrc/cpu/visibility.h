@@ -26,7 +26,7 @@ class RunViews {
     const int64_t first = query_token(0), last = query_token(rows - 1);
     common_ = {visible_tokens(p.visibility, length, last, last).begin,
                visible_tokens(p.visibility, length, first, first).end};
-    if (p.tree_mask != nullptr) common_.end = length.tokens - length.q_len;
+    if (p.tree_mask != nullptr && !length.seen_by_all) common_.end = length.tokens - length.q_len;
   }
 
   // Each row's view of the run of tokens [begin, end); null if all rows see all of them and there are no

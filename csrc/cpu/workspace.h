@@ -91,15 +91,24 @@ class Workspace {
                             : round_up(kernel.scratch_bytes(params.k.dims, params.v.dims) / sizeof(float),
                                        kCacheLineFloats)) {}
 
-  // Makes room for `partials` partial states and for the threads. The memory is the calling thread's, until
-  // its next call.
-  void reserve(int64_t partials, int64_t threads) {
+  // Makes room for `partials` partial states, the states of `shared_rows` rows, and for the threads. The
+  // memory is the calling thread's, until its next call.
+  void reserve(int64_t partials, int64_t shared_rows, int64_t threads) {
     static thread_local ScratchMemory memory;
-    partials_ = memory.reserve(partials * partial_floats_ + threads * thread_floats());
-    threads_ = partials_ + partials * partial_floats_;
+    const int64_t shared_floats = round_up(shared_rows * (padded_head_dim_v_ + 2), kCacheLineFloats);
+    partials_ = memory.reserve(partials * partial_floats_ + shared_floats + threads * thread_floats());
+    shared_ = partials_ + partials * partial_floats_;
+    threads_ = shared_ + shared_floats;
+    shared_rows_ = shared_rows;
   }
 
   Partial partial(int64_t i) const { return partial_at(partials_ + i * partial_floats_); }
+
+  // Those of the rows from `row` on.
+  Partial shared_states(int64_t row) const {
+    float* const m = shared_ + shared_rows_ * padded_head_dim_v_;
+    return {shared_ + row * padded_head_dim_v_, m + row, m + shared_rows_ + row};
+  }
 
   std::array<HeadState, kMaxHeadsPerPass> heads_of(int64_t thread) const {
     std::array<HeadState, kMaxHeadsPerPass> heads{};
@@ -170,7 +179,9 @@ class Workspace {
   const int64_t dequantised_floats_;
   const int64_t scratch_floats_;
   float* partials_ = nullptr;
-  float* threads_ = nullptr;  // they come after the partial states
+  float* shared_ = nullptr;  // O of all rows, then their m and l
+  int64_t shared_rows_ = 0;
+  float* threads_ = nullptr;  // they come after the states
 };
 
 }  // namespace lean::cpu

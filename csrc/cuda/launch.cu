@@ -110,6 +110,7 @@ void decode(const DecodeParams& p, const Queue& queue) {
   if (p.dtype == DType::float32) {
     fail("decode: q is torch.float32; on cuda it must be torch.float16 or torch.bfloat16");
   }
+  if (p.shared.count > 0) fail("decode: shared is for calls on a CPU so far; on cuda it must be None");
   const Kernel& kernel = choose_kernel(p);
   // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
   // lengths leave at once. A range per LeanTile is all that can be of use.

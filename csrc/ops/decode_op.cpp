@@ -36,6 +36,7 @@ DecodeCall::DecodeCall(const DecodeArgs& args)
   take_pages();
   take_scores();
   take_visibility();
+  take_shared();
   p_.k.scale = scales("k_scale", a_.k_scale);
   p_.v.scale = scales("v_scale", a_.v_scale);
   if (a_.num_ctas < 0) fail("decode: num_ctas is ", a_.num_ctas, "; it must be positive, or 0 to choose");
@@ -272,6 +273,29 @@ void DecodeCall::take_visibility() {
   p_.visibility.window_right = -1;  // the mask decides
 }
 
+void DecodeCall::take_shared() {
+  if (!a_.shared) return;
+  const Argument arg{"decode", "shared", *a_.shared};
+  arg.has_shape("[count, 4]", 2);
+  arg.has_size(1, 4, "first sequence, end sequence, first token, end token");
+  arg.has_dtype(ScalarType::Int, "");
+  arg.is_on_device_of(q_);
+  // Rows of shared tokens see all of them, at any distance, with the scales of their first sequence.
+  const auto per_sequence = [](const OptionalTensor& scale) {
+    return scale && scale->dim() == 2 && scale->size(0) > 1;
+  };
+  const char* why = nullptr;
+  if (a_.cache_leftpad) why = "cache_leftpad";
+  if (a_.window_left >= 0) why = "window_left";
+  if (a_.alibi_slopes) why = "alibi_slopes";
+  if (p_.lengths_per_head) why = "seq_lens of each KV head";
+  if (p_.pages.head_stride != 0) why = "a block_table of each KV head";
+  if (per_sequence(a_.k_scale)) why = "a k_scale of each sequence";
+  if (per_sequence(a_.v_scale)) why = "a v_scale of each sequence";
+  if (why != nullptr) fail("decode: shared cannot be combined with ", why);
+  p_.shared = {static_cast<const int32_t*>(copies_.contiguous(arg.tensor)), arg.tensor.size(0)};
+}
+
 Scales DecodeCall::scales(const char* name, const OptionalTensor& tensor) const {
   if (!tensor) {
     if (p_.k.dtype == DType::int8) fail("decode: ", name, " is missing; int8 caches need it");
@@ -332,8 +356,9 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                                   const OptionalTensor& cu_seqlens_q, const OptionalTensor& tree_mask,
-                                  std::optional<double> scale, bool causal, int64_t window_left,
-                                  int64_t window_right, double softcap, int64_t num_ctas) {
+                                  const OptionalTensor& shared, std::optional<double> scale, bool causal,
+                                  int64_t window_left, int64_t window_right, double softcap,
+                                  int64_t num_ctas) {
   const DecodeArgs args{.q = q,
                         .k_cache = k_cache,
                         .v_cache = v_cache,
@@ -347,6 +372,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                         .v_scale = v_scale,
                         .cu_seqlens_q = cu_seqlens_q,
                         .tree_mask = tree_mask,
+                        .shared = shared,
                         .scale = scale,
                         .causal = causal,
                         .window_left = window_left,
@@ -364,8 +390,8 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
                 const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                 const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& tree_mask,
-                std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right,
-                double softcap, int64_t num_ctas) {
+                const OptionalTensor& shared, std::optional<double> scale, bool causal, int64_t window_left,
+                int64_t window_right, double softcap, int64_t num_ctas) {
   const DecodeArgs args{.q = q,
                         .k_cache = k_cache,
                         .v_cache = v_cache,
@@ -379,6 +405,7 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
                         .v_scale = v_scale,
                         .cu_seqlens_q = cu_seqlens_q,
                         .tree_mask = tree_mask,
+                        .shared = shared,
                         .scale = scale,
                         .causal = causal,
                         .window_left = window_left,
@@ -395,10 +422,11 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
 }  // namespace
 }  // namespace lean
 
-#define LEAN_DECODE_OPTIONS                                                                           \
-  "Tensor? seq_lens=None, Tensor? block_table=None, Tensor? cache_batch_idx=None, "                   \
-  "Tensor? cache_leftpad=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, " \
-  "Tensor? v_scale=None, Tensor? cu_seqlens_q=None, Tensor? tree_mask=None, *, float? scale=None, "   \
+#define LEAN_DECODE_OPTIONS                                                                                  \
+  "Tensor? seq_lens=None, Tensor? block_table=None, Tensor? cache_batch_idx=None, "                          \
+  "Tensor? cache_leftpad=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, "        \
+  "Tensor? v_scale=None, Tensor? cu_seqlens_q=None, Tensor? tree_mask=None, Tensor? shared=None, *, float? " \
+  "scale=None, "                                                                                             \
   "bool causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, int num_ctas=0"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LEAN_OP_LIBRARY, m) {

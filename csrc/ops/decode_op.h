@@ -22,6 +22,7 @@ struct DecodeArgs {
   const OptionalTensor& v_scale = kNoTensor;
   const OptionalTensor& cu_seqlens_q = kNoTensor;
   const OptionalTensor& tree_mask = kNoTensor;
+  const OptionalTensor& shared = kNoTensor;
   std::optional<double> scale = std::nullopt;
   bool causal = true;
   int64_t window_left = -1;
@@ -51,6 +52,7 @@ class DecodeCall {
   void take_pages();       // pages
   void take_visibility();  // visibility, tree_mask and its strides
   void take_scores();      // scale, softcap, alibi_slopes, sinks
+  void take_shared();      // shared
   Scales scales(const char* name, const OptionalTensor& tensor) const;
 
   DType cache_dtype() const;

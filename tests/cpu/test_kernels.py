@@ -23,7 +23,9 @@ def test_every_microkernel(dtype: torch.dtype, instruction_set: str) -> None:
         case = Case(dtype, lens=(70, 200), heads=group, kv_heads=1, head_dim=head_dim)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))
-    for group, head_dim in zip(groups, (8, 16, 24, 40, 120, 136, 192, 200, 264, 448, 512, 72, 328), strict=True):
+    for group, head_dim in zip(
+        groups, (8, 16, 24, 40, 120, 136, 192, 200, 264, 448, 512, 72, 328), strict=True
+    ):
         case = Case(dtype, (70, 200), group, kv_heads=1, head_dim=head_dim, head_dim_v=520 - head_dim)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))

@@ -34,13 +34,14 @@ Segment piece_of(Segment output, int64_t split, int64_t splits) {
 
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
   check_values(params);
-  const TileKernel& kernel = tile_kernel(params.dtype, params.k.dtype, most_rows(params));
-  const Plan plan = make_plan(params, kernel, tuning(), num_threads(), 1);
-  const Attention attention(params, kernel, plan);
+  const Sharing sharing(params);
+  const TileKernel& kernel = tile_kernel(params.dtype, params.k.dtype, most_rows(params, sharing));
+  const Plan plan = make_plan(params, sharing, kernel, tuning(), num_threads(), 1);
+  const Attention attention(params, sharing, kernel, plan);
   Workspace workspace(params, kernel, attention.table(), plan);
   const std::vector<Segment> outputs = output_tiles(params, plan);
   const int64_t count = outputs.size(), threads = num_threads();
-  workspace.reserve(splits > 1 ? count * splits : 0, threads);
+  workspace.reserve(splits > 1 ? count * splits : 0, 0, threads);
   std::atomic<int64_t> next_piece{0}, next_output{0};
   parallel_for(std::min(threads, count * splits), [&](int64_t thread) {
     HeadState head = workspace.heads_of(thread)[0];

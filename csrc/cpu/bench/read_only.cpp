@@ -4,7 +4,6 @@
 
 #include "cpu/backend.h"
 #include "cpu/decode.h"
-#include "cpu/plan.h"
 
 namespace lean::cpu {
 namespace {
@@ -100,8 +99,7 @@ TileKernel read_only_kernel(TileKernel like, DType cache_dtype) {
 }  // namespace
 
 void read_only(const DecodeParams& params) {
-  decode_with(params,
-              read_only_kernel(tile_kernel(params.dtype, params.k.dtype, most_rows(params)), params.k.dtype));
+  decode_with(params, [&](const TileKernel& kernel) { return read_only_kernel(kernel, params.k.dtype); });
 }
 
 }  // namespace lean::cpu

@@ -79,6 +79,8 @@ struct AmxKernel {
   static int64_t query_part_bytes(const TileState& t) { return padded(t.head_dim) / kTileDims * kTileBytes; }
   static void pack_query(const TileState& t, int row, const void* q) {
     char* tile = static_cast<char*>(t.q) + row / kTileRows * kParts * query_part_bytes(t);
+    // Rows that fill a tile up are zeros: what they score decides with the others' when a tile is rescaled.
+    if (row % kTileRows == 0 && t.rows - row < kTileRows) memset(tile, 0, kParts * query_part_bytes(t));
     for (int column = 0; column < t.head_dim; column += kTileDims, tile += kTileBytes) {
       const auto chunk = load(q, column, t.head_dim);
       for (int part = 0; part < kParts; ++part) {
@@ -124,7 +126,7 @@ struct AmxKernel {
                                  Prefetcher* prefetcher) {
     const int64_t to_part = run_bytes(t.head_dim), to_query_part = query_part_bytes(t);
     unrolled<2 * row_tiles>([](auto tile) LEAN_INLINE { Tiles::zero<tile>(); });
-    for (const auto& [key_part, query_part] : KvRows::kProducts) {
+    for (const auto& [key_part, query_part] : KvRows::kScoreProducts) {
       const char* right = q + query_part * to_query_part;
       const int64_t end = key_part * to_part + 2 * padded(t.head_dim);
       for (int64_t column = key_part * to_part; column < end; column += kLine, right += kTileBytes) {
@@ -223,7 +225,7 @@ struct AmxKernel {
       Tiles::load<2>(next_rows, stride);
       Tiles::load<3>(next_rows + kTileRows, stride);
     }
-    for (const auto& [weight_part, value_part] : KvRows::kProducts) {
+    for (const auto& [weight_part, value_part] : KvRows::kSumProducts) {
       const float* left = weights + weight_part * kLine / 4;
       const char* right = values + value_part * to_part;
       for (int half = 0; half < halves; ++half) {
@@ -341,7 +343,7 @@ struct AmxKernel {
       unrolled<kProducts>([](auto product) LEAN_INLINE { Tiles::multiply<product % 4, 6, 7>(); });
     }
     constexpr int64_t kPerRound =
-        kProducts * kTileRows * kTileTokens * kTileDims / std::size(KvRows::kProducts);
+        kProducts * kTileRows * kTileTokens * kTileDims / std::size(KvRows::kScoreProducts);
     return rounds * kPerRound;
   }
 

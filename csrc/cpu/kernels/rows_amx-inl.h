@@ -6,8 +6,10 @@ struct AmxBf16Rows {
   using Tensor = BFloat16;  // q, K, V and out
   static constexpr DType kRowDtype = DType::bfloat16;
   static constexpr int kParts = 1;
-  // Which parts of the left factor are multiplied with which of the right one.
-  static constexpr int kProducts[][2] = {{0, 0}};
+  // Which parts of the left factor are multiplied with which of the right one, for the scores and for the
+  // weighted sum.
+  static constexpr int kScoreProducts[][2] = {{0, 0}};
+  static constexpr int kSumProducts[][2] = {{0, 0}};
 
   struct Parts {
     __m512i part[kParts];
@@ -19,13 +21,14 @@ struct AmxBf16Rows {
   static __m512i round(Simd::F a, Simd::F b) { return split(a, b).part[0]; }
 };
 
-// fp16 has 11 bits, so that two bf16 numbers hold it exactly. The product of both low parts is left out: it
-// is below 2^-16 of the whole. (Weights have 16 bits.)
+// fp16 has 11 bits, so that two bf16 numbers hold it exactly. Weights have 16 bits then, and beside their
+// rounding the product of two low parts does not count.
 struct AmxFp16Rows {
   using Tensor = Half;
   static constexpr DType kRowDtype = DType::float16;
   static constexpr int kParts = 2;  // the high one, and what it leaves
-  static constexpr int kProducts[][2] = {{0, 0}, {0, 1}, {1, 0}};
+  static constexpr int kScoreProducts[][2] = {{0, 0}, {0, 1}, {1, 0}, {1, 1}};
+  static constexpr int kSumProducts[][2] = {{0, 0}, {0, 1}, {1, 0}};
 
   struct Parts {
     __m512i part[kParts];
