@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import peers
 from benchmarks.harness import OUTPUTS, Case, run_study
-from benchmarks.report import draw, print_study, write_text
+from benchmarks.report import draw, print_engines, print_study, write_text
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RAGGED = {
@@ -153,9 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"interrupted; --resume continues from {options.output}")
     except ValueError as error:
         sys.exit(str(error))
-    print_study(study, console)
+    show = print_engines if options.engines else print_study
+    show(study, console)
     picture, tables = options.output.with_suffix(".png"), options.output.with_suffix(".txt")
-    write_text(print_study, study, tables)
+    write_text(show, study, tables)
     written = [options.output, tables]
     try:
         draw(study, picture)

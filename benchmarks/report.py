@@ -120,6 +120,33 @@ def print_tables(study: dict, console: Console) -> None:
     print_whole(rates, console)
     if others:
         print_whole(ratios, console)
+    print_remarks(study, console)
+
+
+def print_engines(study: dict, console: Console) -> None:
+    """One table: how fast memory is read, how fast this package reads K and V, and others' times over its."""
+    facts = study["machine"]
+    names = list(dict.fromkeys(name for case in study["cases"].values() for name in case["contenders"]))
+    others = [name for name in names if name != OURS]
+    print_machine(facts, console)
+    title = f"{processor(facts)}, {threads_of(facts)}: GB/s, then times as fast as"
+    table = table_of(title, "case", ("read", "ours", *(name.replace(OURS, "ours") for name in others)))
+    table.box = None
+    for case_id, case in study["cases"].items():
+        rates = {name: result.get("gb_per_second") for name, result in case["contenders"].items()}
+        ours = rates.get(OURS) or math.nan
+        table.add_row(
+            case_id,
+            f"{case['read_gb_per_second']:.1f}",
+            f"{ours:.1f}",
+            *(f"{ours / rates[name]:.2f}" if rates.get(name) else "-" for name in others),
+        )
+    print_whole(table, console)
+    print_remarks(study, console)
+
+
+def print_remarks(study: dict, console: Console) -> None:
+    """Why contenders are missing, and what those that are there compute with."""
     reasons = {
         f"{name}: {result['unavailable']}"
         for case in study["cases"].values()

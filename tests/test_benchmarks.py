@@ -18,6 +18,7 @@ from benchmarks.peers import Ggml, LeanAttention, OnnxRuntime, Sdpa, Vllm, ggml
 from benchmarks.report import (
     bound_of,
     draw,
+    print_engines,
     print_study,
     print_summary,
     print_tables,
@@ -108,11 +109,13 @@ def test_what_a_peer_computes_with_stands_below_the_table(tmp_path: Path) -> Non
 
     case = Case(torch.float32, (64,), 2, 1, 64)
     study = run_study([case], [LeanAttention(), Noted()], tmp_path / "study.json", seconds=0.001, clock="cpu")
-    write_text(print_study, study, tmp_path / "study.txt")
-    text = (tmp_path / "study.txt").read_text()
-    assert "- noted: with an abacus" in text
-    assert "abacus 2.0" in text
-    assert "CPU time: GB/s" in text
+    for show in (print_study, print_engines):
+        write_text(show, study, tmp_path / "study.txt")
+        text = (tmp_path / "study.txt").read_text()
+        assert "- noted: with an abacus" in text
+        assert "abacus 2.0" in text
+        assert "CPU time: GB/s" in text
+        assert case.id in text
 
 
 def test_a_peer_that_fails_is_told_of_and_does_not_end_the_study(tmp_path: Path) -> None:
