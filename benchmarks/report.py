@@ -131,7 +131,8 @@ def print_engines(study: dict, console: Console) -> None:
     print_machine(facts, console)
     title = f"{processor(facts)}, {threads_of(facts)}: GB/s, then times as fast as"
     table = table_of(title, "case", ("read", "ours", *(name.replace(OURS, "ours") for name in others)))
-    table.box = None
+    table.box = table.title = None
+    console.print(title, soft_wrap=True, highlight=False)
     for case_id, case in study["cases"].items():
         rates = {name: result.get("gb_per_second") for name, result in case["contenders"].items()}
         ours = rates.get(OURS) or math.nan

@@ -42,6 +42,9 @@ class Vllm:
         if case.head_dim not in sizes:
             raise Unavailable(f"no kernel for a head_dim of {case.head_dim}")
         isa = cpu_attn._get_attn_isa(case.dtype, PAGE, case.head_dim, self.cache_dtype)
+        # The kernel uses the registers without asking the system for them, which ends a process.
+        if isa == "amx" and not torch.cpu._init_amx():
+            raise Unavailable("the system does not give AMX to this process")
         batch = len(case.lens)
         pages = [-(-length // PAGE) for length in case.lens]
         table = torch.zeros(batch, max(pages), dtype=torch.int32)
