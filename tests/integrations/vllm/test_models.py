@@ -116,6 +116,16 @@ def test_fp8_caches(llama: str, expected: list, kv_cache_dtype: str) -> None:
     assert 0 < difference.max() < 1
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's own fp8 caches need AVX-512")
+def test_fp8_caches_are_as_close_as_those_of_vllm(llama: str, expected: list) -> None:
+    errors = {}
+    for ours in (False, True):
+        with engine(llama, ours=ours, kv_cache_dtype="fp8") as llm:
+            found = generate(llm, prompts(), new_tokens=1)
+        errors[ours] = (log_probabilities(found) - log_probabilities(expected)[:, :1]).abs().mean()
+    assert errors[True] < 1.2 * errors[False]
+
+
 @pytest.mark.parametrize("block_size", [8, 16, 48])
 def test_block_sizes_that_vllm_refuses(llama: str, expected: list, block_size: int) -> None:
     with engine(llama, ours=True, block_size=block_size) as llm:
@@ -159,6 +169,30 @@ def test_preemption(llama: str, expected: list) -> None:
 def test_chunked_prefill(llama: str, expected: list) -> None:
     with engine(llama, ours=True, max_num_batched_tokens=24, max_num_seqs=4) as llm:
         expect_same(generate(llm, prompts()), expected)
+
+
+def test_a_prompt_in_chunks_among_requests_that_decode(llama: str, expected: list) -> None:
+    steps = []
+    with engine(llama, ours=True, max_num_batched_tokens=24) as llm:
+        core = llm.llm_engine
+        (layer, *_) = core.vllm_config.compilation_config.static_forward_context.values()
+        forward = layer.impl.forward
+
+        def seen(layer, query, key, value, kv_cache, metadata, *args, **kwargs):
+            steps.append(metadata.query_start_loc.diff().tolist())
+            return forward(layer, query, key, value, kv_cache, metadata, *args, **kwargs)
+
+        layer.impl.forward = seen
+        finished = {}
+        # The longest prompt comes when the others decode.
+        for index in (0, 1, 3, 4):
+            core.add_request(str(index), {"prompt_token_ids": prompts()[index]}, sampling())
+        for step in range(3 * NEW_TOKENS):
+            if step == 6:
+                core.add_request("2", {"prompt_token_ids": prompts()[2]}, sampling())
+            finished |= {output.request_id: output for output in core.step() if output.finished}
+    assert any(max(new) > 1 and sorted(new)[:3] == [1, 1, 1] for new in steps), steps
+    expect_same([finished[request] for request in sorted(finished)], expected)
 
 
 def test_aborted_request(llama: str, expected: list) -> None:
