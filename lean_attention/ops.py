@@ -40,6 +40,7 @@ def decode(
     v_scale: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    shared: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window_left: int = -1,
@@ -48,7 +49,6 @@ def decode(
     num_ctas: int = 0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of a few query tokens over long KV caches, scheduled stream-K.
 
@@ -90,6 +90,15 @@ def decode(
             ``[total_q, max_q_len]``: which of its sequence's new tokens a query token sees, in place of the
             causal rule. It sees all older ones. Not with ``window_left``, ``alibi_slopes`` or
             ``causal=False``.
+        shared: ``[count, 4]`` int32 on q's device, rows ``(first sequence, end sequence, first token, end
+            token)``: these sequences have the same K and V for these tokens, which are read once for all of
+            them, where the first one has them. The rows are a forest: ranges of sequences are nested (equal
+            ones count as nested) or disjoint, parents come before their children, siblings in order, and a
+            row's tokens begin where its parent's end, a root's with token 0. All query tokens must see them.
+            ``(0, 0, 0, 0)`` is an empty row, so that a captured graph holds any forest of up to ``count``
+            rows. The result is that of the call without it, within rounding. Not with ``cache_leftpad``,
+            ``window_left``, ``alibi_slopes``, lengths or tables of each KV head, or scales of each sequence.
+            On a CPU only, so far.
         scale: factor of ``q @ k``; ``None``: ``head_dim ** -0.5``.
         causal: a query token sees no later position than its own. Rows before the start of the sequence
             (where ``q_len > seq_len``) see nothing.
@@ -102,15 +111,6 @@ def decode(
         out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
             last dimension and no element twice in memory. ``out`` alone will do. With both, nothing is
             allocated but, on a GPU, the workspace.
-        shared: ``[count, 4]`` int32 on q's device, rows ``(first sequence, end sequence, first token, end
-            token)``: these sequences have the same K and V for these tokens, which are read once for all of
-            them, where the first one has them. The rows are a forest: ranges of sequences are nested (equal
-            ones count as nested) or disjoint, parents come before their children, siblings in order, and a
-            row's tokens begin where its parent's end, a root's with token 0. All query tokens must see them.
-            ``(0, 0, 0, 0)`` is an empty row, so that a captured graph holds any forest of up to ``count``
-            rows. The result is that of the call without it, within rounding. Not with ``cache_leftpad``,
-            ``window_left``, ``alibi_slopes``, lengths or tables of each KV head, or scales of each sequence.
-            On a CPU only, so far.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,

@@ -21,12 +21,12 @@ def decode(
     v_scale: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    shared: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
-    shared: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """What `lean_attention.decode` computes. Shapes as there; the arithmetic and the results are in `dtype`.
