@@ -47,10 +47,14 @@ struct BadNumber {
 // The text of the error, as "decode: seq_lens[1] is 51; it must be from 0 to 50, the tokens ...".
 std::string describe(const BadNumber& bad);
 
-// What is wrong with where sequence b ends by cu_seqlens.
+// What is wrong with where sequence b of `batch` ends by cu_seqlens, and where the first begins, which there
+// is in an empty batch too.
 LEAN_HOST_DEVICE constexpr BadNumber bad_count(BadNumber::Op op, const Indices& cu_seqlens, int64_t b,
-                                               int64_t tokens) {
-  const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
+                                               int64_t batch, int64_t tokens) {
+  const int64_t begin = cu_seqlens[b];
+  if (b == 0 && begin != 0) return {.kind = BadNumber::first_count, .op = op, .value = begin};
+  if (b == batch) return {};
+  const int64_t end = cu_seqlens[b + 1];
   if (end >= begin && end <= tokens) return {};
   return {.kind = BadNumber::count,
           .op = op,
@@ -60,20 +64,17 @@ LEAN_HOST_DEVICE constexpr BadNumber bad_count(BadNumber::Op op, const Indices& 
           .least = begin,
           .most = tokens};
 }
-// And with where the first begins.
-template <class Report>
-LEAN_HOST_DEVICE void find_bad_first_count(BadNumber::Op op, const Indices& cu_seqlens,
-                                           const Report& report) {
-  if (cu_seqlens[0] != 0) report(BadNumber{.kind = BadNumber::first_count, .op = op, .value = cu_seqlens[0]});
-}
 
 // What is wrong with the counts, the left padding and the length of sequence b; of several, the first.
 LEAN_HOST_DEVICE constexpr BadNumber bad_number(const DecodeParams& p, int64_t b, int64_t head) {
   if (p.cu_seqlens_q && head == 0) {
-    const BadNumber bad = bad_count(BadNumber::decode, p.cu_seqlens_q, b, p.query_tokens);
+    const BadNumber bad = bad_count(BadNumber::decode, p.cu_seqlens_q, b, p.batch, p.query_tokens);
     if (bad.kind != BadNumber::none) return bad;
+  }
+  if (b == p.batch) return {};
+  if (p.cu_seqlens_q && p.tree_mask && head == 0) {
     const int64_t count = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
-    if (p.tree_mask && count > p.tree_columns) {
+    if (count > p.tree_columns) {
       return {.kind = BadNumber::tree_columns, .sequence = b, .value = count, .most = p.tree_columns};
     }
   }
@@ -95,8 +96,7 @@ LEAN_HOST_DEVICE constexpr BadNumber bad_number(const DecodeParams& p, int64_t b
 template <class Report>
 LEAN_HOST_DEVICE void find_bad_numbers(const DecodeParams& p, int64_t first, int64_t step,
                                        const Report& report) {
-  if (p.cu_seqlens_q && first == 0) find_bad_first_count(BadNumber::decode, p.cu_seqlens_q, report);
-  for (int64_t b = first; b < p.batch; b += step) {
+  for (int64_t b = first; b < (p.cu_seqlens_q ? max(1, p.batch) : p.batch); b += step) {
     for (int64_t head = 0; head < (p.lengths_per_head ? p.num_kv_heads : 1); ++head) {
       if (const BadNumber bad = bad_number(p, b, head); bad.kind != BadNumber::none) report(bad);
     }
@@ -204,9 +204,8 @@ template <class Report>
 LEAN_HOST_DEVICE void find_bad_numbers(const AppendParams& p, int64_t first, int64_t step,
                                        const Report& report) {
   if (!p.cu_seqlens) return;
-  if (first == 0) find_bad_first_count(BadNumber::append_kv, p.cu_seqlens, report);
-  for (int64_t b = first; b < p.batch; b += step) {
-    const BadNumber bad = bad_count(BadNumber::append_kv, p.cu_seqlens, b, p.tokens);
+  for (int64_t b = first; b < max(1, p.batch); b += step) {
+    const BadNumber bad = bad_count(BadNumber::append_kv, p.cu_seqlens, b, p.batch, p.tokens);
     if (bad.kind != BadNumber::none) report(bad);
   }
 }

@@ -63,7 +63,7 @@ LEAN_HOST_DEVICE inline float log_sum_exp(SoftmaxState s) {
 
 // The log-sum-exp of a state whose m is of the base whose log2 is given, to that base.
 LEAN_HOST_DEVICE inline float log_sum_exp_to(SoftmaxState s, float log2_base) {
-  return s.l == 0.0f ? kMinusInfinity : s.m + log2f(s.l) / log2_base;
+  return s.l == 0.0f ? kMinusInfinity : s.m + log2f(s.l) * (1.0f / log2_base);
 }
 
 // The state whose normalised output has this log-sum-exp; its m is of the same base.

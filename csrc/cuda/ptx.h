@@ -40,6 +40,12 @@ constexpr int kWarpThreads = 32;
 LEAN_DEVICE int thread_index() {
   return static_cast<int>(threadIdx.x);
 }
+// The same, read anew. What follows from it is computed where it is used, and is in no register before.
+LEAN_DEVICE int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 LEAN_DEVICE int64_t cta_index() {
   return blockIdx.x;
 }

@@ -41,6 +41,9 @@ constexpr int kWarpThreads = emulation::kWarpLanes;
 inline int thread_index() {
   return Device::get().thread();
 }
+inline int thread_index_again() {
+  return thread_index();
+}
 inline int64_t cta_index() {
   return Device::get().cta_index();
 }

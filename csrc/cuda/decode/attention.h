@@ -121,7 +121,7 @@ class Attention {
                           uint32_t (&weights)[kRowTiles][4], int32_t first_token) {
     const bool all_seen = first_token >= all_see_.begin && first_token + kStepTokens <= all_see_.end;
     if (a_.only_scale && all_seen) {
-      for_each_score(scores, [&](float& score, Row& row, int, int i) {
+      for_each_score(scores, [&](float& score, Row& row, int i) {
         if constexpr (Config::quantised) score *= scales[0][i];
         score = fmaf(score, a_.scale, -row.reference);
       });
@@ -129,13 +129,9 @@ class Attention {
       modify(scores, scales, first_token, all_seen);
     }
     bool above = false;
-#pragma unroll
-    for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) above |= largest(scores[rt], half) > rows[rt][half].slack;
-    }
+    for_each_row([&](int rt, int half, int) { above |= largest(scores[rt], half) > rows[rt][half].slack; });
     if (hw::any(above)) raise_references(scores);
-    for_each_score(scores, [&](float& score, Row& row, int, int i) {
+    for_each_score(scores, [&](float& score, Row& row, int i) {
       score = hw::exp2_fast(score);
       row.l += score;
       if constexpr (Config::quantised) score *= scales[1][i];
@@ -149,20 +145,19 @@ class Attention {
     }
   }
 
-  // Calls take(score, its Row, the row's index, i) for each score: column i of its row's, of token
-  // token_of(i).
+  // Calls take(row tile, half, the row's index) for each row of this lane.
+  template <class Take>
+  LEAN_DEVICE void for_each_row(const Take& take) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) take(i / 2, i % 2, i * 8 + lane_ / 4);
+  }
+  // Calls take(score, its Row, i) for each score: column i of its row's, of token token_of(i).
   template <class Take>
   LEAN_DEVICE void for_each_score(float (&scores)[kRowTiles][2][4], const Take& take) {
+    for_each_row([&](int rt, int half, int) {
 #pragma unroll
-    for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          take(scores[rt][i / 2][half * 2 + i % 2], rows[rt][half], rt * kTileRows + half * 8 + lane_ / 4, i);
-        }
-      }
-    }
+      for (int i = 0; i < 4; ++i) take(scores[rt][i / 2][half * 2 + i % 2], rows[rt][half], i);
+    });
   }
   LEAN_DEVICE int token_of(int i) const { return i / 2 * 8 + lane_ % 4 * 2 + i % 2; }
 
@@ -178,13 +173,18 @@ class Attention {
     ScoreTerms<ScoreMath> terms(a_.score);
     terms.row_scaled = Config::quantised;
     terms.biased = a_.p.alibi_slopes != nullptr;
-    for_each_score(scores, [&](float& score, Row& its, int row, int i) {
-      const int32_t token = first_token + token_of(i);
-      const float modified = modified_score<ScoreMath>(
-          scaled_score<ScoreMath>(score, a_.scale), terms, [&] { return scales[0][i]; },
-          [&] { return -s.slopes[row]; }, [&] { return static_cast<float>(abs(s.positions[row] - token)); },
-          [&](float x) { return all_seen || is_seen<Config>(a_, row, token) ? x : kMinusInfinity; });
-      score = modified - its.reference;
+    for_each_row([&](int rt, int half, int row) {
+      const RowView<Config> view(a_, row);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t token = first_token + token_of(i);
+        float& score = scores[rt][i / 2][half * 2 + i % 2];
+        const float modified = modified_score<ScoreMath>(
+            scaled_score<ScoreMath>(score, a_.scale), terms, [&] { return scales[0][i]; },
+            [&] { return -s.slopes[row]; }, [&] { return static_cast<float>(abs(s.positions[row] - token)); },
+            [&](float x) { return all_seen || view.sees(token) ? x : kMinusInfinity; });
+        score = modified - rows[rt][half].reference;
+      }
     });
   }
 

@@ -89,10 +89,13 @@ struct Config {
   static_assert(slots >= 3 && slots <= 8);               // cp.async waits for at most 8 pending groups
   static_assert(slot_bytes % 16 == 0);
 
-  // A warp lays its output in its ring when its tokens are done. The pitch of its rows lets eight of them be
-  // written without bank conflicts.
+  // A warp lays its output at the end of its ring when its tokens are done; in the slots before it the first
+  // steps of the next segment are copied meanwhile. The pitch of its rows lets eight of them be written
+  // without bank conflicts.
   static constexpr int output_pitch = warp_dim_v + 8;
-  static_assert(rows * output_pitch * sizeof(float) <= ring_bytes);
+  static constexpr int output_at = ring_bytes - rows * output_pitch * static_cast<int>(sizeof(float));
+  static_assert(output_at >= 0 && output_at % 16 == 0);
+  static constexpr int early_steps = min(output_at / slot_bytes, slots - 1) / panels;
 
   using QRows = SharedRows<kHeadDim * 2>;
   static constexpr int q_bytes = rows * QRows::pitch;
@@ -169,7 +172,7 @@ LEAN_DEVICE SharedState<Config>& shared_state() {
 // A row of a warp's output, laid in its ring.
 template <class Config>
 LEAN_DEVICE float* output_row(int warp, int row) {
-  return reinterpret_cast<float*>(ring_of<Config>(warp)) + row * Config::output_pitch;
+  return reinterpret_cast<float*>(ring_of<Config>(warp) + Config::output_at) + row * Config::output_pitch;
 }
 
 // The nearest number of 32 bits. A function of its own, so that its load is in nobody's way.
@@ -188,8 +191,8 @@ LEAN_DEVICE int32_t first_query(const DecodeParams& p, int64_t b) {
 
 // Where a thread stands in its CTA.
 struct Thread {
-  LEAN_DEVICE Thread()
-      : index(hw::thread_index()), warp(index / hw::kWarpThreads), lane(index % hw::kWarpThreads) {}
+  LEAN_DEVICE explicit Thread(int of = hw::thread_index())
+      : index(of), warp(of / hw::kWarpThreads), lane(of % hw::kWarpThreads) {}
   int index, warp, lane;
 };
 

@@ -12,38 +12,53 @@
 
 namespace lean::cuda {
 
+// Makes the output tile, or a partial state, of the states that the warps have laid in shared memory. Called
+// by all threads, after a barrier; ends with one.
 template <class Config>
-LEAN_DEVICE void attend(const DecodeArguments& a, const Thread& thread, int n) {
-  SharedState<Config>& s = shared_state<Config>();
-  const Segment32& segment = s.segments[n % 2];
-  SegmentPlace& place = s.places[n % 2];
-  KvRing<Config> ring(a, place, thread);
-  const QueryRows<Config> rows(a, segment);
-  rows.load(thread);
-  const TokenSpanOf<int32_t> all_see = rows.find_spans(thread, place.first_token, place.end);
-  hw::sync_block();                                                  // the rows are there
-  if (thread.index == kThreads - 1) find_segment<Config>(a, n + 1);  // while the first copies are under way
-  hw::sync_warp();                                                   // that thread's lanes go on together
-  Attention<Config> attention(a, thread, all_see);
-  while (ring.has_step()) attention.step(ring, ring.first_token());
-  reduce_warps<Config>(attention, thread);
+LEAN_DEVICE void finish(const DecodeArguments& a, const Segment32& segment, const SegmentPlace& place) {
+  const Thread thread(hw::thread_index_again());  // steps have no registers for what follows from it
+  merge_warps<Config>(thread);
   if (thread.index == 0 && place.bad_block >= 0) report_bad_block(a, segment, place.bad_block);
-  if (segment.is_host()) {
-    HostBlock<Config>(a, thread, segment).write();
-  } else {
-    publish<Config>(a, thread, rows.count());
-  }
+  Result<Config>(a, thread, segment).make();
+  hw::sync_block();
 }
 
+// In turn n the CTA attends to segment n. The next one is found while the first copies of this one are under
+// way, and its own first copies begin before this one is finished. Turn -1 has only the next one.
 template <class Config>
 LEAN_KERNEL(kThreads, 2)
 decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
   const Thread thread;
-  if (!Work<Config>(arguments, thread).begin()) return;
-  const SharedState<Config>& s = shared_state<Config>();
-  for (int n = 0; s.is_segment[n % 2]; ++n) {
-    attend<Config>(arguments, thread, n);
-    hw::sync_block();  // the segment's state has been read
+  Work<Config> work(arguments, thread);
+  if (!work.begin()) return;
+  SharedState<Config>& s = shared_state<Config>();
+  KvRing<Config> ring(arguments, thread);
+  for (int n = -1;; ++n) {
+    const Segment32& segment = s.segments[n & 1];
+    SegmentPlace &place = s.places[n & 1], &next_place = s.places[(n + 1) & 1];
+    TokenSpanOf<int32_t> all_see{};
+    if (n >= 0) {
+      const QueryRows<Config> rows(arguments, segment);
+      rows.load(thread);
+      all_see = rows.find_spans(thread, place.first_token, place.end);
+      hw::sync_block();  // the rows are there
+    }
+    if (work.finds_segment(n + 1)) find_segment<Config>(arguments, n + 1);
+    if (n >= 0) {
+      hw::sync_warp();  // the lanes of who finds it go on together
+      Attention<Config> attention(arguments, thread, all_see);
+      while (ring.has_step()) attention.step(ring, ring.first_token());
+      lay_state<Config>(attention, thread);
+    }
+    hw::sync_block();
+    ring.begin(next_place, thread);
+    LEAN_ROLLED
+    for (int part = 0; part < 2; ++part) {  // the code of copies is large, and here once
+      ring.fill_steps(part == 0);
+      if (part == 0 && n >= 0) finish<Config>(arguments, segment, place);
+    }
+    if (!s.is_segment[(n + 1) & 1]) return;
+    ring.fill_panels();
   }
 }
 

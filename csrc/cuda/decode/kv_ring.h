@@ -17,20 +17,37 @@ class KvRing {
  public:
   static constexpr int kStride = Config::token_warps * kStepTokens;
 
-  // Starts the copies of a warp's first items.
-  LEAN_DEVICE KvRing(const DecodeArguments& a, SegmentPlace& place, const Thread& thread)
+  LEAN_DEVICE KvRing(const DecodeArguments& a, const Thread& thread)
       : a_(a),
-        place_(place),
         lane_(thread.lane),
         ring_(ring_of<Config>(thread.warp)),
-        read_(ring_),
-        before_(ring_ + kAhead * Config::slot_bytes),
-        first_dim_v_(thread.warp % Config::dim_warps * Config::warp_dim_v),
-        fill_(first_step(thread)),
-        end_(place.end),
-        whole_end_(fill_ < place.begin ? 0 : whole_end()) {
-    if (fill_ < end_) source_.begin(a_, place_, lane_, first_dim_v_, place_.first_token + fill_);
-    fill_all();
+        first_dim_v_(thread.warp % Config::dim_warps * Config::warp_dim_v) {}
+
+  // Begins with the tokens of a segment, of which fill_steps and then fill_panels start the first copies.
+  LEAN_DEVICE void begin(SegmentPlace& place, const Thread& thread) {
+    place_ = &place;
+    read_ = ring_;
+    before_ = ring_ + kAhead * Config::slot_bytes;
+    fill_ = first_step(thread);
+    end_ = place.end;
+    whole_end_ = fill_ < place.begin ? 0 : whole_end();
+    if (fill_ < end_) source_.begin(a_, place, lane_, first_dim_v_, place.first_token + fill_);
+  }
+
+  // Starts the copies of the early steps, into slots where no output of the segment before lies; else those
+  // of the others.
+  LEAN_DEVICE void fill_steps(bool early) {
+    const int end = early ? Config::early_steps : kAhead / Config::panels;
+    LEAN_ROLLED
+    for (int step = early ? 0 : Config::early_steps; step < end; ++step) {
+      fill_panels(ring_ + step * Config::panels * Config::slot_bytes,
+                  std::make_integer_sequence<int, Config::panels>());
+    }
+  }
+  // And those of the panels for which there are slots after the last whole step.
+  LEAN_DEVICE void fill_panels() {
+    fill_panels(ring_ + kAhead / Config::panels * Config::panels * Config::slot_bytes,
+                std::make_integer_sequence<int, kAhead % Config::panels>());
   }
 
   // The first token of the step whose items come next.
@@ -55,15 +72,6 @@ class KvRing {
   }
 
  private:
-  // Whole steps, then the panels that are left.
-  LEAN_DEVICE void fill_all() {
-    char* slot = ring_;
-    LEAN_ROLLED
-    for (int step = 0; step < kAhead / Config::panels; ++step, slot += Config::panels * Config::slot_bytes) {
-      fill_panels(slot, std::make_integer_sequence<int, Config::panels>());
-    }
-    fill_panels(slot, std::make_integer_sequence<int, kAhead % Config::panels>());
-  }
   template <int... kPanels>
   LEAN_DEVICE void fill_panels(char* slot, std::integer_sequence<int, kPanels...>) {
     (fill<kPanels>(slot + kPanels * Config::slot_bytes), ...);
@@ -88,18 +96,17 @@ class KvRing {
       }
     } else if (fill_ < end_) {
       if constexpr (kValues) {
-        copy_rows<Config, VPanels, true, false>(a_, place_, slot, fill_,
-                                                (kPanel - KPanels::count) * VPanels::dims + first_dim_v_);
+        copy_rows<Config>(a_, *place_, slot, true, fill_,
+                          (kPanel - KPanels::count) * VPanels::dims + first_dim_v_);
       } else {
-        copy_rows<Config, KPanels, false, Config::quantised && kPanel == 0>(a_, place_, slot, fill_,
-                                                                            kPanel * KPanels::dims);
+        copy_rows<Config>(a_, *place_, slot, false, fill_, kPanel * KPanels::dims);
       }
     }
     hw::commit_copies();  // empty groups too, so that waiting counts alike
     if constexpr (kPanel == Config::panels - 1) {
       fill_ += kStride;
       whole_end_ = whole_end();
-      if (fill_ < end_) source_.advance(a_, place_, lane_, first_dim_v_, place_.first_token + fill_);
+      if (fill_ < end_) source_.advance(a_, *place_, lane_, first_dim_v_, place_->first_token + fill_);
     }
   }
 
@@ -126,15 +133,15 @@ class KvRing {
   }
 
   const DecodeArguments& a_;
-  SegmentPlace& place_;
   const int lane_;
   char* const ring_;
+  const int32_t first_dim_v_;
+  SegmentPlace* place_;
   char* read_;    // the next item
   char* before_;  // the one before it
-  const int32_t first_dim_v_;
   int32_t fill_;  // first token of the step that is being copied; it, end_ and whole_end_ count from the
                   // first step
-  const int32_t end_;
+  int32_t end_;
   int32_t whole_end_;
   WholeSteps<Config> source_;
 };

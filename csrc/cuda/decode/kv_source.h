@@ -151,9 +151,9 @@ class WholeSteps {
 // one, relative to the segment's first step, `first_dim` that of its rows. Tokens outside the segment and
 // dims that the tensor does not have arrive as zeros, unread. (It does without registers: the caller's are
 // all in use.)
-template <class Config, class Panels, bool values, bool with_scales>
-LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* panel, int32_t token,
-                         int32_t first_dim) {
+template <class Config>
+LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* panel, bool values,
+                         int32_t token, int32_t first_dim) {
   using Element = typename Config::Element;
   constexpr int kElements = 16 / sizeof(Element);
   const CacheView& cache = values ? a.p.v : a.p.k;
@@ -169,13 +169,15 @@ LEAN_COLD void copy_rows(const DecodeArguments& a, SegmentPlace& place, char* pa
   const Element* from =
       reinterpret_cast<const Element*>(values ? place.v : place.k) + cache.offset(block, slot, 0) + first_dim;
   const int32_t count = exists ? static_cast<int32_t>(cache.dims) - first_dim : 0;
-  Element* const to = reinterpret_cast<Element*>(panel + Panels::Rows::offset(row, 0));
+  const int pitch = values ? Config::VPanels::Rows::pitch : Config::KPanels::Rows::pitch;
+  const int dims = values ? Config::VPanels::dims : Config::KPanels::dims;
+  Element* const to = reinterpret_cast<Element*>(panel + row * pitch);
 #pragma unroll 1
-  for (int e = lane / kStepTokens * kElements; e < Panels::dims;
+  for (int e = lane / kStepTokens * kElements; e < dims;
        e += e % kElements == kElements - 1 ? kElements + 1 : 1) {
     to[e] = e < count ? from[e] : Element{0};
   }
-  if constexpr (with_scales) {
+  if (Config::quantised && !values && first_dim == 0) {
     const Scales& scales = lane < kStepTokens ? a.p.k.scale : a.p.v.scale;
     reinterpret_cast<float*>(panel + Config::scales_at)[lane] =
         place.scales[lane / kStepTokens][block * scales.block_stride + slot * scales.token_stride];

@@ -34,10 +34,9 @@ LEAN_DEVICE void lay_output(const Attention<Config>& attention, const Thread& th
   }
 }
 
-// After it m of the shared state is the weight of each warp's output, and merged_m and l[0] are the CTA's
-// state. Called by all threads; ends with a barrier.
+// Lays the warp's state in shared memory.
 template <class Config>
-LEAN_DEVICE void reduce_warps(Attention<Config>& attention, const Thread& thread) {
+LEAN_DEVICE void lay_state(Attention<Config>& attention, const Thread& thread) {
   SharedState<Config>& s = shared_state<Config>();
   hw::wait_copies<0>();
   hw::sync_warp();
@@ -56,15 +55,21 @@ LEAN_DEVICE void reduce_warps(Attention<Config>& attention, const Thread& thread
       }
     }
   }
-  hw::sync_block();
+}
+
+// After it m of the shared state is the weight of each warp's output, and merged_m and l[0] are the CTA's
+// state. Called by all threads, after a barrier; ends with one.
+template <class Config>
+LEAN_DEVICE void merge_warps(const Thread& thread) {
+  SharedState<Config>& s = shared_state<Config>();
   if (thread.index < Config::rows) {
     const int row = thread.index;
     SoftmaxState merged;
-#pragma unroll
+    LEAN_ROLLED
     for (int w = 0; w < kWarps; w += Config::dim_warps) {  // warps of the same tokens have the same state
       merged = merge(merged, {s.m[w][row], s.l[w][row]}).state;
     }
-#pragma unroll
+    LEAN_ROLLED
     for (int w = 0; w < kWarps; ++w) s.m[w][row] = rescale(s.m[w][row], merged.m);
     s.merged_m[row] = merged.m;
     s.l[0][row] = merged.l;

@@ -10,25 +10,6 @@ namespace lean::cuda {
 template <class Config>
 constexpr unsigned kQuads = Config::head_dim_v / 4;  // of columns; unsigned, as a divisor a shift
 
-// Called by all threads, as is write.
-template <class Config>
-LEAN_DEVICE void publish(const DecodeArguments& a, const Thread& thread, int rows) {
-  const SharedState<Config>& s = shared_state<Config>();
-  float* const partial = a.workspace.partial(s.cta);
-  for (unsigned i = thread.index; i < rows * kQuads<Config>; i += kThreads) {
-    const int row = i / kQuads<Config>, column = i % kQuads<Config> * 4;
-    hw::store_shared_between_ctas(reinterpret_cast<hw::Float4*>(partial + row * Config::head_dim_v + column),
-                                  reduced_output<Config>(row, column));
-  }
-  float* const m = partial + Config::rows * Config::head_dim_v;
-  if (thread.index < rows) {
-    hw::store_shared_between_ctas(m + thread.index, s.merged_m[thread.index]);
-    hw::store_shared_between_ctas(m + Config::rows + thread.index, s.l[0][thread.index]);
-  }
-  hw::sync_block();
-  if (thread.index == 0) publish_flag(a.workspace, s.cta);
-}
-
 // Loads m and l of `count` peers from the first of their partials on.
 template <class Config>
 LEAN_COLD void load_peers(const float* partial, int64_t partial_floats, int count, int rows) {
@@ -44,37 +25,60 @@ LEAN_COLD void load_peers(const float* partial, int64_t partial_floats, int coun
 }
 
 template <class Config>
-class HostBlock {
+class Result {
  public:
-  LEAN_DEVICE HostBlock(const DecodeArguments& arguments, const Thread& thread, const Segment32& segment)
+  LEAN_DEVICE Result(const DecodeArguments& arguments, const Thread& thread, const Segment32& segment)
       : a_(arguments),
         thread_(thread),
         segment_(segment),
         rows_(arguments, segment),
         s_(shared_state<Config>()),
+        is_host_(segment.is_host()),
         first_peer_(s_.cta + 1),
-        end_peer_(segment.has_peers() ? s_.grid.cta_of(segment.output_end - 1) + 1 : first_peer_) {}
+        end_peer_(is_host_ && segment.has_peers() ? s_.grid.cta_of(segment.output_end - 1) + 1
+                                                  : first_peer_) {}
 
-  // Merges the states of the CTAs after this one in ascending order, so that results do not depend on who was
-  // faster, and writes the output tile.
-  LEAN_DEVICE void write() {
-    LEAN_ROLLED
-    for (int32_t peer = first_peer_ + thread_.index; peer < end_peer_; peer += kThreads) {
-      wait_flag(a_.workspace, peer);
+  // A host block merges the states of the CTAs after this one in ascending order, so that results do not
+  // depend on who was faster. Called by all threads.
+  LEAN_DEVICE void make() {
+    if (is_host_) {
+      wait_for_peers();
+      merge_states();
+    } else {
+      store_state();
     }
-    if (first_peer_ < end_peer_) hw::sync_block();
-    merge_states();
     constexpr int kMine = (Config::rows * kQuads<Config> + kThreads - 1) / kThreads;
     if constexpr (kMine * 4 <= 32) {
-      write_columns<kMine>(0);
+      make_columns<kMine>(0);
     } else {
 #pragma unroll 1
-      for (int first = 0; first < kMine; first += 8) write_columns<8>(first);
+      for (int first = 0; first < kMine; first += 8) make_columns<8>(first);
+    }
+    if (!is_host_) {
+      hw::sync_block();
+      if (thread_.index == 0) publish_flag(a_.workspace, s_.cta);
     }
   }
 
  private:
   LEAN_DEVICE float* partial(int32_t peer) const { return a_.workspace.partial(peer); }
+
+  LEAN_DEVICE void wait_for_peers() const {
+    LEAN_ROLLED
+    for (int32_t peer = first_peer_ + thread_.index; peer < end_peer_; peer += kThreads) {
+      wait_flag(a_.workspace, peer);
+    }
+    if (first_peer_ < end_peer_) hw::sync_block();
+  }
+
+  // The m and l of this CTA, for the host block.
+  LEAN_DEVICE void store_state() const {
+    const int row = thread_.index;
+    float* const m = partial(s_.cta) + Config::rows * Config::head_dim_v;
+    if (row >= rows_.count()) return;
+    hw::store_shared_between_ctas(m + row, s_.merged_m[row]);
+    hw::store_shared_between_ctas(m + Config::rows + row, s_.l[0][row]);
+  }
 
   // Makes m of the shared state the weights of the warps' outputs, peer_m (if it holds all peers) those of
   // the peers', l[0] the factor of their sum and out_rows where it goes. Writes the log-sum-exps.
@@ -129,15 +133,26 @@ class HostBlock {
     hw::sync_block();
   }
 
-  // Writes this thread's quads of columns from its n-th on, kCount of them, whose sums stay in registers.
+  // Makes this thread's quads of columns from its n-th on, kCount of them, whose sums stay in registers.
   template <int kCount>
-  LEAN_DEVICE void write_columns(int n) {
-    hw::Float4 sums[kCount];
+  LEAN_DEVICE void make_columns(int n) {
     const auto row_of = [&](int i) { return ((n + i) * kThreads + thread_.index) / kQuads<Config>; };
     const auto column_of = [&](int i) { return ((n + i) * kThreads + thread_.index) % kQuads<Config> * 4; };
+    // What is loaded for rows that do not exist is another one's. A condition would have loads wait for each
+    // other, and what it leaves undefined be in registers through all steps.
+    const auto loaded_row = [&](int i) { return min(static_cast<int>(row_of(i)), rows_.count() - 1); };
+    const auto in_partial = [&](int32_t cta, int i) {
+      return reinterpret_cast<hw::Float4*>(partial(cta) + loaded_row(i) * Config::head_dim_v + column_of(i));
+    };
+    hw::Float4 sums[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (row_of(i) < rows_.count()) sums[i] = reduced_output<Config>(row_of(i), column_of(i));
+    for (int i = 0; i < kCount; ++i) sums[i] = reduced_output<Config>(loaded_row(i), column_of(i));
+    if (!is_host_) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (row_of(i) < rows_.count()) hw::store_shared_between_ctas(in_partial(s_.cta, i), sums[i]);
+      }
+      return;
     }
     LEAN_ROLLED
     for (int32_t peer = first_peer_; peer < end_peer_; peer += kPeersAtOnce) {
@@ -147,14 +162,20 @@ class HostBlock {
         hw::sync_block();
         weigh_peers(peer);
       }
-#pragma unroll 2
-      for (int p = 0; p < peers_from(peer); ++p) {
+      // Eight loads are under way together. The second of two peers may be the last one again, of no weight.
+      constexpr int kAtOnce = kCount > 4 ? 1 : 2;
+      LEAN_ROLLED
+      for (int p = 0; p < peers_from(peer); p += kAtOnce) {
+        hw::Float4 outs[kAtOnce * kCount];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          if (row_of(i) >= rows_.count()) continue;
-          add(sums[i], s_.peer_m[p][row_of(i)],
-              hw::load_shared_between_ctas(reinterpret_cast<const hw::Float4*>(
-                  partial(peer + p) + row_of(i) * Config::head_dim_v + column_of(i))));
+        for (int i = 0; i < kAtOnce * kCount; ++i) {
+          const int32_t from = peer + min(p + i / kCount, peers_from(peer) - 1);
+          outs[i] = hw::load_shared_between_ctas(in_partial(from, i % kCount));
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce * kCount; ++i) {
+          const int nth = p + i / kCount;
+          if (nth < peers_from(peer)) add(sums[i % kCount], s_.peer_m[nth][loaded_row(i % kCount)], outs[i]);
         }
       }
     }
@@ -186,6 +207,7 @@ class HostBlock {
   const Segment32& segment_;
   const QueryRows<Config> rows_;
   SharedState<Config>& s_;
+  const bool is_host_;
   const int32_t first_peer_;
   const int32_t end_peer_;
 };

@@ -117,12 +117,26 @@ class QueryRows {
   const int count_;
 };
 
-// After find_spans, and a barrier.
+// A row's view of its segment's tokens. After find_spans, and a barrier.
 template <class Config>
-LEAN_DEVICE bool is_seen(const DecodeArguments& a, int row, int32_t token) {
-  const SharedState<Config>& s = shared_state<Config>();
-  if (token < s.spans[row][0] || token >= s.spans[row][1]) return false;
-  return !a.p.tree_mask || token < s.new_tokens || s.tree_rows[row][token];
-}
+class RowView {
+ public:
+  LEAN_DEVICE RowView(const DecodeArguments& a, int row)
+      : has_tree_(a.p.tree_mask != nullptr),
+        row_(row),
+        begin_(state().spans[row][0]),
+        end_(state().spans[row][1]) {}
+
+  LEAN_DEVICE bool sees(int32_t token) const {
+    if (token < begin_ || token >= end_) return false;
+    return !has_tree_ || token < state().new_tokens || state().tree_rows[row_][token];
+  }
+
+ private:
+  static LEAN_DEVICE const SharedState<Config>& state() { return shared_state<Config>(); }
+  const bool has_tree_;
+  const int row_;
+  const int32_t begin_, end_;
+};
 
 }  // namespace lean::cuda

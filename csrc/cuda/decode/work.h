@@ -25,19 +25,20 @@ LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence) {
 // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
 LEAN_COLD void write_padding(const DecodeArguments& a, int32_t ticket, int thread) {
   const DecodeParams& p = a.p;
-  const int64_t before = first_query(p, 0), end = first_query(p, p.batch);
+  const int32_t before = first_query(p, 0), end = first_query(p, p.batch);
+  const int32_t count = before + static_cast<int32_t>(p.query_tokens) - end;
   LEAN_ROLLED
-  for (int64_t n = ticket; n < before + p.query_tokens - end; n += hw::num_ctas()) {
-    const int64_t token = n < before ? n : end + n - before;
+  for (int32_t n = ticket; n < count; n += static_cast<int32_t>(hw::num_ctas())) {
+    const int32_t token = n < before ? n : end + n - before;
     LEAN_ROLLED
-    for (int64_t head = 0; head < p.num_heads; ++head) {
+    for (int32_t head = 0; head < p.num_heads; ++head) {
       uint16_t* const row =
           static_cast<uint16_t*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
       LEAN_ROLLED
-      for (int64_t i = thread; i < p.v.dims; i += kThreads) row[i] = 0;
+      for (int32_t i = thread; i < p.v.dims; i += kThreads) row[i] = 0;
     }
     LEAN_ROLLED
-    for (int64_t head = thread; head < p.num_heads; head += kThreads) {
+    for (int32_t head = thread; head < p.num_heads; head += kThreads) {
       p.lse[head * p.lse_head_stride + token] = kMinusInfinity;
     }
   }
@@ -56,24 +57,20 @@ LEAN_DEVICE Geometry32 geometry_of(const DecodeArguments& a) {
   return geometry;
 }
 
-// Finds segment n of the CTA, after the one before it. Called by one thread; the others see it after a
-// barrier.
+// Finds segment n of the CTA, after the one before it; where there is none, its place has no tokens. Called
+// by one thread; the others see it after a barrier.
 template <class Config>
-LEAN_COLD void find_segment(const DecodeArguments& a, int n) {
+LEAN_DEVICE void find_segment(const DecodeArguments& a, int n) {
   SharedState<Config>& s = shared_state<Config>();
-  Segment32& segment = s.segments[n % 2];
+  Segment32& segment = s.segments[n & 1];
+  SegmentPlace& place = s.places[n & 1];
   const bool is_segment = s.segment_walk().next(segment, [&](int32_t i) { return length_of(a, i); });
-  s.is_segment[n % 2] = is_segment;
-  if (is_segment) find_place<Config>(a, segment, s.places[n % 2]);
-}
-
-// Finds the first one, where the range begins in `sequence`.
-template <class Config>
-LEAN_DEVICE void start_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
-                            int32_t sequence_begin, const Length32& length) {
-  shared_state<Config>().segment_walk() =
-      SegmentWalk32(geometry_of<Config>(a), range, sequence, sequence_begin, [&](int32_t) { return length; });
-  find_segment<Config>(a, 0);
+  s.is_segment[n & 1] = is_segment;
+  if (is_segment) {
+    find_place<Config>(a, segment, place);
+  } else {
+    place.begin = place.end = 0;
+  }
 }
 
 template <class Config>
@@ -81,8 +78,7 @@ class Work {
  public:
   LEAN_DEVICE Work(const DecodeArguments& arguments, const Thread& thread) : a_(arguments), thread_(thread) {}
 
-  // Finds the CTA's range and its first segment, which is shared().segments[0] then; false where it has none.
-  // Called by all threads.
+  // Finds the CTA's range; false where it has none. Called by all threads.
   LEAN_DEVICE bool begin() {
     SharedState<Config>& s = shared_state<Config>();
     // By a warp that has fewer lengths to add up than the first one.
@@ -131,13 +127,13 @@ class Work {
     if (cta < 0) return false;
     const LeanRangeOf<int32_t> range = grid.range(cta);
     // One thread finds the sequence that has the range's first LeanTile.
-    bool found = range.begin < sum;
+    found_ = range.begin < sum;
     int32_t sequence = end, sequence_begin = sum;
     if (!a_.ragged) {
-      found = thread_.index == 0;
+      found_ = thread_.index == 0;
       sequence = range.begin / tiles;
       sequence_begin = sequence * tiles;
-    } else if (found) {
+    } else if (found_) {
       --sequence;
       sequence_begin -= tiles;
       LEAN_ROLLED
@@ -145,16 +141,20 @@ class Work {
         length = length_of(a_, --sequence);
         sequence_begin -= geometry.sequence_tiles(length);
       }
-      found = sequence_begin <= range.begin;
+      found_ = sequence_begin <= range.begin;
     }
-    if (found) {
+    if (found_) {
       s.grid = grid;
       s.cta = cta;
-      start_walk<Config>(a_, range, sequence, sequence_begin, length);
+      s.segment_walk() =
+          SegmentWalk32(geometry, range, sequence, sequence_begin, [&](int32_t) { return length; });
     }
-    hw::sync_block();
     return true;
   }
+
+  // This thread finds segment n: the first one where it has found where the range begins; later ones in the
+  // last warp, which has steps to wait for as all have.
+  LEAN_DEVICE bool finds_segment(int n) const { return n == 0 ? found_ : thread_.index == kThreads - 1; }
 
  private:
   static LEAN_DEVICE int32_t sequences_of(const DecodeArguments& a) {
@@ -164,6 +164,7 @@ class Work {
 
   const DecodeArguments& a_;
   const Thread& thread_;
+  bool found_ = false;
 };
 
 }  // namespace lean::cuda
