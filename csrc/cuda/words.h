@@ -69,6 +69,14 @@ template <class V>
 LEAN_DEVICE void store_shared_between_ctas(V* to, V value) {
   *to = value;
 }
+// In PTX, because nvcc would make four stores of it.
+template <>
+LEAN_DEVICE void store_shared_between_ctas(Float4* to, Float4 value) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
 
 }  // namespace lean::hw
 

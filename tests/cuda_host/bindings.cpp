@@ -69,7 +69,7 @@ void run(const Call& c, const Backend& backend, const Queue& queue) {
                c.token_stride,
                c.head_stride,
                {}};
-  p.pages = {nullptr, nullptr, c.batch, c.tokens, 1, 0, 0};
+  p.pages = {{}, {}, c.batch, c.tokens, 1, 0, 0};
   p.dtype = DType::bfloat16;
   p.batch = c.batch;
   p.query_tokens = c.q_len;
