@@ -66,16 +66,15 @@ def step_budget(shape: Shape) -> Budget:
     return Budget(80 + 10 * shape.products, 350 + 31.25 * shape.products)
 
 
-# On Blackwell nvcc takes more instructions for the walk, and addresses shared memory as any.
-BEGIN_BUDGETS = {"80": Budget(500, 2600), "90": Budget(500, 2600)}
-BEGIN_BUDGET = Budget(600, 3700)
-CHANGE_BUDGET = Budget(1000, 2600)
+BEGIN_BUDGET = Budget(600, 3100)
+CHANGE_BUDGET = Budget(1000, 3000)
 
 
 def code_budget(shape: Shape) -> int:
     """Bytes of code. A kernel of quantised caches has its loops three times, once for each format."""
-    small = shape.rows == 16 and shape.head_dim <= 128
-    return 1024 * (112 if small and shape.quantised else 100 if small else 160)
+    if shape.head_dim <= 128 and shape.rows == 16:
+        return 1024 * 100
+    return 1024 * (160 if shape.quantised else 112)
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Kernel:
         # A change has the larger states to write too.
         larger = self.shape.rows * self.shape.head_dim_v / (16 * 128)
         change = Budget(*(amount * max(1, larger) for amount in astuple(CHANGE_BUDGET)))
-        begin = BEGIN_BUDGETS.get(self.arch, BEGIN_BUDGET)
-        found += begin.problems("the way to the first copy", self.paths.begin)
+        found += BEGIN_BUDGET.problems("the way to the first copy", self.paths.begin)
         found += change.problems("a change of segment", self.paths.change)
         if self.stack > STACK_ALLOWED:
             found.append(f"a stack frame of {self.stack} bytes")

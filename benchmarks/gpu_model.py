@@ -37,6 +37,9 @@ class Paths:
     step: Path | None  # of 16 tokens, between two products of the same panel
     begin: Path | None  # before the first copy, where lengths are read
     change: Path | None  # from the last product of a segment to the first one of the next
+    idle: Path | None = (
+        None  # from the same to the first copy for the next, where it begins before the result
+    )
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,16 @@ PATTERNS = {
     "loads": r"LDG\.",
     "stores": "STG",
     "matrices": "LDSM",
-    "shared_stores": r"STS|ST\.",  # also where the compiler does not know that memory is shared
+    # Also where the compiler does not know that memory is shared; halves of words are outputs.
+    "shared_words": r"STS|ST\.(?!E\.U)",
 }
 
-# What the thread that finds a CTA's range executes: the scan, the length of a sequence, the walk and the
-# first segment, which it lays in shared memory. Another one takes the ticket meanwhile.
-BEGIN = {
-    "scans": -5,
-    "barriers": -2,
-    "atomics": 0,
-    "loads": -1,
-    "stores": 0,
-    "matrices": 0,
-    "shared_stores": -20,
-}
+# What the thread that finds a range executes before the scan, which is the length of a sequence, and from
+# there on: the walk and the first segment, which it lays in shared memory by stores of one to four words.
+# Another one takes the ticket meanwhile.
+NEITHER = {"atomics": 0, "stores": 0, "matrices": 0}
+BEFORE_SCAN = {"scans": 0, "barriers": 0, "loads": -1, **NEITHER}
+FROM_SCAN = {"scans": -5, "barriers": 2, "loads": 0, "shared_words": -46, **NEITHER}
 
 
 def find_paths(code: Function, shape: Shape) -> Paths:
@@ -96,19 +95,39 @@ def find_paths(code: Function, shape: Shape) -> Paths:
     products = code.blocks_with(PRODUCT)
     copies = code.blocks_with(COPY)
 
-    def shortest(begins, goal, **amounts) -> Path | None:
-        wanted = {name: PATTERNS[name] for name in amounts}
-        paths = [code.shortest(at, lambda to, at=at: goal(at, to), wanted, amounts) for at in begins]
+    def blocks(begin, goal, **amounts) -> list[int] | None:
+        return code.shortest(begin, goal, {name: PATTERNS[name] for name in amounts}, amounts)
+
+    def shortest_of(paths) -> Path | None:
         found = min((path for path in paths if path), key=code.length, default=None)
         if found is None:
             return None
         operations = code.histogram(found)
         return Path(code.length(found), code.cycles(found), operations["LDL"] + operations["STL"])
 
+    def shortest(begins, goal, **amounts) -> Path | None:
+        return shortest_of(blocks(at, lambda to, at=at: goal(at, to), **amounts) for at in begins)
+
+    def begin() -> Path | None:
+        found = []
+        for scan in code.blocks_with(PATTERNS["scans"]):
+            before = blocks(min(code.blocks), lambda to, scan=scan: to == scan, **BEFORE_SCAN)
+            after = blocks(scan, lambda to: to in copies, **FROM_SCAN)
+            found.append(before and after and before + after)
+        return shortest_of(found)
+
     return Paths(
         step=shortest(products, lambda at, to: to == at, products=shape.products, copies=shape.copies),
-        begin=shortest([min(code.blocks)], lambda _, to: to in copies, **BEGIN),
-        change=shortest(products, lambda _, to: to in products, barriers=-4, copies=-shape.copies, stores=-3),
+        begin=begin(),
+        # A partial state is published: its output by words of four, m, l and the flag.
+        change=shortest(
+            products,
+            lambda _, to: to in products,
+            barriers=-4,
+            copies=-shape.copies,
+            stores=-(3 + shape.rows * shape.head_dim_v // (4 * 32 * WARPS)),
+        ),
+        idle=shortest(products, lambda _, to: to in copies, barriers=-1, copies=0),
     )
 
 
@@ -167,6 +186,9 @@ def share_of_bandwidth(case: Case, gpu: Gpu, paths: Paths, ctas_per_sm: int) -> 
     microseconds = 1e-3 / gpu.ghz
     reading = max(cycles * microseconds, bytes_read / gpu.read_tb / 1e6)
     around = (paths.begin.cycles + segments * paths.change.cycles + peers * PEER_CYCLES) * microseconds
+    # What is copied first for a segment is waited for, as far as the last one's result does not take as long.
+    hidden = 0 if paths.idle is None else max(0, paths.change.cycles - paths.idle.cycles) * microseconds
+    around += (segments - 1) * max(0.0, FIRST_BYTE_US - hidden)
     return bytes_read / gpu.read_tb / 1e6 / (LAUNCH_US + FIRST_BYTE_US + around + reading)
 
 

@@ -58,6 +58,11 @@ class Instruction:
         return self.text.startswith("@") or bool(re.search(r"BRA\S*(\.DIV|\.CONV| +!?U?P)", self.text))
 
     @property
+    def width(self) -> int:
+        """32-bit words that each lane of a load or store moves."""
+        return 4 if ".128" in self.opcode else 2 if ".64" in self.opcode else 1
+
+    @property
     def skipped(self) -> bool:
         """Never executed: its predicate is false."""
         return self.text.startswith(("@!PT ", "@!UPT "))
@@ -141,9 +146,14 @@ class Function:
         return [at for at, b in self.blocks.items() if any(re.match(pattern, i.opcode) for i in b.code)]
 
     def counts(self, block: Block, wanted: Mapping[str, str]) -> tuple[int, ...]:
+        """How many of each it executes; of what is called words, the words that they move."""
         return tuple(
-            sum(1 for i in block.code if not i.skipped and re.match(pattern, i.opcode))
-            for pattern in wanted.values()
+            sum(
+                i.width if name.endswith("words") else 1
+                for i in block.code
+                if not i.skipped and re.match(pattern, i.opcode)
+            )
+            for name, pattern in wanted.items()
         )
 
     def _next(self, at: Place) -> Iterator[Place]:

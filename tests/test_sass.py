@@ -67,6 +67,11 @@ def test_a_path_that_ends_elsewhere() -> None:
     assert code.bytes == 16 * len(LOOP)
 
 
+def test_words_are_counted_by_the_width_of_what_moves_them() -> None:
+    code = function("STS.128 [R1], R4", "STS.64 [R1], R4", "@!PT STS [R1], R2", "STS.U8 [R1], R2", "EXIT")
+    assert code.counts(code.blocks[0], {"stores": "STS", "stored_words": "STS"}) == (3, 7)
+
+
 def test_cycles_are_stalls_waits_and_branches() -> None:
     code = function(
         ("LDS R0, [R1]", control(stall=2, writes=0)),
