@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "bad_numbers.h"
 #include "cpu/bench/roofline.h"
 #include "cpu/kernels/tile_kernel.h"
 #include "cpu/plan.h"
@@ -48,6 +50,50 @@ std::vector<SegmentRow> segments_of(const Geometry& geometry, const std::vector<
     }
   }
   return rows;
+}
+
+// (tokens, leading tokens that no row sees, query tokens, whether those see all others)
+using LengthRow = std::tuple<int64_t, int64_t, int64_t, bool>;
+
+SequenceLength length_of_row(const LengthRow& row) {
+  const auto& [tokens, leftpad, q_len, seen_by_all] = row;
+  return {tokens, leftpad, q_len, seen_by_all};
+}
+
+// What the sequences of the schedule contribute where some share prefixes; and, of each, the row of `shared`
+// that it is (-1: none), and the one whose states are merged into its own.
+std::vector<std::tuple<LengthRow, int64_t, int64_t>> shared_lengths(
+    const std::vector<std::array<int32_t, 4>>& shared, const std::vector<int64_t>& seq_lens,
+    const std::vector<int64_t>& q_lens, int64_t window_right) {
+  std::vector<int64_t> cu_seqlens{0}, row_of_node;
+  for (const int64_t q_len : q_lens) cu_seqlens.push_back(cu_seqlens.back() + q_len);
+  DecodeParams p{};
+  p.batch = static_cast<int64_t>(seq_lens.size());
+  p.num_kv_heads = 1;
+  p.query_tokens = cu_seqlens.back();
+  p.seq_lens = {seq_lens.data(), true};
+  p.seq_lens_batch_stride = 1;
+  p.cu_seqlens_q = {cu_seqlens.data(), true};
+  p.pages.num_blocks = p.batch;
+  p.pages.max_blocks = 1;
+  p.pages.block_size = seq_lens.empty() ? 0 : *std::max_element(seq_lens.begin(), seq_lens.end());
+  p.visibility = {-1, window_right};
+  p.shared = {shared.empty() ? nullptr : shared[0].data(), static_cast<int64_t>(shared.size())};
+  for (int64_t i = 0; i < p.shared.count; ++i) {
+    const BadNumber bad = bad_shared(p, i);
+    if (bad.kind != BadNumber::none) throw std::invalid_argument(describe(bad));
+    if (!p.shared.node(i).is_empty()) row_of_node.push_back(i);
+  }
+  const auto row = [&](int64_t node) { return node < 0 ? -1 : row_of_node[node]; };
+  const cpu::Sharing sharing(p);
+  std::vector<std::tuple<LengthRow, int64_t, int64_t>> lengths;
+  for (int64_t i = 0; i < sharing.sequences(); ++i) {
+    const SequenceLength l = sharing.length(i);
+    lengths.push_back({{l.tokens, l.leftpad, l.q_len, l.seen_by_all},
+                       row(sharing.is_node(i) ? sharing.node(i) : -1),
+                       row(sharing.prefix(i))});
+  }
+  return lengths;
 }
 
 DType dtype_named(const std::string& name) {
@@ -171,15 +217,17 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::kw_only(), py::arg("num_kv_heads"), py::arg("group"), py::arg("rows_per_block"),
            py::arg("tile_tokens"), py::arg("window_left"), py::arg("window_right"))
-      .def("sequence_tiles", [](const lean::Geometry& g, int64_t tokens, int64_t leftpad,
-                                int64_t q_len) { return g.sequence_tiles({tokens, leftpad, q_len}); })
-      .def("segments", [](const lean::Geometry& geometry,
-                          const std::vector<std::tuple<int64_t, int64_t, int64_t>>& lengths, int64_t num_ctas,
-                          int64_t first_cta, int64_t end_cta) {
+      .def("sequence_tiles",
+           [](const lean::Geometry& g, const lean::LengthRow& row) {
+             return g.sequence_tiles(lean::length_of_row(row));
+           })
+      .def("segments", [](const lean::Geometry& geometry, const std::vector<lean::LengthRow>& lengths,
+                          int64_t num_ctas, int64_t first_cta, int64_t end_cta) {
         std::vector<lean::SequenceLength> list;
-        for (const auto& [tokens, leftpad, q_len] : lengths) list.push_back({tokens, leftpad, q_len});
+        for (const lean::LengthRow& row : lengths) list.push_back(lean::length_of_row(row));
         return lean::segments_of(geometry, list, num_ctas, first_cta, end_cta);
       });
+  m.def("shared_lengths", &lean::shared_lengths);
   m.def("lean_range", [](int64_t cta, int64_t num_ctas, int64_t total_tiles) {
     const lean::LeanRange range = lean::Grid{num_ctas, total_tiles}.range(cta);
     return std::pair{range.begin, range.end};

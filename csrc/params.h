@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "schedule.h"
@@ -194,6 +195,12 @@ struct DecodeParams {
     return lengths_per_head ? clamped_length(sequence / num_kv_heads, sequence % num_kv_heads)
                             : clamped_length(sequence, 0);
   }
+};
+
+// What a caller says of all scores.
+struct ScoreArgs {
+  std::optional<double> scale;  // none: 1 / sqrt(head_dim)
+  double softcap = 0.0;
 };
 
 // What a call makes of all its scores; score-inl.h has the order.

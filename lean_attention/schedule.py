@@ -26,6 +26,8 @@ class Segment:
     end_token: int
     host: int  # the CTA that merges and writes the output tile
     last_peer: int  # CTAs host + 1 .. last_peer publish partial states for it
+    shared: int = -1  # the row of `shared` that the output tile is of; -1: it is a sequence's
+    prefix: int = -1  # the row of `shared` whose states its host block merges as well; -1: none
 
     @property
     def is_host(self) -> bool:
@@ -37,16 +39,19 @@ class Segment:
 
     def __str__(self) -> str:
         role = "host" if self.is_host else f"peer of CTA {self.host}"
+        merged = []
         if self.is_host and self.last_peer > self.host:
-            role += f", merges CTAs {self.host + 1}..{self.last_peer}"
-        return (
-            f"CTA {self.cta}: sequence {self.sequence}, KV head {self.kv_head}, row block "
-            f"{self.row_block}: LeanTiles {self.first_tile}..{self.end_tile - 1} "
-            f"(tokens {self.first_token}..{self.end_token - 1}), {role}"
-            if self.end_token > self.first_token
-            else f"CTA {self.cta}: sequence {self.sequence}, KV head {self.kv_head}, row block "
-            f"{self.row_block}: nothing to read, {role}"
-        )
+            merged.append(f"CTAs {self.host + 1}..{self.last_peer}")
+        if self.is_host and self.prefix >= 0:
+            merged.append(f"shared[{self.prefix}]")
+        if merged:
+            role += f", merges {' and '.join(merged)}"
+        work = "nothing to read"
+        if self.end_token > self.first_token:
+            work = f"LeanTiles {self.first_tile}..{self.end_tile - 1} "
+            work += f"(tokens {self.first_token}..{self.end_token - 1})"
+        whose = f"sequence {self.sequence}" if self.shared < 0 else f"shared[{self.shared}]"
+        return f"CTA {self.cta}: {whose}, KV head {self.kv_head}, row block {self.row_block}: {work}, {role}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class Schedule:
         leftpad: leading tokens of each sequence that no row sees; none where it is empty.
         window_left, window_right: visible tokens beside the query's position; -1 is unbounded and causal
             attention is `window_right=0`.
+        shared: rows ``(first sequence, end sequence, first token, end token)``, as in
+            :func:`lean_attention.decode`. Each is one more sequence of the schedule, after all others and
+            before its parent, with the query rows of its sequences.
 
     Raises:
         ValueError: a number is out of range.
@@ -81,6 +89,7 @@ class Schedule:
     leftpad: Sequence[int] = ()
     window_left: int = -1
     window_right: int = 0
+    shared: Sequence[tuple[int, int, int, int]] = ()
     _geometry: core.Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +113,9 @@ class Schedule:
             for b, value in enumerate(values):
                 if value < 0:
                     raise ValueError(f"Schedule: {name}[{b}] is {value}; it must be at least 0")
+        for name, given in (("leftpad", len(self.leftpad) > 0), ("window_left", self.window_left >= 0)):
+            if given and self.shared:
+                raise ValueError(f"Schedule: shared cannot be combined with {name}")
         if self.tile_tokens < 0:
             raise ValueError(f"Schedule: tile_tokens is {self.tile_tokens}; it must be at least 1")
         if self.tile_tokens == 0:
@@ -117,17 +129,25 @@ class Schedule:
             window_right=self.window_right,
         )
         object.__setattr__(self, "_geometry", geometry)
+        try:
+            self._lengths()
+        except ValueError as error:
+            raise ValueError(str(error).replace("decode:", "Schedule:", 1)) from None
 
     @property
     def total_tiles(self) -> int:
         """LeanTiles of the whole batch."""
-        return sum(self._geometry.sequence_tiles(*length) for length in self._lengths())
+        return sum(self._geometry.sequence_tiles(length) for length, _, _ in self._lengths())
 
-    def _lengths(self) -> list[tuple[int, int, int]]:
-        """Tokens, leftpad and q_len of each sequence."""
+    def _lengths(self) -> list[tuple[tuple[int, int, int, bool], int, int]]:
+        """Of each sequence of the schedule: tokens, leftpad, q_len and whether each query sees all; the row of
+        `shared` that it is, and the one that its host blocks merge."""
         batch = len(self.seq_lens)
-        q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else self.q_len
-        return list(zip(self.seq_lens, self.leftpad or [0] * batch, q_lens, strict=True))
+        q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else list(self.q_len)
+        if self.shared:
+            return core.shared_lengths(self.shared, list(self.seq_lens), q_lens, self.window_right)
+        lengths = zip(self.seq_lens, self.leftpad or [0] * batch, q_lens, strict=True)
+        return [((*length, False), -1, -1) for length in lengths]
 
     def lean_range(self, cta: int) -> tuple[int, int]:
         """LeanTiles [begin, end) of the batch that a CTA takes."""
@@ -142,8 +162,9 @@ class Schedule:
             raise ValueError(f"segments: CTAs [{first_cta}, {end_cta}) are not within [0, {self.num_ctas})")
         if not self.total_tiles:
             return []
-        rows = self._geometry.segments(self._lengths(), self.num_ctas, first_cta, end_cta)
-        return [Segment(*row) for row in rows]
+        lengths, shared, prefix = zip(*self._lengths(), strict=True)
+        rows = self._geometry.segments(lengths, self.num_ctas, first_cta, end_cta)
+        return [Segment(*row, shared[row[1]], prefix[row[1]]) for row in rows]
 
     def __str__(self) -> str:
         head = f"{self.total_tiles} LeanTiles of {self.tile_tokens} tokens over {self.num_ctas} CTAs"

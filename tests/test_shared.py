@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lean_attention
+from lean_attention import Schedule
 from tests.cases import BF16, DTYPES, F32, INT8, QUANTISED, Case, assert_close, make_inputs
 
 Row = tuple[int, int, int, int]
@@ -258,3 +259,50 @@ def test_waits_end_on_few_threads() -> None:
             torch.testing.assert_close(lse, want[1], rtol=1e-3, atol=1e-3)
     finally:
         torch.set_num_threads(before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_schedule_sees_every_token_once(data: st.DataObject) -> None:
+    lens = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=7), label="lens")
+    q_lens = [data.draw(st.integers(1, min(3, n)), label="q_len") for n in lens]
+    rows = data.draw(forests([n - q + 1 for n, q in zip(lens, q_lens, strict=True)]), label="rows")
+    schedule = Schedule(
+        lens,
+        num_kv_heads=data.draw(st.integers(1, 2)),
+        num_ctas=data.draw(st.integers(1, 40)),
+        group=data.draw(st.integers(1, 5)),
+        q_len=q_lens,
+        tile_tokens=16,
+        rows_per_block=data.draw(st.sampled_from([1, 4, 16])),
+        shared=rows,
+    )
+    seen: dict[tuple[int, int], list[int]] = {}  # by sequence, or row of shared below 0, and KV head
+    for segment in schedule.segments():
+        if segment.row_block == 0:
+            whose = segment.sequence if segment.shared < 0 else -1 - segment.shared
+            tokens = seen.setdefault((whose, segment.kv_head), [])
+            tokens += range(segment.first_token, segment.end_token)
+            assert segment.prefix < 0 or segment.shared < 0 or segment.prefix < segment.shared
+    for b, kv_head in itertools.product(range(len(lens)), range(schedule.num_kv_heads)):
+        prefixes = [-1 - i for i, (first, end, _, _) in enumerate(rows) if first <= b < end]
+        path = [token for whose in (*prefixes, b) for token in sorted(seen[whose, kv_head])]
+        # Of the first row block, which may hold several query tokens.
+        last = min(schedule.rows_per_block, schedule.group * q_lens[b]) - 1
+        assert path == list(range(lens[b] - q_lens[b] + 1 + last // schedule.group))
+
+
+def test_schedule_reads_as_a_person_would() -> None:
+    schedule = Schedule([300, 200], num_kv_heads=1, num_ctas=2, tile_tokens=100, shared=[(0, 2, 0, 150)])
+    assert str(schedule).splitlines() == [
+        "5 LeanTiles of 100 tokens over 2 CTAs",
+        "CTA 0: sequence 0, KV head 0, row block 0: LeanTiles 0..1 (tokens 150..299), host, merges shared[0]",
+        "CTA 0: sequence 1, KV head 0, row block 0: LeanTiles 0..0 (tokens 150..199), host, merges shared[0]",
+        "CTA 1: shared[0], KV head 0, row block 0: LeanTiles 0..1 (tokens 0..149), host",
+    ]
+    with pytest.raises(
+        ValueError, match=r"^Schedule: shared\[0\] begins with token 1; it must begin with token 0"
+    ):
+        Schedule([300, 200], num_kv_heads=1, num_ctas=2, shared=[(0, 2, 1, 150)])
+    with pytest.raises(ValueError, match=r"^Schedule: shared cannot be combined with window_left$"):
+        Schedule([300, 200], num_kv_heads=1, num_ctas=2, window_left=3, shared=[(0, 2, 0, 150)])

@@ -216,12 +216,14 @@ void DecodeCall::take_pages() {
 }
 
 void DecodeCall::take_scores() {
-  if (a_.scale && !std::isfinite(*a_.scale)) fail("decode: scale is ", *a_.scale, "; it must be finite");
-  p_.scale = static_cast<float>(a_.scale ? *a_.scale : 1.0 / std::sqrt(static_cast<double>(p_.k.dims)));
-  if (!std::isfinite(a_.softcap) || a_.softcap < 0.0) {
-    fail("decode: softcap is ", a_.softcap, "; it must be positive and finite, or 0 for none");
+  if (a_.scores.scale && !std::isfinite(*a_.scores.scale))
+    fail("decode: scale is ", *a_.scores.scale, "; it must be finite");
+  p_.scale = static_cast<float>(a_.scores.scale ? *a_.scores.scale
+                                                : 1.0 / std::sqrt(static_cast<double>(p_.k.dims)));
+  if (!std::isfinite(a_.scores.softcap) || a_.scores.softcap < 0.0) {
+    fail("decode: softcap is ", a_.scores.softcap, "; it must be positive and finite, or 0 for none");
   }
-  p_.softcap = static_cast<float>(a_.softcap);
+  p_.softcap = static_cast<float>(a_.scores.softcap);
   if (a_.alibi_slopes) {
     const Argument arg{"decode", "alibi_slopes", *a_.alibi_slopes};
     const bool per_sequence = arg.tensor.dim() == 2;
@@ -373,11 +375,10 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                         .cu_seqlens_q = cu_seqlens_q,
                         .tree_mask = tree_mask,
                         .shared = shared,
-                        .scale = scale,
+                        .scores = {.scale = scale, .softcap = softcap},
                         .causal = causal,
                         .window_left = window_left,
                         .window_right = window_right,
-                        .softcap = softcap,
                         .num_ctas = num_ctas};
   DecodeCall call(args);
   run({"decode", "q", q}, call.with_outputs());
@@ -406,11 +407,10 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
                         .cu_seqlens_q = cu_seqlens_q,
                         .tree_mask = tree_mask,
                         .shared = shared,
-                        .scale = scale,
+                        .scores = {.scale = scale, .softcap = softcap},
                         .causal = causal,
                         .window_left = window_left,
                         .window_right = window_right,
-                        .softcap = softcap,
                         .num_ctas = num_ctas};
   DecodeCall call(args);
   const DecodeParams& params = call.with_outputs(out, lse);

@@ -23,11 +23,10 @@ struct DecodeArgs {
   const OptionalTensor& cu_seqlens_q = kNoTensor;
   const OptionalTensor& tree_mask = kNoTensor;
   const OptionalTensor& shared = kNoTensor;
-  std::optional<double> scale = std::nullopt;
+  ScoreArgs scores = {};
   bool causal = true;
   int64_t window_left = -1;
   int64_t window_right = -1;
-  double softcap = 0.0;
   int64_t num_ctas = 0;
 };
 
