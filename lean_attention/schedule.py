@@ -140,8 +140,8 @@ class Schedule:
         return sum(self._geometry.sequence_tiles(length) for length, _, _ in self._lengths())
 
     def _lengths(self) -> list[tuple[tuple[int, int, int, bool], int, int]]:
-        """Of each sequence of the schedule: tokens, leftpad, q_len and whether each query sees all; the row of
-        `shared` that it is, and the one that its host blocks merge."""
+        """Of each sequence of the schedule: tokens, leftpad, q_len and whether each query sees all; the row
+        of `shared` that it is, and the one that its host blocks merge."""
         batch = len(self.seq_lens)
         q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else list(self.q_len)
         if self.shared:
