@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from lean_attention.integrations.transformers.attention import NAME, register
 from lean_attention.integrations.transformers.cache import LeanCache, check_kv_cache
+from lean_attention.integrations.transformers.samples import once_per_prompt, repeated
 
 # The parameter of models that takes the cache; transformers 5.24 has given it a new name.
 CACHE_PARAMETER = (
@@ -71,6 +72,7 @@ def accelerate(model: PreTrainedModel, kv_cache: str | None = "auto") -> PreTrai
         and not model.config.is_encoder_decoder
     ):
         decoder.register_forward_pre_hook(_GiveCache(kv_cache), with_kwargs=True)
+        decoder.register_forward_hook(_RepeatPrompts(), with_kwargs=True)
     return model
 
 
@@ -88,8 +90,12 @@ class _PrepareCache:
             self._model, generation_config, model_kwargs, *args, **kwargs
         )
         made = model_kwargs.get(CACHE_PARAMETER)
-        if made is not None and made is not given:
-            model_kwargs[CACHE_PARAMETER] = _lean(made, self._kv_cache)
+        if made is None or made is given:
+            return
+        cache = model_kwargs[CACHE_PARAMETER] = _lean(made, self._kv_cache)
+        if type(cache) is LeanCache and cache.grows_in_place:
+            repeats = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+            cache.sequences_per_prompt = max(repeats)
 
     def undo(self) -> None:
         model = self._model
@@ -99,23 +105,49 @@ class _PrepareCache:
                 if isinstance(hook, _GiveCache):
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, _RepeatPrompts):
+                    del module._forward_hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
         if model.config._attn_implementation == NAME:
             model.set_attn_implementation(self._attention)
 
 
 class _GiveCache:
-    """A decoder's forward pre-hook: a call that would make itself a dynamic cache is given ours."""
+    """A decoder's forward pre-hook: a call that would make itself a dynamic cache is given ours, and one that
+    would read the same prompt several times reads it once.
+    """
 
     def __init__(self, kv_cache: str) -> None:
         self._kv_cache = kv_cache
 
     def __call__(self, decoder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        cache = kwargs.get(CACHE_PARAMETER)
+        if isinstance(cache, LeanCache) and cache.sequences_per_prompt > 1:
+            once = None if args or decoder.training else once_per_prompt(cache, kwargs)
+            if once is None:
+                cache.sequences_per_prompt = 1
+                return None
+            return args, once
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(decoder.config, "use_cache", False)
         if not use_cache or kwargs.get(CACHE_PARAMETER) is not None or decoder.training:
             return None
         return args, {**kwargs, CACHE_PARAMETER: LeanCache(decoder.config, self._kv_cache)}
+
+
+class _RepeatPrompts:
+    """A decoder's forward hook: after prompts were read once, there are as many rows as were asked for."""
+
+    def __call__(self, decoder, args: tuple, kwargs: dict, output: object) -> object | None:
+        cache = kwargs.get(CACHE_PARAMETER)
+        if not isinstance(cache, LeanCache) or cache.sequences_per_prompt == 1:
+            return None
+        repeats = cache.sequences_per_prompt
+        rows = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        cache.repeat_prompts()
+        return repeated(output, len(rows), repeats)
 
 
 def _lean(cache, kv_cache: str):

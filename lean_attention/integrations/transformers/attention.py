@@ -31,6 +31,7 @@ from lean_attention.integrations.transformers.masks import (
 from lean_attention.integrations.transformers.options import special_options, why_not
 from lean_attention.integrations.transformers.prefill import op_is_faster
 from lean_attention.integrations.transformers.quantised_layers import QuantisedStates, decode_quantised
+from lean_attention.integrations.transformers.samples import shared_rows
 from lean_attention.integrations.transformers.sparse import SELECTIONS, with_selection
 
 NAME = "lean_attention"
@@ -165,14 +166,22 @@ def attention(
     key, value = (x.dequantised() if isinstance(x, QuantisedStates) else x for x in (key, value))
     if plain_prefill and causal:
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # an empty static cache is longer
+    leftpad = None if visible is None else visible.leftpad
+    window_left = -1 if visible is None else visible.window_left
+    shared = None
+    whole = visible is None or (not leftpad.any() and bool((visible.seq_lens == tokens).all()))
+    if few and window_left < 0 and whole:
+        shared = shared_rows(key, most=tokens - q_len)
+        leftpad = leftpad if shared is None else None
     out, _ = lean_attention.decode(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         None if visible is None else visible.seq_lens,
-        cache_leftpad=None if visible is None else visible.leftpad,
-        window_left=-1 if visible is None else visible.window_left,
+        cache_leftpad=leftpad,
+        window_left=window_left,
         causal=plain_prefill and causal if visible is None else visible.causal,
+        shared=shared,
         **scores,
     )
     return out, None

@@ -8,12 +8,17 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lean_attention.integrations.transformers.cache_layers import LeanLayer, LeanSlidingWindowLayer
+from lean_attention.integrations.transformers.cache_layers import (
+    GrowsInPlace,
+    LeanLayer,
+    LeanSlidingWindowLayer,
+)
 from lean_attention.integrations.transformers.quantised_layers import (
     Quantised,
     QuantisedLayer,
     QuantisedSlidingWindowLayer,
 )
+from lean_attention.integrations.transformers.samples import Prompt
 
 # By name: what a cache stores; None is the model's own dtype.
 KV_CACHES: dict[str, torch.dtype | None] = {
@@ -56,6 +61,22 @@ class LeanCache(DynamicCache):
         lean.__dict__.update(cache.__dict__)
         lean._grow_in_place(kv_cache)
         return lean
+
+    # Rows of a first step that are one prompt's: see samples.py.
+    sequences_per_prompt = 1
+
+    def repeat_prompts(self) -> None:
+        """Makes `sequences_per_prompt` rows of each, which stay alike in the tokens that there are."""
+        repeats, self.sequences_per_prompt = self.sequences_per_prompt, 1
+        self.batch_repeat_interleave(repeats)
+        for layer in self.layers:
+            if type(layer) is LeanLayer:
+                layer.prompt = Prompt(repeats, layer.get_seq_length())
+
+    @property
+    def grows_in_place(self) -> bool:
+        """All layers are of this package."""
+        return all(isinstance(layer, GrowsInPlace) for layer in self.layers)
 
     def _grow_in_place(self, kv_cache: str) -> None:
         self.kv_cache = kv_cache

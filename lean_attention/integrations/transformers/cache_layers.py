@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lean_attention.integrations.transformers.samples import Prompt, mark
+
 # Tokens that a layer has room for beyond those it holds: an eighth more, at the least this many.
 RESERVE_TOKENS = 256
 RESERVE_SHARE = 8
@@ -80,7 +82,9 @@ def _in_place(layer: DynamicLayer, key_states: Tensor, value_states: Tensor) -> 
 
 
 class LeanLayer(GrowsInPlace, DynamicLayer):
-    """A layer of full attention."""
+    """A layer of full attention. `prompt` is what its rows have in common, where they do."""
+
+    prompt: Prompt | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes new keys and values, ``[batch, num_kv_heads, tokens, head_dim]``; returns all of them."""
@@ -89,11 +93,34 @@ class LeanLayer(GrowsInPlace, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
-        return self.keys, self.values
+        return mark(self.keys, self.prompt), self.values
 
     def reset(self) -> None:
+        self.prompt = None
         self._drop_reserves()
         super().reset()
+
+    def crop(self, *args, **kwargs) -> None:
+        super().crop(*args, **kwargs)
+        if self.prompt is not None:
+            tokens = min(self.prompt.tokens, self.get_seq_length())
+            self.prompt = Prompt(self.prompt.sequences, tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.prompt is not None:
+            of_prompt = beam_idx.to("cpu") // self.prompt.sequences
+            in_place = torch.arange(len(of_prompt)) // self.prompt.sequences
+            if not torch.equal(of_prompt, in_place):  # beams of one prompt in the rows of another
+                self.prompt = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.prompt = None
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.prompt = None
+        super().batch_repeat_interleave(repeats)
 
 
 class LeanSlidingWindowLayer(GrowsInPlace, DynamicSlidingWindowLayer):
