@@ -7,8 +7,10 @@ either package for all its life.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
@@ -29,6 +31,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 import lean_attention
+from lean_attention.integrations.vllm.prefixes import find_shared, token_order
 
 IMPLEMENTATION_PARAMETERS = (
     "num_heads",
@@ -80,6 +83,27 @@ _FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2":
 _logger = init_logger("vllm.lean_attention")
 
 
+class Batch(NamedTuple):
+    """What a step's requests are to ``decode``: its arguments of the same names."""
+
+    seq_lens: Tensor
+    block_table: Tensor
+    cu_seqlens_q: Tensor
+    shared: Tensor | None = None
+
+
+@dataclass
+class LeanAttentionMetadata(CPUAttentionMetadata):
+    """A step, and for the layers that can share what its requests share.
+
+    ``sharing`` may have the requests in another order, that of the query tokens ``order``; ``None``: they are
+    in vLLM's.
+    """
+
+    sharing: Batch | None = None
+    order: Tensor | None = None
+
+
 class LeanAttentionImpl(CPUAttentionBackendImpl):
     """One layer's attention.
 
@@ -91,6 +115,8 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         config = get_current_vllm_config()
         self.cache_dtype = _FP8.get(self.kv_cache_dtype)
         self.reason = self._why_not(config)
+        # decode refuses `shared` with windows and slopes.
+        self.can_share = self.sliding_window <= 0 and self.alibi_slopes is None
         if self.reason is None:
             _logger.info_once("lean_attention %s serves attention", lean_attention.__version__)
         elif self.attn_type == AttentionType.DECODER:
@@ -163,13 +189,19 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         tokens = attn_metadata.num_actual_tokens
         k_pages, v_pages = self._pages(kv_cache)
         quantised = self.cache_dtype is not None
-        lean_attention.decode(
-            query[:tokens],
+        # vLLM's own builder makes no LeanAttentionMetadata.
+        batch = getattr(attn_metadata, "sharing", None) if self.can_share else None
+        order = None if batch is None else attn_metadata.order
+        if batch is None:
+            batch = Batch(attn_metadata.seq_lens, attn_metadata.block_table, attn_metadata.query_start_loc)
+        query, out = query[:tokens], output[:tokens]
+        if order is not None:
+            query = query.index_select(0, order)
+        found, _ = lean_attention.decode(
+            query,
             k_pages,
             v_pages,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            cu_seqlens_q=attn_metadata.query_start_loc,
+            **batch._asdict(),
             alibi_slopes=self.alibi_slopes,
             # Weights are loaded after this object was made, and may be loaded again.
             sinks=None if self.sinks is None else self.sinks.float(),
@@ -179,8 +211,10 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
             # vLLM counts a token's own position in its window.
             window_left=self.sliding_window - 1 if self.sliding_window > 0 else -1,
             softcap=self.logits_soft_cap,
-            out=output[:tokens],
+            out=out if order is None else None,
         )
+        if order is not None:
+            out.index_copy_(0, order, found)
         return output
 
     def do_kv_cache_update(
@@ -232,6 +266,7 @@ class LeanAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 if impl.reason is None:
                     impl.leave("attention that is not causal")
         self._all_served = len(impls) == len(layer_names) and all(impl.reason is None for impl in impls)
+        self._can_share = any(impl.can_share for impl in impls)
         if self._all_served:
             # vLLM's own builder refuses head_dims that only its kernels have trouble with.
             AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
@@ -260,16 +295,43 @@ class LeanAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 "lean_attention: this step's attention is not causal, which vLLM did not say at the start; "
                 "start vLLM with LEAN_ATTENTION_VLLM=0, and please report the model"
             )
-        return CPUAttentionMetadata(
-            num_actual_tokens=common.num_actual_tokens,
+        batch = Batch(
+            common.seq_lens.to(torch.int32),
+            common.block_table_tensor.to(torch.int32),
+            common.query_start_loc.to(torch.int32),
+        )
+        tokens = common.num_actual_tokens
+        sharing, order = self._sharing(batch, tokens) if self._can_share else (None, None)
+        return LeanAttentionMetadata(
+            num_actual_tokens=tokens,
             max_query_len=common.max_query_len,
-            query_start_loc=common.query_start_loc.to(torch.int32),
+            query_start_loc=batch.cu_seqlens_q,
             max_seq_len=common.max_seq_len,
-            seq_lens=common.seq_lens.to(torch.int32),
-            block_table=common.block_table_tensor.to(torch.int32),
+            seq_lens=batch.seq_lens,
+            block_table=batch.block_table,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
+            sharing=sharing,
+            order=order,
         )
+
+    def _sharing(self, batch: Batch, tokens: int) -> tuple[Batch | None, Tensor | None]:
+        """The batch with what it shares, and the order of its query tokens."""
+        starts = batch.cu_seqlens_q.numpy()
+        new = np.diff(starts)
+        found = find_shared(
+            batch.block_table.numpy(), batch.seq_lens.numpy(), new, self.kv_cache_spec.block_size
+        )
+        if found is None:
+            return None, None
+        rows = torch.from_numpy(found.rows)
+        if found.order is None:
+            return batch._replace(shared=rows), None
+        requests = torch.from_numpy(found.order)
+        order = token_order(found.order, starts, tokens)
+        ends = np.concatenate([starts[:1], new[found.order].cumsum(dtype=starts.dtype)])
+        sharing = Batch(batch.seq_lens[requests], batch.block_table[requests], torch.from_numpy(ends), rows)
+        return sharing, torch.from_numpy(order)
 
 
 class LeanAttentionBackend(CPUAttentionBackend):
