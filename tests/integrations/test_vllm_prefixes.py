@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lean_attention
 from lean_attention.integrations.vllm import prefixes
-from lean_attention.integrations.vllm.prefixes import Forest, find_shared, token_order
+from lean_attention.integrations.vllm.prefixes import Finder, Forest, token_order
 
 BLOCK = 4
 KV_HEADS, HEADS, HEAD_DIM = 2, 4, 16
@@ -43,7 +43,7 @@ def steps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def find(step: tuple[np.ndarray, np.ndarray, np.ndarray], least: int) -> Forest | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefixes, "LEAST_TOKENS", least)
-        return find_shared(*step, BLOCK)
+        return Finder(BLOCK).find(*step)
 
 
 @settings(max_examples=300, deadline=None)
@@ -163,3 +163,56 @@ def test_what_lies_beyond_a_length_separates_no_one() -> None:
     assert forest is not None and forest.order is not None
     assert forest.order.tolist() == [0, 2, 1]
     assert forest.rows.tolist() == [[0, 3, 0, 8], [0, 2, 8, 12]]
+
+
+def with_room(
+    step: tuple[np.ndarray, np.ndarray, np.ndarray], number: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks that new tokens are in are each request's own, as in vLLM, and there is room for more."""
+    tables, lens, new = step
+    tables = np.pad(tables, ((0, 0), (0, 4)), constant_values=-7)
+    for request, full in enumerate((lens - new) // BLOCK):
+        own = number + 100 * request
+        tables[request, full:] = np.arange(own, own + tables.shape[1] - full)
+    return tables, lens, new
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps(), steps(), st.booleans(), st.data())
+def test_a_finder_of_many_steps_finds_what_a_new_one_does(
+    first: tuple[np.ndarray, np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray, np.ndarray],
+    changes: bool,
+    data: st.DataObject,
+) -> None:
+    """Whether requests come, go, change places or grow by a token each."""
+    tables, lens, new = with_room(first, 20_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefixes, "LEAST_TOKENS", BLOCK)
+        finder = Finder(BLOCK)
+        for _ in range(8):
+            found, fresh = finder.find(tables, lens, new), Finder(BLOCK).find(tables, lens, new)
+            assert (found is None) == (fresh is None)
+            if found is not None and fresh is not None:
+                assert found.rows.tolist() == fresh.rows.tolist()
+                assert np.array_equal(found.order, fresh.order)
+            lens, new = lens + 1, np.ones_like(new)
+            if changes and data.draw(st.booleans(), label="changes"):
+                if data.draw(st.booleans(), label="of places"):
+                    order = data.draw(st.permutations(range(len(lens))))
+                    tables, lens = tables[order], lens[order]
+                else:
+                    tables, lens, new = with_room(second, 30_000)
+
+
+def test_the_next_step_is_not_searched() -> None:
+    finder = Finder(BLOCK)
+    blocks = -(-prefixes.LEAST_TOKENS // BLOCK)
+    tables = np.arange(2 * (blocks + 3), dtype=np.int32).reshape(2, -1)
+    tables[1, :blocks] = tables[0, :blocks]
+    lens, one = np.full(2, blocks * BLOCK + 1, dtype=np.int32), np.ones(2, dtype=np.int32)
+    forest = finder.find(tables, lens, one)
+    assert forest is not None
+    assert finder.find(tables, lens + BLOCK, one) is forest
+    tables[1, 0] = 10**6
+    assert finder.find(tables, lens + BLOCK, one) is None

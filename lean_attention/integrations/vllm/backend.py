@@ -31,7 +31,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 import lean_attention
-from lean_attention.integrations.vllm.prefixes import find_shared, token_order
+from lean_attention.integrations.vllm.prefixes import Finder, token_order
 
 IMPLEMENTATION_PARAMETERS = (
     "num_heads",
@@ -266,7 +266,7 @@ class LeanAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
                 if impl.reason is None:
                     impl.leave("attention that is not causal")
         self._all_served = len(impls) == len(layer_names) and all(impl.reason is None for impl in impls)
-        self._can_share = any(impl.can_share for impl in impls)
+        self._finder = Finder(kv_cache_spec.block_size) if any(impl.can_share for impl in impls) else None
         if self._all_served:
             # vLLM's own builder refuses head_dims that only its kernels have trouble with.
             AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
@@ -301,7 +301,9 @@ class LeanAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             common.query_start_loc.to(torch.int32),
         )
         tokens = common.num_actual_tokens
-        sharing, order = self._sharing(batch, tokens) if self._can_share else (None, None)
+        sharing, order = (
+            self._sharing(self._finder, batch, tokens) if self._finder is not None else (None, None)
+        )
         return LeanAttentionMetadata(
             num_actual_tokens=tokens,
             max_query_len=common.max_query_len,
@@ -315,13 +317,12 @@ class LeanAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             order=order,
         )
 
-    def _sharing(self, batch: Batch, tokens: int) -> tuple[Batch | None, Tensor | None]:
+    @staticmethod
+    def _sharing(finder: Finder, batch: Batch, tokens: int) -> tuple[Batch | None, Tensor | None]:
         """The batch with what it shares, and the order of its query tokens."""
         starts = batch.cu_seqlens_q.numpy()
         new = np.diff(starts)
-        found = find_shared(
-            batch.block_table.numpy(), batch.seq_lens.numpy(), new, self.kv_cache_spec.block_size
-        )
+        found = finder.find(batch.block_table.numpy(), batch.seq_lens.numpy(), new)
         if found is None:
             return None, None
         rows = torch.from_numpy(found.rows)

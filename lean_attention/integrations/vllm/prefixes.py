@@ -18,6 +18,8 @@ LEAST_TOKENS = 512
 # New tokens of a request that may share. Products, not reads, take the time of prompts: by the same measure
 # requests lose by sharing from 16 new tokens on, and gain with 4.
 MOST_NEW_TOKENS = 4
+# In the place of blocks beyond a sequence's length; no block has this number.
+UNSEEN = np.int32(-1)
 
 
 class Forest(NamedTuple):
@@ -31,31 +33,57 @@ class Forest(NamedTuple):
     rows: np.ndarray
 
 
-def find_shared(
-    tables: np.ndarray, seq_lens: np.ndarray, new_tokens: np.ndarray, block_size: int
-) -> Forest | None:
-    """The prefixes that are worth sharing; ``None``: there are none.
+class Finder:
+    """Finds what the sequences of a step share, and searches only where it differs from the last."""
 
-    Args:
-        tables: ``[batch, max_blocks]``: each sequence's blocks; those beyond its length may be anything.
-        seq_lens: ``[batch]``: tokens of each sequence, the new ones included.
-        new_tokens: ``[batch]``: query tokens of each sequence, at its end.
-        block_size: tokens of a block. Whole blocks are shared that hold no new token.
-    """
-    least = -(-LEAST_TOKENS // block_size)
-    limits = (seq_lens - new_tokens) // block_size
-    shares = (limits >= least) & (new_tokens >= 1) & (new_tokens <= MOST_NEW_TOKENS)
-    (candidates,) = shares.nonzero()
-    if len(candidates) < 2:
-        return None
-    # Whoever shares the least that is shared has its last block with another. Most batches end here.
-    _, group, members = np.unique(tables[candidates, least - 1], return_inverse=True, return_counts=True)
-    candidates = candidates[members[group] > 1]
-    if len(candidates) == 0:
-        return None
-    order, common = _sorted_tables(tables, limits, candidates)
-    nodes = _worthwhile(_intervals(common, least), least)
-    return _arranged(nodes, order, len(tables), block_size) if nodes else None
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._least = -(-LEAST_TOKENS // block_size)
+        # Of the last search: its forest, how many blocks of each sequence it saw, and these blocks.
+        self._forest: Forest | None = None
+        self._limits = np.zeros(0, dtype=np.int64)
+        self._seen = np.zeros((0, 0), dtype=np.int32)
+
+    def find(self, tables: np.ndarray, seq_lens: np.ndarray, new_tokens: np.ndarray) -> Forest | None:
+        """The prefixes that are worth sharing; ``None``: there are none.
+
+        Blocks that sequences have grown by since the last search are taken for their own.
+
+        Args:
+            tables: ``[batch, max_blocks]``: each sequence's blocks; those beyond its length may be anything.
+            seq_lens: ``[batch]``: tokens of each sequence, the new ones included.
+            new_tokens: ``[batch]``: query tokens of each sequence, at its end. Whole blocks are shared that
+                hold none of them.
+        """
+        limits = (seq_lens - new_tokens) // self.block_size
+        limits[(new_tokens < 1) | (new_tokens > MOST_NEW_TOKENS) | (limits < self._least)] = 0
+        if not self._is_as_before(tables, limits):
+            width = int(limits.max(initial=0))
+            self._limits = limits
+            self._seen = np.where(np.arange(width) < limits[:, None], tables[:, :width], UNSEEN)
+            self._forest = self._search()
+        return self._forest
+
+    def _is_as_before(self, tables: np.ndarray, limits: np.ndarray) -> bool:
+        before = self._limits
+        if len(before) != len(limits) or ((limits < before) | ((before == 0) & (limits > 0))).any():
+            return False
+        seen = self._seen
+        return bool(((tables[:, : seen.shape[1]] == seen) | (seen == UNSEEN)).all())
+
+    def _search(self) -> Forest | None:
+        (candidates,) = self._limits.nonzero()
+        if len(candidates) < 2:
+            return None
+        # Whoever shares the least that is shared has its last block with another. Most batches end here.
+        last = self._seen[candidates, self._least - 1]
+        _, group, members = np.unique(last, return_inverse=True, return_counts=True)
+        candidates = candidates[members[group] > 1]
+        if len(candidates) == 0:
+            return None
+        order, common = _sorted_tables(self._seen, self._limits, candidates)
+        nodes = _worthwhile(_intervals(common, self._least), self._least)
+        return _arranged(nodes, order, len(self._seen), self.block_size) if nodes else None
 
 
 def token_order(order: np.ndarray, starts: np.ndarray, tokens: int) -> np.ndarray:
@@ -75,14 +103,12 @@ def token_order(order: np.ndarray, starts: np.ndarray, tokens: int) -> np.ndarra
 
 
 def _sorted_tables(
-    tables: np.ndarray, limits: np.ndarray, candidates: np.ndarray
+    seen: np.ndarray, limits: np.ndarray, candidates: np.ndarray
 ) -> tuple[list[int], list[int]]:
     """The candidates in the order of their tables, and how many blocks neighbours begin with alike."""
     limits = limits[candidates]
     width = int(np.partition(limits, -2)[-2])
-    blocks = np.ascontiguousarray(tables[candidates, :width])
-    for i in (limits < width).nonzero()[0]:
-        blocks[i, limits[i] :] = -1
+    blocks = np.ascontiguousarray(seen[candidates, :width])
     # As strings of bytes, which numpy compares at once: any order keeps equal beginnings together.
     order = blocks.view(f"V{blocks.itemsize * width}")[:, 0].argsort(kind="stable")
     blocks, limits = blocks[order], limits[order]
