@@ -1,7 +1,9 @@
 """What a server's users wait for, in vLLM with this package's attention and with vLLM's own.
 
     python -m benchmarks.vllm_serve --requests 4 --prompt 4096
+    python -m benchmarks.vllm_serve --requests 16 --prompt 4096 --common 4000
 
+With `--common`, prompts begin with the same tokens, and prefix caching is on.
 The model is a Llama with random weights and KV heads of 128. Each contender is an engine in a process of its
 own; they take turns, one batch of requests each, so that a busy machine disturbs both alike. Medians over the
 rounds are told. vLLM's own attention uses AMX where the CPU has it, in bfloat16 alone: `--dtype float16`
@@ -61,7 +63,7 @@ def serve(connection: Connection, folder: str, variable: str, options: argparse.
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
-        enable_prefix_caching=False,
+        enable_prefix_caching=options.common > 0,
         max_model_len=options.prompt + options.new,
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=(blocks + 1) * bytes_per_block,
@@ -79,8 +81,13 @@ def measure(llm, seed: int, options: argparse.Namespace) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     sampling = SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine
+
+    def tokens_of(count: int) -> list[int]:
+        return torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
+
+    common = tokens_of(options.common)
     for request in range(options.requests):
-        tokens = torch.randint(0, VOCABULARY, (options.prompt,), generator=generator).tolist()
+        tokens = common + tokens_of(options.prompt - options.common)
         engine.add_request(f"{seed}-{request}", {"prompt_token_ids": tokens}, sampling)
     begin = time.perf_counter()
     at: dict[str, list[float]] = {}
@@ -145,16 +152,20 @@ def main() -> None:
         ("kv-heads", 8, f"KV heads, of {HEAD_DIM}"),
         ("requests", 4, "at once"),
         ("prompt", 4096, "tokens of each prompt"),
+        ("common", 0, "tokens that all prompts begin with"),
         ("new", 32, "tokens that each request generates"),
         ("rounds", 3, "that are measured"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     options = parser.parse_args()
+    if not 0 <= options.common < options.prompt:
+        parser.error(f"--common is {options.common}; it must be from 0 to {options.prompt - 1}")
     results = run(options)
     print(
         f"{options.layers} layers, {options.heads} query heads and {options.kv_heads} KV heads of {HEAD_DIM}"
         f", {options.dtype}; {options.requests} requests of {options.prompt:,} tokens, {options.new} new each"
+        + (f"; the first {options.common:,} are common" if options.common else "")
     )
     ours, own = results.values()
     print(f"{'':32}" + "".join(f"{name:>16}" for name in results) + f"{'ratio':>8}")
