@@ -68,8 +68,8 @@ def step_budget(shape: Shape) -> Budget:
 
 def begin_and_change_budgets(arch: str, shape: Shape) -> tuple[Budget, Budget]:
     """Of the way to the first copy, and of a change of segment, which has the larger states to write too."""
-    if arch == "sm_90" and not shape.quantised and shape.head_dim <= 128 and shape.rows == 16:
-        return Budget(500, 2600), Budget(1000, 2600)
+    if arch == "90" and not shape.quantised and shape.head_dim <= 128 and shape.rows == 16:
+        return Budget(500, 2800), Budget(1000, 2600)
     larger = max(1, shape.rows * shape.head_dim_v / (16 * 128))
     return Budget(600, 3100), Budget(1000 * larger, 3000 * larger)
 
