@@ -168,11 +168,12 @@ def attention(
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # an empty static cache is longer
     leftpad = None if visible is None else visible.leftpad
     window_left = -1 if visible is None else visible.window_left
-    shared = None
-    whole = visible is None or (not leftpad.any() and bool((visible.seq_lens == tokens).all()))
-    if few and window_left < 0 and whole:
-        shared = shared_rows(key, most=tokens - q_len)
-        leftpad = leftpad if shared is None else None
+    shared = shared_rows(key, most=tokens - q_len) if few and window_left < 0 else None
+    if shared is not None and visible is not None:
+        if bool(leftpad.any()) or bool((visible.seq_lens != tokens).any()):
+            shared = None
+        else:
+            leftpad = None
     out, _ = lean_attention.decode(
         query.transpose(1, 2),
         key.transpose(1, 2),

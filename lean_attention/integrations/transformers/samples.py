@@ -36,7 +36,7 @@ def mark(keys: Tensor, prompt: Prompt | None) -> Tensor:
 
 def shared_rows(keys: Tensor, most: int) -> Tensor | None:
     """The argument `shared` of decode, where keys tell of a prompt; of its first `most` tokens at most."""
-    prompt: Prompt | None = getattr(keys, _ATTRIBUTE, None)
+    prompt: Prompt | None = None if torch.compiler.is_compiling() else getattr(keys, _ATTRIBUTE, None)
     if prompt is None or keys.device.type != "cpu" or min(prompt.tokens, most) < 1:
         return None
     return _rows(len(keys), prompt.sequences, min(prompt.tokens, most))
