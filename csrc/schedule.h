@@ -60,7 +60,9 @@ LEAN_HOST_DEVICE constexpr TokenSpanOf<Int> visible_tokens(const VisibilityOf<In
                                                            SequenceLengthOf<Int> length,
                                                            std::type_identity_t<Int> first_query,
                                                            std::type_identity_t<Int> last_query) {
-  if (length.seen_by_all) return {length.leftpad, max(length.leftpad, length.tokens)};
+  if constexpr (sizeof(Int) == sizeof(int64_t)) {  // a GPU's schedule, in 32 bits, has no such sequences
+    if (length.seen_by_all) return {length.leftpad, max(length.leftpad, length.tokens)};
+  }
   const Int offset = length.tokens - length.q_len;
   const Int begin =
       v.window_left < 0 ? length.leftpad : max(length.leftpad, offset + first_query - v.window_left);

@@ -415,7 +415,7 @@ def check_decode_over_appended_rows(backend: Backend, dtype: torch.dtype, quanti
     got, _ = lean_attention.decode(q, *caches, lens + tokens, k_scale=scales[0], v_scale=scales[1])
     rows = caches.double() * scales.double()[..., None]
     want, _ = reference.decode(q, *rows, lens + tokens)
-    assert (got.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps, dtype
+    assert (got.double() - want).abs().max() <= 8 * torch.finfo(dtype).eps, dtype
     unquantised, _ = reference.decode(q, k, v, lens + tokens)
     error = (got - unquantised).abs().max()
     assert error < {INT8: 0.03, E4M3: 0.12, E5M2: 0.25}[quantised], (dtype, error)
