@@ -16,8 +16,9 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -261,8 +262,8 @@ def main() -> None:
     architectures = architectures_of(library)
     if unknown := [arch for arch in architectures if arch not in SHARED_KB]:
         sys.exit(f"cuda-check: what an SM of {', '.join(unknown)} has is not known; add it to SHARED_KB")
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda arch: read_kernels(library, facts, arch), architectures)
+    with ProcessPoolExecutor() as pool:
+        results = pool.map(partial(read_kernels, library, facts), architectures)
         kernels = [kernel for result in results for kernel in result]
     print_whole(kernel_table(kernels), Console())
     if all(k.paths.step and k.paths.begin and k.paths.change for k in kernels):

@@ -93,42 +93,47 @@ FROM_SCAN = {"scans": -5, "barriers": 2, "loads": 0, "shared_words": -46, **NEIT
 def find_paths(code: Function, shape: Shape) -> Paths:
     """The fast paths of a kernel: those that execute what a step, a start or a change has to, and no more."""
     products = code.blocks_with(PRODUCT)
-    copies = code.blocks_with(COPY)
+    copies = set(code.blocks_with(COPY))
 
-    def blocks(begin, goal, **amounts) -> list[int] | None:
-        return code.shortest(begin, goal, {name: PATTERNS[name] for name in amounts}, amounts)
+    def shortest(begins, goal, most: int = 20000, **amounts) -> list[int] | None:
+        return code.shortest(begins, goal, {name: PATTERNS[name] for name in amounts}, amounts, most)
 
-    def shortest_of(paths) -> Path | None:
-        found = min((path for path in paths if path), key=code.length, default=None)
-        if found is None:
+    def path(blocks: list[int] | None) -> Path | None:
+        if blocks is None:
             return None
-        operations = code.histogram(found)
-        return Path(code.length(found), code.cycles(found), operations["LDL"] + operations["STL"])
+        operations = code.histogram(blocks)
+        return Path(code.length(blocks), code.cycles(blocks), operations["LDL"] + operations["STL"])
 
-    def shortest(begins, goal, **amounts) -> Path | None:
-        return shortest_of(blocks(at, lambda to, at=at: goal(at, to), **amounts) for at in begins)
+    def step() -> list[int] | None:
+        """From a product back to the same one."""
+        found = None
+        for at in products:
+            most = 20000 if found is None else code.length(found) - 1
+            again = shortest(
+                [at], lambda to, at=at: to == at, most, products=shape.products, copies=shape.copies
+            )
+            found = again or found
+        return found
 
-    def begin() -> Path | None:
+    def begin() -> list[int] | None:
         found = []
         for scan in code.blocks_with(PATTERNS["scans"]):
-            before = blocks(min(code.blocks), lambda to, scan=scan: to == scan, **BEFORE_SCAN)
-            after = blocks(scan, lambda to: to in copies, **FROM_SCAN)
-            found.append(before and after and before + after)
-        return shortest_of(found)
+            before = shortest([min(code.blocks)], lambda to, scan=scan: to == scan, **BEFORE_SCAN)
+            after = before and shortest([scan], lambda to: to in copies, **FROM_SCAN)
+            if after:
+                found.append(before + after)
+        return min(found, key=code.length, default=None)
 
-    return Paths(
-        step=shortest(products, lambda at, to: to == at, products=shape.products, copies=shape.copies),
-        begin=begin(),
-        # A partial state is published: its output by words of four, m, l and the flag.
-        change=shortest(
-            products,
-            lambda _, to: to in products,
-            barriers=-4,
-            copies=-shape.copies,
-            stores=-(3 + shape.rows * shape.head_dim_v // (4 * 32 * WARPS)),
-        ),
-        idle=shortest(products, lambda _, to: to in copies, barriers=-1, copies=0),
+    # A partial state is published: its output by words of four, m, l and the flag.
+    change = shortest(
+        products,
+        lambda to: to in products,
+        barriers=-4,
+        copies=-shape.copies,
+        stores=-(3 + shape.rows * shape.head_dim_v // (4 * 32 * WARPS)),
     )
+    idle = shortest(products, lambda to: to in copies, barriers=-1, copies=0)
+    return Paths(path(step()), path(begin()), path(change), path(idle))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import heapq
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -120,6 +120,7 @@ class Function:
             if i.family in ("BRA", "CALL", "EXIT", "RET", "BREAK") and i.address in following:
                 leaders.add(following[i.address])
         self.blocks: dict[int, Block] = {}
+        self._counted: dict[tuple, dict[int, tuple[int, ...]]] = {}
         block = Block([])
         for i in self.code:
             if i.address in leaders:
@@ -157,47 +158,66 @@ class Function:
         )
 
     def _next(self, at: Place) -> Iterator[Place]:
-        """Where a path may go on, calls and returns included."""
+        """Where a path may go on, calls and returns included.
+
+        No kernel calls a function from within itself, so a path that seems to has left one by a jump.
+        """
         block, returns = self.blocks[at.block], at.returns
         if block.callee is not None and block.next:
-            yield Place(block.callee, (block.next[0], *returns))
+            if block.next[0] not in returns:
+                yield Place(block.callee, (block.next[0], *returns))
             return
         if block.code[-1].family == "RET" and returns:
             yield Place(returns[0], returns[1:])
         for to in block.next:
             yield Place(to, returns)
 
+    def _counts_of_blocks(self, wanted: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
+        key = tuple(wanted.items())
+        if key not in self._counted:
+            self._counted[key] = {at: self.counts(block, wanted) for at, block in self.blocks.items()}
+        return self._counted[key]
+
     def shortest(
-        self, begin: int, goal, wanted: Mapping[str, str], amounts: Mapping[str, int], most: int = 20000
+        self,
+        begins: Iterable[int],
+        goal: Callable[[int], bool],
+        wanted: Mapping[str, str],
+        amounts: Mapping[str, int],
+        most: int = 20000,
     ) -> list[int] | None:
-        """The blocks of the shortest path from block `begin` on to one for which goal(address) holds.
+        """The blocks of the shortest path from one of `begins` to one for which goal(address) holds.
 
         Before it enters that, it has executed exactly so many of each of `wanted` (patterns of opcodes; a
-        negative amount: at least so many). None: there is no such path.
+        negative amount: at least so many). None: there is no such path of at most `most` instructions.
         """
         limits = tuple(amounts[name] for name in wanted)
-        per_block = {at: self.counts(block, wanted) for at, block in self.blocks.items()}
+        per_block = self._counts_of_blocks(wanted)
+        done = tuple(abs(limit) for limit in limits)
 
-        def add(have, block):
+        def add(have: tuple[int, ...], block: int) -> tuple[int, ...] | None:
+            more = per_block[block]
+            if not any(more):
+                return have
             out = []
-            for h, more, limit in zip(have, per_block[block], limits, strict=True):
-                h += more
-                if limit >= 0 and h > limit:
+            for h, m, limit in zip(have, more, limits, strict=True):
+                if 0 <= limit < h + m:
                     return None
-                out.append(min(h, -limit) if limit < 0 else h)
+                out.append(min(h + m, -limit) if limit < 0 else h + m)
             return tuple(out)
 
-        done = tuple(abs(limit) for limit in limits)
-        first = add(tuple(0 for _ in limits), begin)
-        if first is None:
-            return None
-        start = (Place(begin, ()), first)
-        queue = [(len(self.blocks[begin].code), *start)]
-        before = {start: None}
-        best = {start: queue[0][0]}
+        # Dijkstra's algorithm; a state is a place and what was executed on the way to it.
+        queue, best, before = [], {}, {}
+        for begin in begins:
+            have = add((0,) * len(limits), begin)
+            if have is not None:
+                start = (Place(begin, ()), have)
+                best[start], before[start] = len(self.blocks[begin].code), None
+                queue.append((best[start], *start))
+        heapq.heapify(queue)
         while queue:
             length, at, have = heapq.heappop(queue)
-            if length > best[(at, have)] or length > most:
+            if length > best[(at, have)]:
                 continue
             for to in self._next(at):
                 if have == done and goal(to.block):
@@ -207,10 +227,8 @@ class Function:
                         state = before[state]
                     return path[::-1]
                 more = add(have, to.block)
-                if more is None:
-                    continue
                 total = length + len(self.blocks[to.block].code)
-                if total < best.get((to, more), 1 << 60):
+                if more is not None and total < best.get((to, more), most + 1):
                     best[(to, more)] = total
                     before[(to, more)] = (at, have)
                     heapq.heappush(queue, (total, to, more))

@@ -57,13 +57,13 @@ COUNTED = {"products": "HMMA", "copies": r"LDGSTS\S*\.128", "loads": r"LDG\."}
 )
 def test_the_shortest_path_executes_what_is_wanted(amounts: dict[str, int], length: int | None) -> None:
     code = function(*LOOP)
-    path = code.shortest(0x10, lambda to: to == 0x10, COUNTED, amounts)
+    path = code.shortest([0x10], lambda to: to == 0x10, COUNTED, amounts)
     assert (path and code.length(path)) == length
 
 
 def test_a_path_that_ends_elsewhere() -> None:
     code = function(*LOOP)
-    assert code.shortest(0, lambda to: to == 0xA0, {}, {}) == [0x00, 0x10, 0x30, 0x80]
+    assert code.shortest([0], lambda to: to == 0xA0, {}, {}) == [0x00, 0x10, 0x30, 0x80]
     assert code.bytes == 16 * len(LOOP)
 
 
