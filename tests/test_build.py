@@ -48,7 +48,11 @@ def test_builds_just_in_time_from_sources(tmp_path: Path) -> None:
         "import torch, lean_attention as la; print(la.__file__); "
         "q = torch.randn(1, 1, 2, 8); k = torch.randn(1, 5, 1, 8); print(la.decode(q, k, k)[0].shape)"
     )
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "LEAN_ATTENTION_CUDA": "0"}
+    environment = {
+        "CXX": checkout.quick_compiler(tmp_path),
+        "LEAN_ATTENTION_CUDA": "0",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
+    }
     result = python(code, tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     assert str(tmp_path) in result.stdout
@@ -79,6 +83,7 @@ def test_builds_cuda_just_in_time_beside_a_binary(tmp_path: Path) -> None:
         "from lean_attention._core import core; print(describe()); print(len(core.cuda_kernels()))"
     )
     environment = {
+        "CXX": checkout.quick_compiler(tmp_path),
         "LEAN_ATTENTION_JIT": "1",
         "LEAN_ATTENTION_CUDA": "",
         "TORCH_CUDA_ARCH_LIST": "9.0",

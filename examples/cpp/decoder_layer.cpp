@@ -5,9 +5,11 @@
 //
 // OPS_LIBRARY is the ops as a plain shared library, PACKAGE a layer that
 // torch._inductor.aoti_compile_and_package wrote; export.py beside this file makes both, and this program.
+// (<torch/torch.h> has all of this, and takes the compiler most of a minute.)
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <algorithm>
 #include <iostream>
@@ -36,9 +38,9 @@ int main(int count, char** arguments) {
   const c10::InferenceMode inference;
   torch::inductor::AOTIModelPackageLoader layer(arguments[2]);
   for (const int64_t tokens : {7, 100}) {  // the package is for any length
-    const at::Tensor hidden = torch::randn({2, 1, 256});
-    const at::Tensor k_cache = torch::randn({2, 128, 2, 32}), v_cache = torch::randn({2, 128, 2, 32});
-    const at::Tensor seq_lens = torch::full({2}, tokens, torch::kInt);
+    const at::Tensor hidden = at::randn({2, 1, 256});
+    const at::Tensor k_cache = at::randn({2, 128, 2, 32}), v_cache = at::randn({2, 128, 2, 32});
+    const at::Tensor seq_lens = at::full({2}, tokens, at::kInt);
     const at::Tensor out = layer.run({hidden, k_cache, v_cache, seq_lens})[0];
     // What the layer computes: its hidden states are its queries.
     const at::Tensor q = hidden.view({2, 1, 8, 32});
