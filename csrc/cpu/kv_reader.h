@@ -220,6 +220,7 @@ class RunReader {
 
   // Puts a run's tokens into an order that no hardware prefetcher follows. One that follows heads' rows
   // fetches what comes after the run, too early and piece by piece, in the way of what is prefetched here.
+  // (AMD's do, unmeasured today. On Sapphire Rapids it makes no difference.)
   template <class T>
   void shuffle(T* of_tokens) const {
     for (int i = 1, j = 0; i < run_tokens_; ++i) {  // j is i with its bits reversed
@@ -262,7 +263,7 @@ class RunReader {
       touched_ = begin_ = from_.tokens.begin;
       if (begin_ >= from_.tokens.end) return;
     }
-    if (begin_ >= touched_) {
+    if (touch_tokens_ > 0 && begin_ >= touched_) {
       touched_ = std::min(begin_ + touch_tokens_, from_.tokens.end);
       walk_.touch({from_.sequence, from_.kv_head, from_.heads, {begin_, touched_}});
     }

@@ -22,18 +22,20 @@ struct Tuning {
 
   // The cache that rows are prefetched into: 1 is L1, shortly before they are read; 2 is L2, a run
   // beforehand, for which L1 has no room. Kernels without kHasIntoL1 take L2 always. Measured, L1 against L2:
-  // zen5 1.04 to 1.26 (bf16-h{8,32}-kv8-d128-b1-n49152, and -tokens_first), zen4 0.79 to 0.93.
+  // zen5 1.04 to 1.26 (bf16-h{8,32}-kv8-d128-b1-n49152, and -tokens_first), zen4 0.79 to 0.93, intel 1.04
+  // to 1.10 where no pages are touched (bf16-h32-kv32-d128-b1-n12288-tokens_first).
   int prefetch_level;
 
-  // Tokens of a head whose memory pages are touched together, so that the walks of the page tables overlap.
-  // Measured, pages touched against none: zen4 1.25 (bf16-h64-kv8-d128-b1-n49152). How many at once showed
-  // no 3 %: a core that prefetches into L1 has fewer places for them.
+  // Tokens of a head whose memory pages are touched together, so that the walks of the page tables overlap;
+  // 0: none are touched. Measured, pages touched against none: zen4 1.25 (bf16-h64-kv8-d128-b1-n49152), intel
+  // 0.86 to 0.99 (bf16-h32-kv32-d128-b1-n12288-tokens_first, -n49152). How many at once showed no 3 %: a core
+  // that prefetches into L1 has fewer places for them.
   int64_t touch_tokens;
 
   // Bytes that the heads of a pass read in a run of kShortRunTokens, at most. The run in work and the next
   // one must fit into L2 together, an L2 of few ways counts half, and where rows are prefetched into L1 less
   // is under way. Measured: zen5 1.17 to 1.21 with all of L2 against a quarter
-  // (bf16-h32-kv32-d128-b1-n12288-tokens_first).
+  // (bf16-h32-kv32-d128-b1-n12288-tokens_first). intel shows no 3 % between a quarter of L2 and all of it.
   int64_t max_pass_bytes;
 
   // Bytes that the heads of a pass read in a run of kRunTokens, at most; if they have more, runs are short.
@@ -43,7 +45,8 @@ struct Tuning {
 
   // Heads that one pass takes, at most: many where whole tokens are contiguous (NHD), fewer in short pages
   // that are stored head by head (HND), whose pieces are long enough. Measured: zen5 1.07 to 1.13 with 32
-  // against 8 in NHD (bf16-h32-kv32-d128-b1-n12288-tokens_first), and 0.82 to 1.06 in pages.
+  // against 8 in NHD (bf16-h32-kv32-d128-b1-n12288-tokens_first), and 0.82 to 1.06 in pages; intel 1.19 with
+  // 32 against 8 and 1.2 to 3.7 against 1 in NHD, 1.08 to 1.17 with 8 against 1 in pages.
   int64_t max_heads_per_pass;
   int64_t max_heads_per_pass_in_pages;
 
