@@ -103,7 +103,7 @@ LEAN_HOST_DEVICE void find_bad_numbers(const DecodeParams& p, int64_t first, int
   }
 }
 
-// What is wrong with row i of shared; of several things, the first.
+// What is wrong with row i of shared beside the rows before it; of several things, the first.
 LEAN_HOST_DEVICE constexpr BadNumber bad_shared(const DecodeParams& p, int64_t i) {
   const SharedNode node = p.shared.node(i);
   if (node.is_empty()) return {};
@@ -114,33 +114,36 @@ LEAN_HOST_DEVICE constexpr BadNumber bad_shared(const DecodeParams& p, int64_t i
             .least = node.end_sequence,
             .most = p.batch};
   }
-  int64_t parent = -1, begin = 0;
-  for (int64_t j = 0; j < i; ++j) {
+  const int64_t parent = p.shared.deepest(node.first_sequence, node.end_sequence, i);
+  LEAN_ROLLED
+  for (int64_t j = parent + 1; j < i; ++j) {
     const SharedNode earlier = p.shared.node(j);
-    if (earlier.is_empty()) continue;
-    if (earlier.contains(node)) {
-      parent = j;
-      begin = earlier.end_token;
-    } else if (earlier.end_sequence > node.first_sequence) {
-      return {.kind = BadNumber::shared_order,
-              .sequence = j,
-              .index = i,
-              .value = node.first_sequence,
-              .least = earlier.end_sequence};
-    }
-  }
-  if (node.first_token != begin) {
-    return {.kind = BadNumber::shared_begin,
-            .sequence = parent,
+    if (earlier.is_empty() || earlier.end_sequence <= node.first_sequence) continue;
+    return {.kind = BadNumber::shared_order,
+            .sequence = j,
             .index = i,
-            .value = node.first_token,
-            .least = begin};
+            .value = node.first_sequence,
+            .least = earlier.end_sequence};
   }
-  for (int64_t b = node.first_sequence; b < node.end_sequence; ++b) {
-    const SequenceLength length = p.clamped_length(b, 0);
-    if (length.q_len == 0) continue;
-    const int64_t all_see =
-        p.tree_mask ? length.tokens - length.q_len : visible_tokens(p.visibility, length, 0, 0).end;
+  const int64_t begin = parent < 0 ? 0 : p.shared.node(parent).end_token;
+  if (node.first_token == begin) return {};
+  return {.kind = BadNumber::shared_begin,
+          .sequence = parent,
+          .index = i,
+          .value = node.first_token,
+          .least = begin};
+}
+
+// What is wrong with how many tokens of sequence b the rows of shared have.
+LEAN_HOST_DEVICE constexpr BadNumber bad_shared_tokens(const DecodeParams& p, int64_t b) {
+  const SequenceLength length = p.clamped_length(b, 0);
+  if (length.q_len == 0) return {};
+  const int64_t all_see =
+      p.tree_mask ? length.tokens - length.q_len : visible_tokens(p.visibility, length, 0, 0).end;
+  LEAN_ROLLED
+  for (int64_t i = 0; i < p.shared.count; ++i) {
+    const SharedNode node = p.shared.node(i);
+    if (b < node.first_sequence || b >= node.end_sequence) continue;
     if (node.end_token > node.first_token && node.end_token <= all_see) continue;
     return {.kind = BadNumber::shared_end,
             .sequence = b,
@@ -150,6 +153,21 @@ LEAN_HOST_DEVICE constexpr BadNumber bad_shared(const DecodeParams& p, int64_t i
             .most = all_see};
   }
   return {};
+}
+
+// Reports what is wrong with rows first, first + step, ... of shared, and with what those rows have of
+// sequences first, first + step, ... whose lengths are right.
+template <class Report>
+LEAN_HOST_DEVICE void find_bad_shared(const DecodeParams& p, int64_t first, int64_t step,
+                                      const Report& report) {
+  LEAN_ROLLED
+  for (int64_t i = first; i < p.shared.count; i += step) {
+    if (const BadNumber bad = bad_shared(p, i); bad.kind != BadNumber::none) report(bad);
+  }
+  LEAN_ROLLED
+  for (int64_t b = first; p.shared.count > 0 && b < p.batch; b += step) {
+    if (const BadNumber bad = bad_shared_tokens(p, b); bad.kind != BadNumber::none) report(bad);
+  }
 }
 
 // What there is to report of a block (a page, or a slot of a contiguous cache) that is out of range: `value`

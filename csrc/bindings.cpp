@@ -14,6 +14,7 @@
 #include "cpu/kernels/tile_kernel.h"
 #include "cpu/plan.h"
 #include "cuda/backend.h"
+#include "fail.h"
 #include "schedule.h"
 #include "softmax_state.h"
 
@@ -65,7 +66,7 @@ SequenceLength length_of_row(const LengthRow& row) {
 std::vector<std::tuple<LengthRow, int64_t, int64_t>> shared_lengths(
     const std::vector<std::array<int32_t, 4>>& shared, const std::vector<int64_t>& seq_lens,
     const std::vector<int64_t>& q_lens, int64_t window_right) {
-  std::vector<int64_t> cu_seqlens{0}, row_of_node;
+  std::vector<int64_t> cu_seqlens{0};
   for (const int64_t q_len : q_lens) cu_seqlens.push_back(cu_seqlens.back() + q_len);
   DecodeParams p{};
   p.batch = static_cast<int64_t>(seq_lens.size());
@@ -79,19 +80,14 @@ std::vector<std::tuple<LengthRow, int64_t, int64_t>> shared_lengths(
   p.pages.block_size = seq_lens.empty() ? 0 : *std::max_element(seq_lens.begin(), seq_lens.end());
   p.visibility = {-1, window_right};
   p.shared = {shared.empty() ? nullptr : shared[0].data(), static_cast<int64_t>(shared.size())};
-  for (int64_t i = 0; i < p.shared.count; ++i) {
-    const BadNumber bad = bad_shared(p, i);
-    if (bad.kind != BadNumber::none) throw std::invalid_argument(describe(bad));
-    if (!p.shared.node(i).is_empty()) row_of_node.push_back(i);
-  }
-  const auto row = [&](int64_t node) { return node < 0 ? -1 : row_of_node[node]; };
+  find_bad_shared(p, 0, 1, [](const BadNumber& bad) { fail(describe(bad)); });
   const cpu::Sharing sharing(p);
   std::vector<std::tuple<LengthRow, int64_t, int64_t>> lengths;
   for (int64_t i = 0; i < sharing.sequences(); ++i) {
     const SequenceLength l = sharing.length(i);
     lengths.push_back({{l.tokens, l.leftpad, l.q_len, l.seen_by_all},
-                       row(sharing.is_node(i) ? sharing.node(i) : -1),
-                       row(sharing.prefix(i))});
+                       sharing.is_node(i) ? sharing.node(i) : -1,
+                       sharing.prefix(i)});
   }
   return lengths;
 }

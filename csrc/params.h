@@ -119,6 +119,15 @@ struct SharedNodes {
   LEAN_HOST_DEVICE constexpr SharedNode node(int64_t i) const {
     return {data[4 * i], data[4 * i + 1], data[4 * i + 2], data[4 * i + 3]};
   }
+  // The last one before row `before` that has all these sequences, which is the deepest; -1: there is none.
+  LEAN_HOST_DEVICE constexpr int64_t deepest(int64_t first_sequence, int64_t end_sequence,
+                                             int64_t before) const {
+    LEAN_ROLLED
+    for (int64_t i = before - 1; i >= 0; --i) {
+      if (data[4 * i] <= first_sequence && end_sequence <= data[4 * i + 1]) return i;
+    }
+    return -1;
+  }
 };
 
 // Strides are in elements and named after the dimension that they step over; the last dimension of
@@ -190,6 +199,11 @@ struct DecodeParams {
   }
   LEAN_HOST_DEVICE constexpr int64_t total_query_tokens() const {
     return cu_seqlens_q ? query_tokens : batch * query_tokens;
+  }
+  // What a node contributes to the schedule.
+  LEAN_HOST_DEVICE constexpr SequenceLength node_length(const SharedNode& node) const {
+    return {node.end_token, node.first_token, first_row(node.end_sequence) - first_row(node.first_sequence),
+            true};
   }
   LEAN_HOST_DEVICE constexpr SequenceLength scheduled_length(int64_t sequence) const {
     return lengths_per_head ? clamped_length(sequence / num_kv_heads, sequence % num_kv_heads)

@@ -51,7 +51,7 @@ struct SequenceLengthOf {
   Int tokens;                // cached tokens, the new ones included
   Int leftpad;               // leading tokens that no row may see
   Int q_len;                 // query tokens; with none the sequence has no output tile
-  bool seen_by_all = false;  // every query token sees all tokens but the left padding
+  bool seen_by_all = false;  // every query token sees all tokens; there is no window to the left
 };
 using SequenceLength = SequenceLengthOf<int64_t>;
 
@@ -60,14 +60,12 @@ LEAN_HOST_DEVICE constexpr TokenSpanOf<Int> visible_tokens(const VisibilityOf<In
                                                            SequenceLengthOf<Int> length,
                                                            std::type_identity_t<Int> first_query,
                                                            std::type_identity_t<Int> last_query) {
-  if constexpr (sizeof(Int) == sizeof(int64_t)) {  // a GPU's schedule, in 32 bits, has no such sequences
-    if (length.seen_by_all) return {length.leftpad, max(length.leftpad, length.tokens)};
-  }
   const Int offset = length.tokens - length.q_len;
   const Int begin =
       v.window_left < 0 ? length.leftpad : max(length.leftpad, offset + first_query - v.window_left);
-  const Int end =
-      v.window_right < 0 ? length.tokens : min(length.tokens, offset + last_query + v.window_right + 1);
+  const Int end = v.window_right < 0 || length.seen_by_all
+                      ? length.tokens
+                      : min(length.tokens, offset + last_query + v.window_right + 1);
   return {begin, max(begin, end)};
 }
 
@@ -242,6 +240,12 @@ class SegmentWalkOf {
     return true;
   }
 
+ protected:
+  // The range begins behind an output tile's first LeanTile.
+  LEAN_HOST_DEVICE constexpr bool is_inside_output() const { return next_ < end_ && next_ > output_begin_; }
+
+  Geometry geometry_;
+
  private:
   template <class LengthOf>
   LEAN_HOST_DEVICE constexpr void advance(Int output_end, const LengthOf& length_of) {
@@ -257,7 +261,6 @@ class SegmentWalkOf {
     } while (length_.q_len == 0);
   }
 
-  Geometry geometry_;
   Int next_;
   Int end_;
   Int sequence_;

@@ -1,6 +1,5 @@
 #include "cpu/check_values.h"
 
-#include "cpu/sharing.h"
 #include "fail.h"
 
 namespace lean::cpu {
@@ -9,12 +8,9 @@ void refuse(const BadNumber& bad) {
   fail(describe(bad));
 }
 
-void check_values(const DecodeParams& p) {
+void check_values(const DecodeParams& p, const Sharing& sharing) {
   find_bad_numbers(p, 0, 1, refuse);
-  for (int64_t i = 0; i < p.shared.count; ++i) {
-    if (const BadNumber bad = bad_shared(p, i); bad.kind != BadNumber::none) refuse(bad);
-  }
-  const Sharing sharing(p);
+  find_bad_shared(p, 0, 1, refuse);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t tables = p.pages.head_stride != 0 || p.lengths_per_head ? p.num_kv_heads : 1;
     for (int64_t head = 0; head < tables; ++head) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bad_numbers.h"
+#include "cpu/sharing.h"
 
 namespace lean::cpu {
 
@@ -9,6 +10,6 @@ namespace lean::cpu {
 [[noreturn]] void refuse(const BadNumber& bad);
 
 // Refuses the first number that is out of range.
-void check_values(const DecodeParams& params);
+void check_values(const DecodeParams& params, const Sharing& sharing);
 
 }  // namespace lean::cpu

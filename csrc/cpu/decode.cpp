@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 #include "cpu/workspace.h"
+#include "shared_walk.h"
 
 namespace lean::cpu {
 namespace {
@@ -60,21 +61,13 @@ class Decode {
     DequantisedRows dequantised(p_, kernel_, attention_.table(), workspace_.dequantised_rows(thread));
     const LeanRanges& ranges = plan_.ranges;
     const auto length = [&](int64_t i) { return sharing_.length(i); };
-    SegmentWalk walk(plan_.geometry, {0, 0}, 0, 0, length);
-    std::vector<Segment> in_order;  // what is left of the range where there are nodes, the next one last
-    const auto next = [&](Segment& segment) {
-      if (sharing_.count() == 0) return walk.next(segment, length);
-      if (in_order.empty()) {
-        while (walk.next(segment, length)) in_order.push_back(segment);
-        put_in_order(in_order);
-      }
-      if (in_order.empty()) return false;
-      segment = in_order.back();
-      in_order.pop_back();
-      return true;
+    const auto walk_over = [&](LeanRange range, int64_t sequence, int64_t sequence_begin) {
+      return SharedWalk(plan_.geometry, range, sequence, sequence_begin, p_.sequences(), sharing_.sequences(),
+                        ranges.total_tiles(), length);
     };
+    SharedWalk walk = walk_over({0, 0}, 0, 0);
     SegmentQueue segments([&](TakenSegment& taken) {
-      while (!next(taken.segment)) {
+      while (!walk.next(taken.segment, length)) {
         const int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
         if (ticket >= ranges.count()) return false;
         taken.number = ranges.count() - 1 - ticket;
@@ -82,21 +75,11 @@ class Decode {
         const auto& begins = plan_.sequence_begin;
         const int64_t sequence =
             std::upper_bound(begins.begin(), begins.end(), range.begin) - begins.begin() - 1;
-        walk = SegmentWalk(plan_.geometry, range, sequence, begins[sequence], length);
+        walk = walk_over(range, sequence, begins[sequence]);
       }
       return true;
     });
     while (segments.advance()) process(heads.data(), segments, dequantised);
-  }
-
-  // What a range begins with, if that is a peer's, is published first; then come nodes, parents before their
-  // children, then sequences: both may wait for nodes of their own range. The next one is last in `segments`.
-  void put_in_order(std::vector<Segment>& segments) const {
-    const auto hosted = segments.begin() + (!segments.empty() && !segments.front().is_host());
-    const auto nodes = std::stable_partition(hosted, segments.end(),
-                                             [&](const Segment& s) { return !sharing_.is_node(s.batch); });
-    std::reverse(hosted, nodes);  // nodes come from the last one on, which are the parents
-    std::rotate(segments.begin(), hosted, segments.end());
   }
 
   template <class Segments>
@@ -175,8 +158,8 @@ class Decode {
 
 void decode_with(const DecodeParams& params,
                  const std::function<TileKernel(const TileKernel& kernel)>& adapt) {
-  check_values(params);
   const Sharing sharing(params);
+  check_values(params, sharing);
   const TileKernel kernel = adapt(tile_kernel(params.dtype, params.k.dtype, most_rows(params, sharing)));
   const Plan plan = make_plan(params, sharing, kernel, tuning(), num_threads());
   Decode(params, sharing, kernel, plan).run();

@@ -83,16 +83,37 @@ uint64_t new_nonce() {
   }
 }
 
+// Places arrays one after another, each where a GPU's L2 has a line begin.
+struct Layout {
+  int64_t bytes = 0;
+
+  int64_t add(int64_t count, int64_t size) {
+    const int64_t at = bytes;
+    bytes = round_up(at + count * size, 128);
+    return at;
+  }
+};
+
 // A device's variable may have no constructor, so this is the memory of an ErrorRecord. It is zero at first.
 alignas(ErrorRecord) LEAN_DEVICE_VARIABLE unsigned char error_record[sizeof(ErrorRecord)];
 
-// LeanTiles that a call may have at most, by its shapes alone.
-int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
+// LeanTiles that a call's sequences may have at most, by its shapes alone.
+int64_t most_tiles_of_sequences(const DecodeParams& p, const Geometry& geometry) {
   if (!p.cu_seqlens_q) {
     return p.sequences() * geometry.sequence_tiles({p.pages.capacity(), 0, p.query_tokens});
   }
   const int64_t row_blocks = p.query_tokens * p.group() / geometry.rows_per_block + p.batch;
   return max(1, p.num_kv_heads * row_blocks * geometry.block_tiles({0, p.pages.capacity()}));
+}
+
+// And those of nodes. Of each row the nodes have other tokens; each has one row block and one LeanTile at
+// most that are not full.
+int64_t most_tiles(const DecodeParams& p, const Geometry& geometry) {
+  const int64_t of_sequences = most_tiles_of_sequences(p, geometry);
+  if (p.shared.count == 0) return of_sequences;
+  const int64_t blocks = p.total_query_tokens() * p.group() / geometry.rows_per_block + 1;
+  const int64_t tiles = geometry.block_tiles({0, p.pages.capacity()});
+  return of_sequences + p.num_kv_heads * (blocks * tiles + p.shared.count * (blocks + tiles));
 }
 
 }  // namespace
@@ -110,7 +131,6 @@ void decode(const DecodeParams& p, const Queue& queue) {
   if (p.dtype == DType::float32) {
     fail("decode: q is torch.float32; on cuda it must be torch.float16 or torch.bfloat16");
   }
-  if (p.shared.count > 0) fail("decode: shared is for calls on a CPU so far; on cuda it must be None");
   const Kernel& kernel = choose_kernel(p);
   // The grid depends on shapes alone: lengths are read in the kernel, where CTAs beyond the use of the actual
   // lengths leave at once. A range per LeanTile is all that can be of use.
@@ -123,16 +143,33 @@ void decode(const DecodeParams& p, const Queue& queue) {
     fail("decode: num_ctas is ", p.num_ctas, "; on cuda it must be at most ", kMaxCtas);
   }
 
-  const int64_t flags_at = 128, partials_at = round_up(flags_at + ctas * sizeof(uint64_t), 128);
   const int64_t partial_floats = round_up(kernel.partial_floats, 32);
-  char* memory = static_cast<char*>(
-      hw::allocate_workspace(queue.allocate, partials_at + ctas * partial_floats * sizeof(float)));
+  const bool shares = p.shared.count > 0;
+  const int64_t state_rows = shares ? p.group() * p.total_query_tokens() : 0;
+  const int64_t node_blocks = ceil_div(state_rows, kernel.rows);
+  const int64_t states = p.num_kv_heads * state_rows;
+  Layout layout;
+  const int64_t ticket_at = layout.add(1, sizeof(uint64_t)), departures_at = layout.add(1, sizeof(uint64_t)),
+                flags_at = layout.add(ctas, sizeof(uint64_t)),
+                partials_at = layout.add(ctas * partial_floats, sizeof(float)),
+                node_flags_at = layout.add(p.shared.count * p.num_kv_heads * node_blocks, sizeof(uint64_t)),
+                states_at = layout.add(states * kernel.head_dim_v, sizeof(float)),
+                state_sums_at = layout.add(states * 2, sizeof(float));
+  char* memory = static_cast<char*>(hw::allocate_workspace(queue.allocate, layout.bytes));
+  const auto words = [&](int64_t at) { return reinterpret_cast<uint64_t*>(memory + at); };
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(memory + at); };
   const Workspace workspace{
-      .ticket = reinterpret_cast<uint64_t*>(memory),
-      .flags = reinterpret_cast<uint64_t*>(memory + flags_at),
-      .partials = reinterpret_cast<float*>(memory + partials_at),
+      .ticket = words(ticket_at),
+      .flags = words(flags_at),
+      .partials = floats(partials_at),
       .partial_floats = partial_floats,
       .nonce = new_nonce(),
+      .departures = words(departures_at),
+      .node_flags = words(node_flags_at),
+      .node_blocks = node_blocks,
+      .states = floats(states_at),
+      .state_sums = floats(state_sums_at),
+      .state_rows = state_rows,
   };
   hw::launch(kernel.function,
              decode_arguments(p, geometry, workspace, error_record_of(queue.device),

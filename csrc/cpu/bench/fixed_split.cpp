@@ -33,8 +33,8 @@ Segment piece_of(Segment output, int64_t split, int64_t splits) {
 }  // namespace
 
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
-  check_values(params);
   const Sharing sharing(params);
+  check_values(params, sharing);
   const TileKernel& kernel = tile_kernel(params.dtype, params.k.dtype, most_rows(params, sharing));
   const Plan plan = make_plan(params, sharing, kernel, tuning(), num_threads(), 1);
   const Attention attention(params, sharing, kernel, plan);

@@ -10,6 +10,7 @@
 #include "cuda/errors.h"
 #include "fail.h"
 #include "params.h"
+#include "shared_walk.h"
 
 namespace lean::cuda {
 
@@ -18,11 +19,13 @@ using Geometry32 = GeometryOf<int32_t, FastDivisor>;
 using Length32 = SequenceLengthOf<int32_t>;
 using Segment32 = SegmentOf<int32_t>;
 using SegmentWalk32 = SegmentWalkOf<int32_t, FastDivisor>;
+using SharedWalk32 = SharedWalkOf<int32_t, FastDivisor>;
 
 struct DecodeArguments {
   DecodeParams p;
   Geometry32 geometry;
   FastDivisor block_size;
+  FastDivisor q_len;  // where q is not packed
   int32_t num_blocks;
   int32_t capacity;  // tokens that a sequence may have
   Workspace workspace;
@@ -85,8 +88,10 @@ inline Geometry32 geometry32(const DecodeParams& p, int64_t rows_per_block, int6
   if (p.pages.capacity() > kMaxTokens) {
     fail("decode: a sequence may have ", p.pages.capacity(), " tokens; on cuda it may have ", kMaxTokens);
   }
-  if (p.group() * p.query_tokens > kMost - rows_per_block || p.sequences() > kMost || most_tiles > kMost) {
-    fail("decode: the batch may have ", most_tiles, " LeanTiles, ", p.group() * p.query_tokens,
+  // The rows of a sequence, or of a node, which may have all sequences.
+  const int64_t rows = p.group() * (p.shared.count > 0 ? p.total_query_tokens() : p.query_tokens);
+  if (rows > kMost - rows_per_block || p.sequences() > kMost - p.shared.count || most_tiles > kMost) {
+    fail("decode: the batch may have ", most_tiles, " LeanTiles, ", rows,
          " query rows per KV head; on cuda each may be at most ", kMost);
   }
   const auto window = [](int64_t tokens) {  // one that holds all tokens is as none
@@ -130,12 +135,13 @@ inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32&
       .p = p,
       .geometry = geometry,
       .block_size = FastDivisor(int32(std::max<int64_t>(1, std::min(p.pages.block_size, kMost)))),
+      .q_len = FastDivisor(int32(std::max<int64_t>(1, p.query_tokens))),
       .num_blocks = int32(std::min(p.pages.num_blocks, kMost)),
       .capacity = int32(p.pages.capacity()),
       .workspace = workspace,
       .errors = errors,
       .min_tiles_per_cta = FastDivisor(int32(min_tiles_per_cta)),
-      .ragged = p.seq_lens || p.cache_leftpad || p.cu_seqlens_q,
+      .ragged = p.seq_lens || p.cache_leftpad || p.cu_seqlens_q || p.shared.count > 0,
       .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
       .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
       .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),

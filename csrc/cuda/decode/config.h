@@ -120,6 +120,12 @@ struct SegmentPlace {
   int32_t begin;
   int32_t end;
   int32_t bad_block;  // index of a block that is out of range, in the table's row; -1: none
+
+  // Where sequences share prefixes; see nodes.h.
+  int32_t node;           // what the segment is of; -1: a sequence
+  int32_t prefix;         // the node whose states are merged into its own; -1: none
+  int32_t first_row;      // among the batch's query rows of a KV head
+  int32_t row_in_prefix;  // the same row, among the prefix's
 };
 
 template <class Config>
@@ -130,6 +136,8 @@ struct SharedState {
   int32_t warp_tiles[kWarps];
   GridOf<int32_t> grid;
   alignas(SegmentWalk32) char walk[sizeof(SegmentWalk32)];
+  alignas(SharedWalk32) char walk_with_nodes[sizeof(SharedWalk32)];  // in place of `walk`
+  int32_t nodes;                                                     // rows of `shared` that count
   Segment32 segments[2];  // the one in hand and the one after it, in turn
   SegmentPlace places[2];
   bool is_segment[2];
@@ -146,10 +154,12 @@ struct SharedState {
   float l[kWarps][Config::rows];  // in l[0] then the merged one, or the output's factor
   float merged_m[Config::rows];
   uint16_t* out_rows[Config::rows];
+  float prefix_weight[Config::rows];
   float peer_m[kPeersAtOnce][Config::rows];  // then the weight of the peer's output
   float peer_l[kPeersAtOnce][Config::rows];
 
   LEAN_DEVICE SegmentWalk32& segment_walk() { return *reinterpret_cast<SegmentWalk32*>(walk); }
+  LEAN_DEVICE SharedWalk32& shared_walk() { return *reinterpret_cast<SharedWalk32*>(walk_with_nodes); }
 };
 
 // A ring per warp, the query rows, the shared state.

@@ -19,7 +19,7 @@ LEAN_DEVICE void finish(const DecodeArguments& a, const Segment32& segment, cons
   const Thread thread(hw::thread_index_again());  // steps have no registers for what follows from it
   merge_warps<Config>(thread);
   if (thread.index == 0 && place.bad_block >= 0) report_bad_block(a, segment, place.bad_block);
-  Result<Config>(a, thread, segment).make();
+  Result<Config>(a, thread, segment, place).make();
   hw::sync_block();
 }
 
@@ -30,7 +30,10 @@ LEAN_KERNEL(kThreads, 2)
 decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
   const Thread thread;
   Work<Config> work(arguments, thread);
-  if (!work.begin()) return;
+  if (!work.begin()) {
+    if (shares(arguments)) leave<Config>(arguments);
+    return;
+  }
   SharedState<Config>& s = shared_state<Config>();
   KvRing<Config> ring(arguments, thread);
   for (int n = -1;; ++n) {
@@ -57,9 +60,10 @@ decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
       ring.fill_steps(part == 0);
       if (part == 0 && n >= 0) finish<Config>(arguments, segment, place);
     }
-    if (!s.is_segment[(n + 1) & 1]) return;
+    if (!s.is_segment[(n + 1) & 1]) break;
     ring.fill_panels();
   }
+  if (shares(arguments)) leave<Config>(arguments);
 }
 
 // The entry of the kernel in the table, defined in an object of its own.

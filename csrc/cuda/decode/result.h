@@ -2,6 +2,7 @@
 // the output tile.
 #pragma once
 
+#include "cuda/decode/nodes.h"
 #include "cuda/decode/reduce.h"
 #include "cuda/decode/rows.h"
 
@@ -27,19 +28,23 @@ LEAN_COLD void load_peers(const float* partial, int64_t partial_floats, int coun
 template <class Config>
 class Result {
  public:
-  LEAN_DEVICE Result(const DecodeArguments& arguments, const Thread& thread, const Segment32& segment)
+  LEAN_DEVICE Result(const DecodeArguments& arguments, const Thread& thread, const Segment32& segment,
+                     const SegmentPlace& place)
       : a_(arguments),
         thread_(thread),
         segment_(segment),
         rows_(arguments, segment),
+        nodes_(arguments, segment, place),
         s_(shared_state<Config>()),
         is_host_(segment.is_host()),
+        is_node_(is_host_ && nodes_.is_node()),
+        has_prefix_(is_host_ && nodes_.has_prefix()),
         first_peer_(s_.cta + 1),
         end_peer_(is_host_ && segment.has_peers() ? s_.grid.cta_of(segment.output_end - 1) + 1
                                                   : first_peer_) {}
 
-  // A host block merges the states of the CTAs after this one in ascending order, so that results do not
-  // depend on who was faster. Called by all threads.
+  // A host block merges the states of the CTAs after this one in ascending order, then those of a prefix, so
+  // that results do not depend on who was faster. Called by all threads.
   LEAN_DEVICE void make() {
     if (is_host_) {
       wait_for_peers();
@@ -54,21 +59,32 @@ class Result {
 #pragma unroll 1
       for (int first = 0; first < kMine; first += 8) make_columns<8>(first);
     }
-    if (!is_host_) {
+    if (!is_host_ || is_node_) {
       hw::sync_block();
-      if (thread_.index == 0) publish_flag(a_.workspace, s_.cta);
+      if (thread_.index == 0) publish();
     }
   }
 
  private:
   LEAN_DEVICE float* partial(int32_t peer) const { return a_.workspace.partial(peer); }
 
+  LEAN_DEVICE void publish() const {
+    if (is_host_) {
+      nodes_.publish();
+    } else {
+      raise(a_.workspace, a_.workspace.flags + s_.cta);
+    }
+  }
+
+  // The flag of a peer has one reader, who lowers it.
   LEAN_DEVICE void wait_for_peers() const {
     LEAN_ROLLED
     for (int32_t peer = first_peer_ + thread_.index; peer < end_peer_; peer += kThreads) {
-      wait_flag(a_.workspace, peer);
+      wait_for(a_.workspace, a_.workspace.flags + peer);
+      lower(a_.workspace.flags + peer);
     }
-    if (first_peer_ < end_peer_) hw::sync_block();
+    if (has_prefix_) nodes_.wait(thread_.index, rows_.count());
+    if (first_peer_ < end_peer_ || has_prefix_) hw::sync_block();
   }
 
   // The m and l of this CTA, for the host block.
@@ -98,26 +114,43 @@ class Result {
       }
       hw::sync_block();
     }
+    if (has_prefix_ && row < rows_.count()) merged = merge_prefix(merged);
     if (row < rows_.count()) {
       const float weight = rescale(s_.merged_m[row], merged.m);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) s_.m[w][row] *= weight;
       s_.merged_m[row] = merged.m;
-      const int head = rows_.head(row);
-      float factor = normaliser(merged.l), lse = log_sum_exp(merged);
-      if (a_.p.sinks) {
-        const Merged with_sink = merge_sink(merged, a_.p.sinks[head]);
-        factor = normaliser(with_sink.state.l) * with_sink.weight_a;
-        lse = log_sum_exp_to(with_sink.state, kLog2e);
+      if (is_node_) {
+        hw::store_shared_between_ctas(nodes_.state(row), hw::Float2{merged.m, merged.l});
+      } else {
+        finish_row(row, merged);
       }
-      s_.l[0][row] = factor;
-      const int64_t token = rows_.packed_token(row);
-      s_.out_rows[row] = static_cast<uint16_t*>(a_.p.out) + segment_.batch * a_.p.out_batch_stride +
-                         token * a_.p.out_token_stride + head * a_.p.out_head_stride;
-      a_.p.lse[segment_.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + token] = lse;
     }
     hw::sync_block();
     if (first_peer_ < end_peer_ && holds_all_peers()) weigh_peers(first_peer_);
+  }
+
+  // Merges the prefix's state of this thread's row into the one of the segment.
+  LEAN_DEVICE SoftmaxState merge_prefix(SoftmaxState own) const {
+    const hw::Float2 prefix = hw::load_shared_between_ctas(nodes_.state(thread_.index));
+    const SoftmaxState merged = merge(own, {prefix.x, prefix.y}).state;
+    s_.prefix_weight[thread_.index] = rescale(prefix.x, merged.m);
+    return merged;
+  }
+
+  LEAN_DEVICE void finish_row(int row, SoftmaxState merged) const {
+    const int head = rows_.head(row);
+    float factor = normaliser(merged.l), lse = log_sum_exp(merged);
+    if (a_.p.sinks) {
+      const Merged with_sink = merge_sink(merged, a_.p.sinks[head]);
+      factor = normaliser(with_sink.state.l) * with_sink.weight_a;
+      lse = log_sum_exp_to(with_sink.state, kLog2e);
+    }
+    s_.l[0][row] = factor;
+    s_.out_rows[row] = static_cast<uint16_t*>(a_.p.out) + segment_.batch * a_.p.out_batch_stride +
+                       rows_.query(row).token * a_.p.out_token_stride + head * a_.p.out_head_stride;
+    a_.p.lse[segment_.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + rows_.query(row).token] =
+        lse;
   }
 
   LEAN_DEVICE int peers_from(int32_t peer) const { return min(kPeersAtOnce, end_peer_ - peer); }
@@ -179,9 +212,24 @@ class Result {
         }
       }
     }
+    const auto in_states = [&](int i) {
+      return reinterpret_cast<hw::Float4*>(nodes_.output(loaded_row(i), column_of(i)));
+    };
+    if (has_prefix_) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (row_of(i) >= rows_.count()) continue;  // a node's own state takes the place of the last row's
+        add(sums[i], s_.prefix_weight[row_of(i)], hw::load_shared_between_ctas(in_states(i)));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (row_of(i) < rows_.count() && column_of(i) < a_.p.v.dims) store(row_of(i), column_of(i), sums[i]);
+      if (row_of(i) >= rows_.count()) continue;
+      if (is_node_) {
+        hw::store_shared_between_ctas(in_states(i), sums[i]);
+      } else if (column_of(i) < a_.p.v.dims) {
+        store(row_of(i), column_of(i), sums[i]);
+      }
     }
   }
 
@@ -206,8 +254,11 @@ class Result {
   const Thread& thread_;
   const Segment32& segment_;
   const QueryRows<Config> rows_;
+  const NodeStates<Config> nodes_;
   SharedState<Config>& s_;
   const bool is_host_;
+  const bool is_node_;     // its states are left for others
+  const bool has_prefix_;  // whose states are merged into its own
   const int32_t first_peer_;
   const int32_t end_peer_;
 };

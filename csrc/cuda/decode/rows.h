@@ -2,7 +2,7 @@
 // row % group. What they see, and what is made of their scores.
 #pragma once
 
-#include "cuda/decode/config.h"
+#include "cuda/decode/nodes.h"
 
 namespace lean::cuda {
 
@@ -33,7 +33,19 @@ class QueryRows {
     const int group = a_.geometry.group;
     return segment_.kv_head * group + begin_ + row - token(row) * group;
   }
-  LEAN_DEVICE int64_t packed_token(int row) const { return first_query(a_.p, segment_.batch) + token(row); }
+  // Which sequence a row is of, and its query token there; of a packed q, among all.
+  struct Query {
+    int32_t batch;
+    int32_t token;
+  };
+  LEAN_DEVICE Query query(int row) const {
+    const int32_t of_segment = token(row);
+    if (shares(a_) && segment_.length.seen_by_all && !a_.p.cu_seqlens_q) {  // a node has rows of several
+      const int32_t sequences = of_segment / a_.q_len;
+      return {segment_.batch + sequences, of_segment - sequences * a_.q_len};
+    }
+    return {segment_.batch, first_query(a_.p, segment_.batch) + of_segment};
+  }
 
   // Lays the rows in shared memory as matrix products take them; zeros beyond the rows and dims that exist.
   // Called by all threads, as is find_spans.
@@ -43,9 +55,10 @@ class QueryRows {
       const int row = i / kChunks, chunk = i % kChunks;
       hw::Words4 elements{};
       if (row < count_ && chunk * 8 < a_.p.k.dims) {
-        const uint16_t* const from =
-            static_cast<const uint16_t*>(a_.p.q) + segment_.batch * a_.p.q_batch_stride +
-            packed_token(row) * a_.p.q_token_stride + head(row) * a_.p.q_head_stride + chunk * 8;
+        const Query of = query(row);
+        const uint16_t* const from = static_cast<const uint16_t*>(a_.p.q) + of.batch * a_.p.q_batch_stride +
+                                     of.token * a_.p.q_token_stride + head(row) * a_.p.q_head_stride +
+                                     chunk * 8;
         elements = a_.aligned_q ? hw::load_vector(reinterpret_cast<const hw::Words4*>(from)) : joined(from);
       }
       char* const to = query_rows<Config>() + Config::QRows::offset(row, 0);
@@ -69,21 +82,21 @@ class QueryRows {
     const auto seen_by = [&](int query) {
       return visible_tokens(a_.geometry.visibility, length, query, query);
     };
-    const int32_t new_tokens = length.tokens - length.q_len;
+    const int32_t new_tokens = length.seen_by_all ? length.tokens : length.tokens - length.q_len;
     if (thread.index == 0) s.new_tokens = new_tokens - first_token;
     if (thread.index < Config::rows) {
-      const int row = thread.index, own = row < count_ ? row : 0, query = token(row);
-      const TokenSpanOf<int32_t> seen = seen_by(query);
+      const int row = thread.index, own = row < count_ ? row : 0, query_token = token(row);
+      const TokenSpanOf<int32_t> seen = seen_by(query_token);
       int32_t end = relative(seen.end);
       if (p.tree_mask) {  // new tokens that the mask has no column for are not seen
         end = min(end, max(0, new_tokens + static_cast<int32_t>(p.tree_columns) - first_token));
         s.tree_rows[row] = p.tree_mask + segment_.batch * p.tree_batch_stride +
-                           packed_token(own) * p.tree_row_stride - (new_tokens - first_token);
+                           query(own).token * p.tree_row_stride - (new_tokens - first_token);
       }
       s.spans[row][0] = relative(seen.begin);
       s.spans[row][1] = end;
       if (p.alibi_slopes) {
-        s.positions[row] = new_tokens - first_token + query;
+        s.positions[row] = new_tokens - first_token + query_token;
         s.slopes[row] = kLog2e * p.alibi_slopes[segment_.batch * p.alibi_batch_stride + head(own)];
       }
     }

@@ -1,13 +1,17 @@
 // Which segments a CTA has: its lean range, found from the lengths on the device.
 #pragma once
 
-#include "cuda/decode/kv_source.h"
+#include "cuda/decode/nodes.h"
 
 namespace lean::cuda {
 
-// What sequence `sequence` of the schedule contributes to it; numbers out of range are brought into range.
-LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence) {
+// What sequence `sequence` of the schedule, which has `nodes` of them, contributes to it; numbers out of
+// range are brought into range.
+LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence, int32_t nodes) {
   const DecodeParams& p = a.p;
+  if (nodes > 0 && sequence >= p.batch) {
+    return node_length(a, static_cast<int32_t>(p.batch) + nodes - 1 - sequence);
+  }
   const int32_t num_kv_heads = a.geometry.num_kv_heads;
   const int32_t b = p.lengths_per_head ? sequence / num_kv_heads : sequence;
   const int32_t head = p.lengths_per_head ? sequence - b * num_kv_heads : 0;
@@ -18,7 +22,8 @@ LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence) {
   if (p.cu_seqlens_q) {
     q_len = max(0, first_query(p, b + 1) - first_query(p, b));
   }
-  const int32_t leftpad = p.cache_leftpad ? index_at(p.cache_leftpad, b) : 0;
+  int32_t leftpad = p.cache_leftpad ? index_at(p.cache_leftpad, b) : 0;
+  if (nodes > 0) leftpad = shared_tokens(a, b, nodes);
   return {max(0, min(tokens, a.capacity)), max(0, min(leftpad, a.capacity)), q_len};
 }
 
@@ -45,7 +50,9 @@ LEAN_COLD void write_padding(const DecodeArguments& a, int32_t ticket, int threa
 }
 
 LEAN_COLD void report_bad_numbers(const DecodeArguments& a, int thread) {
-  find_bad_numbers(a.p, thread, kThreads, [&a](const BadNumber& bad) { report(a.errors, bad); });
+  const auto tell = [&a](const BadNumber& bad) { report(a.errors, bad); };
+  find_bad_numbers(a.p, thread, kThreads, tell);
+  find_bad_shared(a.p, thread, kThreads, tell);
 }
 
 // Constants of the kernel take the place of divisors.
@@ -57,6 +64,24 @@ LEAN_DEVICE Geometry32 geometry_of(const DecodeArguments& a) {
   return geometry;
 }
 
+// The same for a call that shares prefixes.
+template <class Config>
+LEAN_COLD void begin_shared_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
+                                 int32_t sequence_begin) {
+  SharedState<Config>& s = shared_state<Config>();
+  const int32_t batch = static_cast<int32_t>(a.p.batch);
+  s.shared_walk() =
+      SharedWalk32(geometry_of<Config>(a), range, sequence, sequence_begin, batch, batch + s.nodes,
+                   s.grid.total_tiles, [&](int32_t i) { return length_of(a, i, s.nodes); });
+}
+template <class Config>
+LEAN_COLD bool next_shared_segment(const DecodeArguments& a, Segment32& segment, SegmentPlace& place) {
+  SharedState<Config>& s = shared_state<Config>();
+  const bool is_segment = s.shared_walk().next(segment, [&](int32_t i) { return length_of(a, i, s.nodes); });
+  if (is_segment) find_nodes(a, s.nodes, Config::rows, segment, place);
+  return is_segment;
+}
+
 // Finds segment n of the CTA, after the one before it; where there is none, its place has no tokens. Called
 // by one thread; the others see it after a barrier.
 template <class Config>
@@ -64,7 +89,9 @@ LEAN_DEVICE void find_segment(const DecodeArguments& a, int n) {
   SharedState<Config>& s = shared_state<Config>();
   Segment32& segment = s.segments[n & 1];
   SegmentPlace& place = s.places[n & 1];
-  const bool is_segment = s.segment_walk().next(segment, [&](int32_t i) { return length_of(a, i); });
+  const bool is_segment = shares(a)
+                              ? next_shared_segment<Config>(a, segment, place)
+                              : s.segment_walk().next(segment, [&](int32_t i) { return length_of(a, i, 0); });
   s.is_segment[n & 1] = is_segment;
   if (is_segment) {
     find_place<Config>(a, segment, place);
@@ -82,9 +109,12 @@ class Work {
   LEAN_DEVICE bool begin() {
     SharedState<Config>& s = shared_state<Config>();
     // By a warp that has fewer lengths to add up than the first one.
-    if (thread_.index == kThreads - 1) s.ticket = take_ticket(a_.workspace, hw::num_ctas());
+    if (thread_.index == kThreads - 1) {
+      s.ticket = take_ticket(a_.workspace.ticket, a_.workspace.nonce, hw::num_ctas());
+    }
     const Geometry32 geometry = geometry_of<Config>(a_);
-    const int32_t sequences = sequences_of(a_);
+    const int32_t nodes = shares(a_) ? checked_nodes<Config>(a_) : 0;
+    const int32_t sequences = sequences_of(a_) + nodes;
     // Where all have the same LeanTiles, every thread counts those of the first.
     const int32_t per_thread = a_.ragged ? ceil_div(sequences, kThreads) : 1;
     const int32_t first = a_.ragged ? thread_.index * per_thread : 0,
@@ -95,7 +125,7 @@ class Work {
     int32_t tiles = 0;
     LEAN_ROLLED
     for (int32_t i = first; i < end; ++i) {
-      length = length_of(a_, i);
+      length = length_of(a_, i, nodes);
       tiles = geometry.sequence_tiles(length);
       sum += tiles;
     }
@@ -138,7 +168,7 @@ class Work {
       sequence_begin -= tiles;
       LEAN_ROLLED
       while (sequence_begin > range.begin && sequence > first) {
-        length = length_of(a_, --sequence);
+        length = length_of(a_, --sequence, nodes);
         sequence_begin -= geometry.sequence_tiles(length);
       }
       found_ = sequence_begin <= range.begin;
@@ -146,8 +176,13 @@ class Work {
     if (found_) {
       s.grid = grid;
       s.cta = cta;
-      s.segment_walk() =
-          SegmentWalk32(geometry, range, sequence, sequence_begin, [&](int32_t) { return length; });
+      if (shares(a_)) {
+        s.nodes = nodes;
+        begin_shared_walk<Config>(a_, range, sequence, sequence_begin);
+      } else {
+        s.segment_walk() =
+            SegmentWalk32(geometry, range, sequence, sequence_begin, [&](int32_t) { return length; });
+      }
     }
     return true;
   }
