@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,7 +23,9 @@ from torch import Tensor
 
 import lean_attention
 from benchmarks.report import print_whole, table_of
+from lean_attention.schedule import Schedule
 from lean_attention.tools.command_line import positive
+from lean_attention.tools.picture import draw_schedules
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE = 8, 4, 128, 64
 HEADS = KV_HEADS * GROUP
@@ -153,6 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--prefix", type=positive, default=16384, metavar="N", help="tokens (default: 16384)")
     parser.add_argument("--own", type=positive, default=512, metavar="N", help="tokens (default: 512)")
+    parser.add_argument(
+        "--picture", type=Path, metavar="PATH", help="PNG of the last case's schedule, on 264 CTAs"
+    )
     parser.add_argument("--rounds", type=positive, default=9, metavar="N", help="calls of each (default: 9)")
     options = parser.parse_args(arguments)
     prefix, own = (max(n // (2 * PAGE), 1) * 2 * PAGE for n in (options.prefix, options.own))
@@ -177,6 +183,19 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{shared / floor:.2f}",
             )
     print_whole(table, Console())
+    if options.picture:
+        case = cases[-1]
+        schedule = Schedule(
+            [case.length] * case.sequences,
+            KV_HEADS,
+            num_ctas=264,
+            group=GROUP,
+            head_dim=HEAD_DIM,
+            rows_per_block=16,
+            shared=case.rows,
+        )
+        draw_schedules(schedule, options.picture)
+        print(f"picture of the schedule of {case}: {options.picture.resolve()}")
 
 
 if __name__ == "__main__":

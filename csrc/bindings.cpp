@@ -62,7 +62,7 @@ SequenceLength length_of_row(const LengthRow& row) {
 }
 
 // What the sequences of the schedule contribute where some share prefixes; and, of each, the row of `shared`
-// that it is (-1: none), and the one whose states are merged into its own.
+// that it is (-1: none), and the one that merges its states.
 std::vector<std::tuple<LengthRow, int64_t, int64_t>> shared_lengths(
     const std::vector<std::array<int32_t, 4>>& shared, const std::vector<int64_t>& seq_lens,
     const std::vector<int64_t>& q_lens, int64_t window_right) {
@@ -85,9 +85,8 @@ std::vector<std::tuple<LengthRow, int64_t, int64_t>> shared_lengths(
   std::vector<std::tuple<LengthRow, int64_t, int64_t>> lengths;
   for (int64_t i = 0; i < sharing.sequences(); ++i) {
     const SequenceLength l = sharing.length(i);
-    lengths.push_back({{l.tokens, l.leftpad, l.q_len, l.seen_by_all},
-                       sharing.is_node(i) ? sharing.node(i) : -1,
-                       sharing.prefix(i)});
+    lengths.push_back(
+        {{l.tokens, l.leftpad, l.q_len, l.seen_by_all}, sharing.is_node(i) ? i : -1, sharing.parent(i)});
   }
   return lengths;
 }

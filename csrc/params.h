@@ -105,10 +105,6 @@ struct SharedNode {
   LEAN_HOST_DEVICE constexpr bool is_empty() const {
     return first_sequence == 0 && end_sequence == 0 && first_token == 0 && end_token == 0;
   }
-  // The sequences of `other` are among this one's.
-  LEAN_HOST_DEVICE constexpr bool contains(const SharedNode& other) const {
-    return first_sequence <= other.first_sequence && other.end_sequence <= end_sequence;
-  }
 };
 
 // A forest of them, parents before their children and siblings in order; some rows may be empty.
@@ -122,11 +118,22 @@ struct SharedNodes {
   // The last one before row `before` that has all these sequences, which is the deepest; -1: there is none.
   LEAN_HOST_DEVICE constexpr int64_t deepest(int64_t first_sequence, int64_t end_sequence,
                                              int64_t before) const {
+    int64_t i = before - 1;
     LEAN_ROLLED
-    for (int64_t i = before - 1; i >= 0; --i) {
-      if (data[4 * i] <= first_sequence && end_sequence <= data[4 * i + 1]) return i;
-    }
-    return -1;
+    while (i >= 0 && !has(i, first_sequence, end_sequence)) --i;
+    return i;
+  }
+  // How many of those before row `before` have them.
+  LEAN_HOST_DEVICE constexpr int64_t depth(int64_t first_sequence, int64_t end_sequence,
+                                           int64_t before) const {
+    int64_t count = 0;
+    LEAN_ROLLED
+    for (int64_t i = 0; i < before; ++i) count += has(i, first_sequence, end_sequence);
+    return count;
+  }
+
+  LEAN_HOST_DEVICE constexpr bool has(int64_t i, int64_t first_sequence, int64_t end_sequence) const {
+    return data[4 * i] <= first_sequence && end_sequence <= data[4 * i + 1];
   }
 };
 

@@ -240,11 +240,8 @@ class SegmentWalkOf {
     return true;
   }
 
- protected:
-  // The range begins behind an output tile's first LeanTile.
+  // What comes next begins behind its output tile's first LeanTile.
   LEAN_HOST_DEVICE constexpr bool is_inside_output() const { return next_ < end_ && next_ > output_begin_; }
-
-  Geometry geometry_;
 
  private:
   template <class LengthOf>
@@ -261,6 +258,7 @@ class SegmentWalkOf {
     } while (length_.q_len == 0);
   }
 
+  Geometry geometry_;
   Int next_;
   Int end_;
   Int sequence_;

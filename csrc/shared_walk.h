@@ -1,17 +1,20 @@
 // The order in which a CTA takes the segments of its range where sequences share prefixes.
 //
 // A node of `shared` (params.h) is one more sequence of the schedule: its query rows are those of all its
-// sequences, which see all of its tokens, and the sequences keep the tokens after their deepest node. A
-// node's states, with its parent's merged into them, are merged into those of its children and sequences by
-// these' host blocks. On the schedule's line nodes come after all sequences, children before their parents:
+// sequences, which see all of its tokens, and the sequences keep the tokens after their deepest node. Whoever
+// has a node leaves his states to it; its host block merges them into its own, and leaves those to the
+// parent. A root's host block writes the outputs. On the schedule's line nodes come before all sequences,
+// parents before children:
 //
-//   shared        0: sequences 0 to 2, tokens 0 to 9      1: sequences 0 and 1, tokens 9 to 12
-//   LeanTiles     | sequence 0 | sequence 1 | sequence 2 | node 1 | node 0 |
-//   waits for       node 1       node 1       node 0       node 0
+//   shared         0: sequences 0 to 2, tokens 0 to 9      1: sequences 0 and 1, tokens 9 to 12
+//   LeanTiles      | node 0 | node 1 | sequence 0 | sequence 1 | sequence 2 |
+//   leaves states    -        to 0     to 1         to 1         to 0
 //
-// Ranges are handed out from the last one on, so whoever waits for a node waits for a range that was taken
-// earlier, or for its own. In its own range a CTA first takes what it has to publish for a host block, then
-// nodes, parents before children, then sequences: what it waits for is done.
+// Ranges are handed out from the last one on, so a node's host block waits for ranges that were taken
+// earlier, or for its own. In its own range a CTA first takes what it has to publish for another host block,
+// then sequences, then nodes, children before parents: what it waits for is done. (The other way round, where
+// sequences merge their nodes' states, those CTAs that have sequences would wait for all nodes in the middle
+// of their ranges. A CTA with several small nodes still does, if their sequences are in later ranges.)
 #pragma once
 
 #include "schedule.h"
@@ -19,50 +22,65 @@
 namespace lean {
 
 template <class Int, class Divisor = Int>
-class SharedWalkOf : private SegmentWalkOf<Int, Divisor> {
+class SharedWalkOf {
+  using Geometry = GeometryOf<Int, Divisor>;
   using Walk = SegmentWalkOf<Int, Divisor>;
 
  public:
-  // As SegmentWalkOf. The schedule has `sequences`, which are nodes from `first_node` on, and `total_tiles`.
+  // As SegmentWalkOf. The schedule's first `nodes` sequences are nodes.
   template <class LengthOf>
-  LEAN_HOST_DEVICE constexpr SharedWalkOf(const GeometryOf<Int, Divisor>& geometry, LeanRangeOf<Int> range,
-                                          Int sequence, Int sequence_begin, Int first_node, Int sequences,
-                                          Int total_tiles, const LengthOf& length_of)
-      : Walk(geometry, range, sequence, sequence_begin, length_of),
-        publishes_(this->is_inside_output()),
-        nodes_(range),
-        first_node_(first_node),
-        node_(sequences),
-        node_begin_(total_tiles) {}
+  LEAN_HOST_DEVICE constexpr SharedWalkOf(const Geometry& geometry, LeanRangeOf<Int> range, Int sequence,
+                                          Int sequence_begin, Int nodes, const LengthOf& length_of)
+      : walk_(geometry, range, sequence, sequence_begin, length_of),
+        end_(range.end),
+        nodes_(nodes),
+        node_(nodes),
+        node_begin_(sequence_begin),
+        publishes_(walk_.is_inside_output()) {
+    LEAN_ROLLED
+    for (; sequence < nodes; ++sequence) node_begin_ += geometry.sequence_tiles(length_of(sequence));
+    left_ = {range.begin, min(range.end, node_begin_)};
+    if (!publishes_) go_behind_nodes(geometry, length_of);
+  }
 
   // The next segment; false when the range is done.
   template <class LengthOf>
-  LEAN_HOST_DEVICE constexpr bool next(SegmentOf<Int>& segment, const LengthOf& length_of) {
+  LEAN_HOST_DEVICE constexpr bool next(const Geometry& geometry, SegmentOf<Int>& segment,
+                                       const LengthOf& length_of) {
     if (publishes_) {
       publishes_ = false;
-      Walk::next(segment, length_of);
-      nodes_.begin = segment.tiles.end;
+      walk_.next(segment, length_of);
+      left_.begin = segment.tiles.end;
+      go_behind_nodes(geometry, length_of);
       return true;
     }
-    if (next_node(segment, length_of)) return true;
-    return Walk::next(segment, length_of) && segment.batch < first_node_;
+    return walk_.next(segment, length_of) || next_node(geometry, segment, length_of);
   }
 
  private:
+  // Has walk_ go on with the first sequence, where there are nodes before it.
+  template <class LengthOf>
+  LEAN_HOST_DEVICE constexpr void go_behind_nodes(const Geometry& geometry, const LengthOf& length_of) {
+    if (left_.begin >= left_.end) return;
+    Int sequence = nodes_;
+    LEAN_ROLLED
+    while (node_begin_ < end_ && length_of(sequence).q_len == 0) ++sequence;
+    walk_ = Walk(geometry, {node_begin_, end_}, sequence, node_begin_, length_of);
+  }
+
   // All output tiles of a node have the same number of LeanTiles.
   template <class LengthOf>
-  LEAN_HOST_DEVICE constexpr bool next_node(SegmentOf<Int>& segment, const LengthOf& length_of) {
-    const auto& geometry = this->geometry_;
-    if (nodes_.begin >= nodes_.end) return false;
+  LEAN_HOST_DEVICE constexpr bool next_node(const Geometry& geometry, SegmentOf<Int>& segment,
+                                            const LengthOf& length_of) {
+    if (left_.begin >= left_.end) return false;
     LEAN_ROLLED
-    while (node_begin_ >= nodes_.end) {
-      if (node_ == first_node_) return false;
+    while (node_begin_ >= left_.end) {
       length_ = length_of(--node_);
       node_begin_ -= geometry.sequence_tiles(length_);
     }
     const TokenSpanOf<Int> span = geometry.block_span(length_, 0);
     const Int tiles = geometry.block_tiles(span), row_blocks = geometry.row_blocks(length_.q_len);
-    const Int output = (nodes_.end - 1 - node_begin_) / tiles;
+    const Int output = (left_.end - 1 - node_begin_) / tiles;
     const Int output_begin = node_begin_ + output * tiles;
     const HeadSpanOf<Int> heads = geometry.heads_of(node_, output / row_blocks);
     segment = {geometry.batch_of(node_),
@@ -73,16 +91,18 @@ class SharedWalkOf : private SegmentWalkOf<Int, Divisor> {
                span,
                output_begin,
                output_begin + tiles,
-               {max(nodes_.begin, output_begin), nodes_.end}};
-    nodes_.end = segment.tiles.begin;
+               {max(left_.begin, output_begin), left_.end}};
+    left_.end = segment.tiles.begin;
     return true;
   }
 
-  bool publishes_;          // the range's first segment is another one's peer, and not taken yet
-  LeanRangeOf<Int> nodes_;  // LeanTiles whose nodes have not been taken
-  Int first_node_;
-  Int node_;  // the one taken last, and its first LeanTile
+  Walk walk_;  // over what is published, then over sequences
+  Int end_;    // of the range
+  Int nodes_;
+  Int node_;  // the one taken last, and its first LeanTile; at first the end of all
   Int node_begin_;
+  bool publishes_;               // the range's first segment is another one's peer, and not taken yet
+  LeanRangeOf<Int> left_{0, 0};  // of nodes, what has not been taken
   SequenceLengthOf<Int> length_{0, 0, 0};
 };
 using SharedWalk = SharedWalkOf<int64_t>;

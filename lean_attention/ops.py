@@ -98,7 +98,7 @@ def decode(
             ``(0, 0, 0, 0)`` is an empty row, so that a captured graph holds any forest of up to ``count``
             rows. The result is that of the call without it, within rounding. Not with ``cache_leftpad``,
             ``window_left``, ``alibi_slopes``, lengths or tables of each KV head, or scales of each sequence.
-            On a CPU only, so far.
+            Where a row is invalid, a call on a GPU shares nothing, and ``check_errors`` tells.
         scale: factor of ``q @ k``; ``None``: ``head_dim ** -0.5``.
         causal: a query token sees no later position than its own. Rows before the start of the sequence
             (where ``q_len > seq_len``) see nothing.

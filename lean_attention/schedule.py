@@ -27,7 +27,7 @@ class Segment:
     host: int  # the CTA that merges and writes the output tile
     last_peer: int  # CTAs host + 1 .. last_peer publish partial states for it
     shared: int = -1  # the row of `shared` that the output tile is of; -1: it is a sequence's
-    prefix: int = -1  # the row of `shared` whose states its host block merges as well; -1: none
+    into: int = -1  # the row of `shared` whose host block merges its states; -1: its own writes the output
 
     @property
     def is_host(self) -> bool:
@@ -42,10 +42,12 @@ class Segment:
         merged = []
         if self.is_host and self.last_peer > self.host:
             merged.append(f"CTAs {self.host + 1}..{self.last_peer}")
-        if self.is_host and self.prefix >= 0:
-            merged.append(f"shared[{self.prefix}]")
+        if self.is_host and self.shared >= 0:
+            merged.append("what is left to it")
         if merged:
             role += f", merges {' and '.join(merged)}"
+        if self.is_host and self.into >= 0:
+            role += f", leaves its states to shared[{self.into}]"
         work = "nothing to read"
         if self.end_token > self.first_token:
             work = f"LeanTiles {self.first_tile}..{self.end_tile - 1} "
@@ -141,7 +143,7 @@ class Schedule:
 
     def _lengths(self) -> list[tuple[tuple[int, int, int, bool], int, int]]:
         """Of each sequence of the schedule: tokens, leftpad, q_len and whether each query sees all; the row
-        of `shared` that it is, and the one that its host blocks merge."""
+        of `shared` that it is, and the one that merges its states."""
         batch = len(self.seq_lens)
         q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else list(self.q_len)
         if self.shared:
@@ -162,9 +164,12 @@ class Schedule:
             raise ValueError(f"segments: CTAs [{first_cta}, {end_cta}) are not within [0, {self.num_ctas})")
         if not self.total_tiles:
             return []
-        lengths, shared, prefix = zip(*self._lengths(), strict=True)
+        lengths, shared, into = zip(*self._lengths(), strict=True)
         rows = self._geometry.segments(lengths, self.num_ctas, first_cta, end_cta)
-        return [Segment(*row, shared[row[1]], prefix[row[1]]) for row in rows]
+        return [
+            Segment(cta, index - len(self.shared), *rest, shared[index], into[index])
+            for cta, index, *rest in rows
+        ]
 
     def __str__(self) -> str:
         head = f"{self.total_tiles} LeanTiles of {self.tile_tokens} tokens over {self.num_ctas} CTAs"

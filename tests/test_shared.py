@@ -283,7 +283,7 @@ def test_schedule_sees_every_token_once(data: st.DataObject) -> None:
             whose = segment.sequence if segment.shared < 0 else -1 - segment.shared
             tokens = seen.setdefault((whose, segment.kv_head), [])
             tokens += range(segment.first_token, segment.end_token)
-            assert segment.prefix < 0 or segment.shared < 0 or segment.prefix < segment.shared
+            assert segment.into < 0 or segment.shared < 0 or segment.into < segment.shared
     for b, kv_head in itertools.product(range(len(lens)), range(schedule.num_kv_heads)):
         prefixes = [-1 - i for i, (first, end, _, _) in enumerate(rows) if first <= b < end]
         path = [token for whose in (*prefixes, b) for token in sorted(seen[whose, kv_head])]
@@ -296,9 +296,13 @@ def test_schedule_reads_as_a_person_would() -> None:
     schedule = Schedule([300, 200], num_kv_heads=1, num_ctas=2, tile_tokens=100, shared=[(0, 2, 0, 150)])
     assert str(schedule).splitlines() == [
         "5 LeanTiles of 100 tokens over 2 CTAs",
-        "CTA 0: sequence 0, KV head 0, row block 0: LeanTiles 0..1 (tokens 150..299), host, merges shared[0]",
-        "CTA 0: sequence 1, KV head 0, row block 0: LeanTiles 0..0 (tokens 150..199), host, merges shared[0]",
-        "CTA 1: shared[0], KV head 0, row block 0: LeanTiles 0..1 (tokens 0..149), host",
+        "CTA 0: shared[0], KV head 0, row block 0: LeanTiles 0..1 (tokens 0..149), host, "
+        "merges what is left to it",
+        "CTA 0: sequence 0, KV head 0, row block 0: LeanTiles 0..0 (tokens 150..249), host, "
+        "merges CTAs 1..1, leaves its states to shared[0]",
+        "CTA 1: sequence 0, KV head 0, row block 0: LeanTiles 1..1 (tokens 250..299), peer of CTA 0",
+        "CTA 1: sequence 1, KV head 0, row block 0: LeanTiles 0..0 (tokens 150..199), host, "
+        "leaves its states to shared[0]",
     ]
     with pytest.raises(
         ValueError, match=r"^Schedule: shared\[0\] begins with token 1; it must begin with token 0"

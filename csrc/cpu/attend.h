@@ -15,12 +15,11 @@ inline constexpr int64_t kSumTokens = 8192;
 
 class Attention {
  public:
-  Attention(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel, const Plan& plan)
+  Attention(const DecodeParams& params, const Kernels& kernels, const Plan& plan)
       : p_(params),
-        sharing_(sharing),
-        kernel_(kernel),
+        kernels_(kernels),
         plan_(plan),
-        table_(params.quantised() ? &dequantise_table(params.k.dtype, kernel.row_dtype) : nullptr),
+        table_(params.quantised() ? &dequantise_table(params.k.dtype, kernels.many.row_dtype) : nullptr),
         page_walk_(params) {}
 
   // Of quantised rows; null where caches have q's dtype.
@@ -41,13 +40,13 @@ class Attention {
       }
       const int64_t end = std::min(begin + kSumTokens, tokens.end);
       const auto next_range = [&]() -> TokenRange {
-        if (end < tokens.end) return {sequence_of(segment), segment.kv_head, count, {end, tokens.end}};
+        if (end < tokens.end) return {segment.batch, segment.kv_head, count, {end, tokens.end}};
         const TakenSegment* const next = segments.next();
         if (next == nullptr) return {};
         const Segment& s = next->segment;
-        return {sequence_of(s), s.kv_head, s.kv_heads, s.tokens(plan_.geometry.tile_tokens)};
+        return {s.batch, s.kv_head, s.kv_heads, s.tokens(plan_.geometry.tile_tokens)};
       };
-      attend_range(heads, segment, {sequence_of(segment), segment.kv_head, count, {begin, end}}, next_range,
+      attend_range(heads, segment, {segment.batch, segment.kv_head, count, {begin, end}}, next_range,
                    dequantised);
       for (int64_t i = 0; i < count && !first; ++i) merge_into(heads[i].tile, heads[i].saved);
     }
@@ -58,13 +57,14 @@ class Attention {
     head.kv_head = kv_head;
     TileState& t = head.tile;
     t.rows = static_cast<int>(plan_.geometry.block_rows(segment.length.q_len, segment.row_block));
-    t.scale = p_.scale * common_scale(p_.k.scale, sequence_of(segment), kv_head) * t.score.unit;
+    t.scale = p_.scale * common_scale(p_.k.scale, segment.batch, kv_head) * t.score.unit;
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(plan_.geometry, segment, kv_head, row);
       const QueryToken place = query_token(segment, query.token);
       const int64_t offset =
           place.batch * p_.q_batch_stride + place.token * p_.q_token_stride + query.head * p_.q_head_stride;
-      kernel_.pack_query(t, row, static_cast<const char*>(p_.q) + offset * element_size(p_.dtype));
+      kernels_.of(t.rows).pack_query(t, row,
+                                     static_cast<const char*>(p_.q) + offset * element_size(p_.dtype));
       if (t.slopes != nullptr) {
         t.slopes[row] = p_.alibi_slopes[segment.batch * p_.alibi_batch_stride + query.head] * kLog2e;
       }
@@ -75,11 +75,10 @@ class Attention {
   // Writes the segment's output tile of a KV head.
   void write(const HeadState& head, const Segment& segment) const {
     const TileState& t = head.tile;
-    const int64_t first_query = p_.first_query(segment.batch);
     const float value_scale = common_scale(p_.v.scale, segment.batch, head.kv_head);
     for (int row = 0; row < t.rows; ++row) {
       const QueryRow query = query_row(plan_.geometry, segment, head.kv_head, row);
-      const int64_t token = first_query + query.token;
+      const QueryToken place = query_token(segment, query.token);
       const SoftmaxState state{t.m[row], t.l[row]};
       float factor = normaliser(state.l), lse = log_sum_exp(state);
       if (p_.sinks != nullptr) {
@@ -87,13 +86,11 @@ class Attention {
         factor = normaliser(merged.state.l) * merged.weight_a;
         lse = log_sum_exp_to(merged.state, kLog2e);
       }
-      kernel_.write_output(t, row, factor * value_scale, out_row(segment.batch, token, query.head));
-      p_.lse[segment.batch * p_.lse_batch_stride + query.head * p_.lse_head_stride + token] = lse;
+      kernels_.of(t.rows).write_output(t, row, factor * value_scale,
+                                       out_row(place.batch, place.token, query.head));
+      p_.lse[place.batch * p_.lse_batch_stride + query.head * p_.lse_head_stride + place.token] = lse;
     }
   }
-
-  // The sequence of the batch that has a segment's tokens.
-  int64_t sequence_of(const Segment& segment) const { return sharing_.batch(segment.batch); }
 
   void* out_row(int64_t sequence, int64_t token, int64_t head) const {
     const int64_t offset =
@@ -102,15 +99,14 @@ class Attention {
   }
 
  private:
-  // Where query token `token` of a segment's is in q.
+  // Where query token `token` of a segment's, which may be of a later sequence, is in q and out.
   struct QueryToken {
     int64_t batch;
     int64_t token;
   };
   QueryToken query_token(const Segment& segment, int64_t token) const {
-    const int64_t sequence = sequence_of(segment);
-    if (p_.cu_seqlens_q) return {0, p_.first_query(sequence) + token};
-    return {sequence + token / p_.query_tokens, token % p_.query_tokens};
+    if (p_.cu_seqlens_q) return {0, p_.first_query(segment.batch) + token};
+    return {segment.batch + token / p_.query_tokens, token % p_.query_tokens};
   }
 
   // The scale that all tokens of a sequence and head have in common.
@@ -124,13 +120,14 @@ class Attention {
   void attend_range(const HeadState* heads, const Segment& segment, const TokenRange& range,
                     const NextRange& next_range, DequantisedRows& dequantised) const {
     const int rows = heads[0].tile.rows, run_tokens = plan_.run_tokens;
+    const TileKernel& kernel = kernels_.of(rows);
     const bool dequantises = plan_.dequantises;
     RunViews views(p_, plan_.geometry, segment, rows);
     RunReader runs(page_walk_, plan_, range, next_range);
     // Rows come with the scales of one head.
     const bool scaled = p_.k.scale.per_token() || p_.v.scale.per_token();
     const bool can_score_heads =
-        runs.has_adjoining_heads() && !dequantises && !scaled && rows <= kernel_.max_rows_for_heads;
+        runs.has_adjoining_heads() && !dequantises && !scaled && rows <= kernel.max_rows_for_heads;
     const TileState* tiles[kMaxHeadsPerPass];
     for (int64_t i = 0; i < range.heads; ++i) tiles[i] = &heads[i].tile;
     for (int64_t begin = range.tokens.begin; begin < range.tokens.end; begin += run_tokens) {
@@ -139,28 +136,28 @@ class Attention {
       runs.advance(seen != nullptr);
       const bool all_heads = can_score_heads && end - begin == run_tokens;
       if (all_heads) {
-        kernel_.score_heads(tiles, range.heads, runs.keys(0), seen, runs.prefetch_beside_keys(0));
+        kernel.score_heads(tiles, range.heads, runs.keys(0), seen, runs.prefetch_beside_keys(0));
       } else {
         for (int64_t i = 0; i < range.heads; ++i) {
           const Rows& keys = runs.keys(i);
           const Prefetch prefetch = runs.prefetch_beside_keys(i);
           if (dequantises) {
-            kernel_.score(heads[i].tile, dequantised.keys(keys, prefetch), seen, {});
+            kernel.score(heads[i].tile, dequantised.keys(keys, prefetch), seen, {});
           } else {
-            kernel_.score(heads[i].tile, keys, seen, prefetch);
+            kernel.score(heads[i].tile, keys, seen, prefetch);
           }
         }
       }
       if (all_heads && rows <= kMaxRowsAdded) {
-        kernel_.accumulate_heads(tiles, range.heads, runs.values(0), runs.prefetch_beside_values(0));
+        kernel.accumulate_heads(tiles, range.heads, runs.values(0), runs.prefetch_beside_values(0));
       } else {
         for (int64_t i = 0; i < range.heads; ++i) {
           const Rows& values = runs.values(i);
           const Prefetch prefetch = runs.prefetch_beside_values(i);
           if (dequantises) {
-            kernel_.accumulate(heads[i].tile, dequantised.values(values, prefetch), {});
+            kernel.accumulate(heads[i].tile, dequantised.values(values, prefetch), {});
           } else {
-            kernel_.accumulate(heads[i].tile, values, prefetch);
+            kernel.accumulate(heads[i].tile, values, prefetch);
           }
         }
       }
@@ -168,8 +165,7 @@ class Attention {
   }
 
   const DecodeParams& p_;
-  const Sharing& sharing_;
-  const TileKernel& kernel_;
+  const Kernels& kernels_;
   const Plan& plan_;
   const DequantiseTable* const table_;
   const PageWalk page_walk_;

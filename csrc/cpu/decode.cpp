@@ -22,19 +22,19 @@ namespace {
 
 class Decode {
  public:
-  Decode(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel, const Plan& plan)
+  Decode(const DecodeParams& params, const Sharing& sharing, const Kernels& kernels, const Plan& plan)
       : p_(params),
         sharing_(sharing),
-        kernel_(kernel),
+        kernels_(kernels),
         plan_(plan),
-        attention_(params, sharing, kernel, plan),
-        workspace_(params, kernel, attention_.table(), plan) {}
+        attention_(params, kernels, plan),
+        workspace_(params, kernels.many, attention_.table(), plan) {}
 
   void run() {
     write_padding();
-    const int64_t shared_rows = sharing_.count() > 0 ? p_.total_query_tokens() * p_.num_heads : 0;
+    const int64_t shared_rows = sharing_.nodes() > 0 ? p_.total_query_tokens() * p_.num_heads : 0;
     workspace_.reserve(plan_.ranges.count() * plan_.heads_per_pass, shared_rows, plan_.threads);
-    blocks_done_ = std::make_unique<std::atomic<int64_t>[]>(sharing_.count() * p_.num_kv_heads);
+    depths_ = std::make_unique<std::atomic<int32_t>[]>(shared_rows);
     published_ = std::make_unique<std::atomic<uint32_t>[]>(plan_.ranges.count());
     parallel_for(plan_.threads, [&](int64_t thread) { take_ranges(thread); });
   }
@@ -58,16 +58,15 @@ class Decode {
   // from the last range down, every wait ends, on however few threads.
   void take_ranges(int64_t thread) {
     std::array<HeadState, kMaxHeadsPerPass> heads = workspace_.heads_of(thread);
-    DequantisedRows dequantised(p_, kernel_, attention_.table(), workspace_.dequantised_rows(thread));
+    DequantisedRows dequantised(p_, kernels_.many, attention_.table(), workspace_.dequantised_rows(thread));
     const LeanRanges& ranges = plan_.ranges;
     const auto length = [&](int64_t i) { return sharing_.length(i); };
     const auto walk_over = [&](LeanRange range, int64_t sequence, int64_t sequence_begin) {
-      return SharedWalk(plan_.geometry, range, sequence, sequence_begin, p_.sequences(), sharing_.sequences(),
-                        ranges.total_tiles(), length);
+      return SharedWalk(plan_.geometry, range, sequence, sequence_begin, sharing_.nodes(), length);
     };
-    SharedWalk walk = walk_over({0, 0}, 0, 0);
+    SharedWalk walk = walk_over({0, 0}, sharing_.nodes(), 0);
     SegmentQueue segments([&](TakenSegment& taken) {
-      while (!walk.next(taken.segment, length)) {
+      while (!walk.next(plan_.geometry, taken.segment, length)) {
         const int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
         if (ticket >= ranges.count()) return false;
         taken.number = ranges.count() - 1 - ticket;
@@ -77,6 +76,8 @@ class Decode {
             std::upper_bound(begins.begin(), begins.end(), range.begin) - begins.begin() - 1;
         walk = walk_over(range, sequence, begins[sequence]);
       }
+      taken.sequence = taken.segment.batch;
+      taken.segment.batch = sharing_.batch(taken.sequence);
       return true;
     });
     while (segments.advance()) process(heads.data(), segments, dequantised);
@@ -84,44 +85,46 @@ class Decode {
 
   template <class Segments>
   void process(HeadState* heads, Segments& segments, DequantisedRows& dequantised) {
-    const auto& [segment, cta] = segments.now();
-    const int64_t count = segment.kv_heads;
+    const auto& [segment, cta, sequence] = segments.now();
+    const int64_t count = segment.kv_heads, depth = sharing_.depth(sequence);
     attention_.attend(heads, segments, dequantised);
     if (!segment.is_host()) return publish(heads, count, cta);
     if (segment.has_peers()) merge_peers(heads, count, cta, plan_.ranges.cta_of(segment.output_end - 1));
-    if (const int64_t node = sharing_.prefix(segment.batch); node >= 0) merge_prefix(heads, segment, node);
     for (int64_t i = 0; i < count; ++i) {
-      if (sharing_.is_node(segment.batch)) {
-        share(heads[i], segment);
+      if (sharing_.is_node(sequence)) merge_shared(heads[i], segment, depth + 1);
+      if (depth > 0) {
+        share(heads[i], segment, depth);
       } else {
         attention_.write(heads[i], segment);
       }
     }
   }
 
-  // The states of a segment's rows over what they share.
-  Partial shared_states(const Segment& segment, int64_t kv_head) const {
-    const int64_t row = p_.first_row(attention_.sequence_of(segment)) * p_.group() +
-                        segment.row_block * plan_.geometry.rows_per_block;
-    return workspace_.shared_states(kv_head * p_.total_query_tokens() * p_.group() + row);
+  // Of a segment's first row, among all of the batch's of all heads.
+  int64_t shared_row(const HeadState& head, const Segment& segment) const {
+    const int64_t row =
+        p_.first_row(segment.batch) * p_.group() + segment.row_block * plan_.geometry.rows_per_block;
+    return head.kv_head * p_.total_query_tokens() * p_.group() + row;
   }
 
-  // A node's states take the place of its parent's, which are merged into them and which no other node merges
-  // for these rows.
-  void share(const HeadState& head, const Segment& segment) {
-    save(head.tile, shared_states(segment, head.kv_head));
-    auto& done = blocks_done_[sharing_.node(segment.batch) * p_.num_kv_heads + head.kv_head];
-    done.fetch_add(1, std::memory_order_release);
-    done.notify_all();
-  }
-
-  void merge_prefix(const HeadState* heads, const Segment& segment, int64_t node) {
-    const int64_t blocks = plan_.geometry.row_blocks(sharing_.length(sharing_.sequence(node)).q_len);
-    for (int64_t i = 0; i < segment.kv_heads; ++i) {
-      const auto& done = blocks_done_[node * p_.num_kv_heads + heads[i].kv_head];
-      for (int64_t seen; (seen = done.load(std::memory_order_acquire)) < blocks;) done.wait(seen);
-      merge_into(heads[i].tile, shared_states(segment, heads[i].kv_head));
+  // Leaves states to the node above. They take the place of those that have been merged into them.
+  void share(const HeadState& head, const Segment& segment, int64_t depth) {
+    const int64_t first = shared_row(head, segment);
+    save(head.tile, workspace_.shared_states(first));
+    for (int row = 0; row < head.tile.rows; ++row) {
+      depths_[first + row].store(static_cast<int32_t>(depth), std::memory_order_release);
+      depths_[first + row].notify_all();
     }
+  }
+
+  // Merges what the nodes and sequences below have left: states of so many nodes to go through.
+  void merge_shared(const HeadState& head, const Segment& segment, int64_t depth) {
+    const int64_t first = shared_row(head, segment);
+    for (int row = 0; row < head.tile.rows; ++row) {
+      const auto& left = depths_[first + row];
+      for (int32_t seen; (seen = left.load(std::memory_order_acquire)) != depth;) left.wait(seen);
+    }
+    merge_into(head.tile, workspace_.shared_states(first));
   }
 
   // A range may publish the partial state of each head of a pass.
@@ -145,12 +148,13 @@ class Decode {
 
   const DecodeParams& p_;
   const Sharing& sharing_;
-  const TileKernel& kernel_;
+  const Kernels& kernels_;
   const Plan& plan_;
   const Attention attention_;
   Workspace workspace_;
   std::unique_ptr<std::atomic<uint32_t>[]> published_;
-  std::unique_ptr<std::atomic<int64_t>[]> blocks_done_;  // row blocks of each node and KV head
+  // Of each shared state, how many nodes it has still to go through; 0: it is not there yet.
+  std::unique_ptr<std::atomic<int32_t>[]> depths_;
   std::atomic<int64_t> next_ticket_{0};
 };
 
@@ -160,9 +164,10 @@ void decode_with(const DecodeParams& params,
                  const std::function<TileKernel(const TileKernel& kernel)>& adapt) {
   const Sharing sharing(params);
   check_values(params, sharing);
-  const TileKernel kernel = adapt(tile_kernel(params.dtype, params.k.dtype, most_rows(params, sharing)));
-  const Plan plan = make_plan(params, sharing, kernel, tuning(), num_threads());
-  Decode(params, sharing, kernel, plan).run();
+  Kernels kernels = choose_kernels(params, sharing);
+  kernels = {adapt(kernels.many), adapt(kernels.few)};
+  const Plan plan = make_plan(params, sharing, kernels.many, tuning(), num_threads());
+  Decode(params, sharing, kernels, plan).run();
 }
 
 void decode(const DecodeParams& params) {

@@ -50,10 +50,12 @@ class LeanRanges {
   std::vector<int64_t> begins_{0};  // ascending, then one past the last LeanTile
 };
 
-// A segment that a thread has taken. The number is its range's or, of a fixed split, its own.
+// A segment that a thread has taken; its `batch` is the sequence of the batch that has its tokens, `sequence`
+// that of the schedule. The number is its range's or, of a fixed split, its own.
 struct TakenSegment {
   Segment segment;
   int64_t number;
+  int64_t sequence;
 };
 
 // Hands a thread its segments, one after another. The thread may look at the next before it is done with one,

@@ -111,10 +111,15 @@ class Planner {
 int64_t most_rows(const DecodeParams& p, const Sharing& sharing) {
   int64_t q_len = 0;
   for (int64_t b = 0; b < p.batch; ++b) q_len = std::max(q_len, p.clamped_length(b, 0).q_len);
-  for (int64_t i = p.sequences(); i < sharing.sequences(); ++i) {
-    q_len = std::max(q_len, sharing.length(i).q_len);
-  }
+  for (int64_t i = 0; i < sharing.nodes(); ++i) q_len = std::max(q_len, sharing.length(i).q_len);
   return std::clamp<int64_t>(p.group() * q_len, 1, kMaxRows);
+}
+
+Kernels choose_kernels(const DecodeParams& p, const Sharing& sharing) {
+  const TileKernel& many = tile_kernel(p.dtype, p.k.dtype, most_rows(p, sharing));
+  const TileKernel& few = tile_kernel(p.dtype, p.k.dtype);
+  const bool mixes = !p.quantised() && (sharing.nodes() == 0 || few.column_order == many.column_order);
+  return {many, mixes ? few : many};
 }
 
 Plan make_plan(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel,

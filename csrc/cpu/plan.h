@@ -42,6 +42,16 @@ struct Plan {
 // The most rows that an output tile of this call has: as many as it has, or kMaxRows.
 int64_t most_rows(const DecodeParams& params, const Sharing& sharing);
 
+// The tile kernels of a call: for output tiles of `many.min_rows` rows and more, and for those of fewer.
+struct Kernels {
+  TileKernel many, few;
+
+  const TileKernel& of(int64_t rows) const { return rows < many.min_rows ? few : many; }
+};
+// Tiles may be of different kernels where none of these merges another's states, or both have them in one
+// order. (Quantised caches have one, because it decides how they are dequantised.)
+Kernels choose_kernels(const DecodeParams& params, const Sharing& sharing);
+
 // `max_heads_per_pass` limits what the tuning allows.
 Plan make_plan(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel,
                const Tuning& tuning, int64_t max_threads, int64_t max_heads_per_pass = kMaxHeadsPerPass);

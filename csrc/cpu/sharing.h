@@ -7,43 +7,46 @@
 
 namespace lean::cpu {
 
-// The schedule's sequences: those of the batch, then a node for each row of `shared`, from the last one on.
+// The schedule's sequences: a node for each row of `shared`, then those of the batch. Functions take the
+// number of one.
 class Sharing {
  public:
   explicit Sharing(const DecodeParams& p) : p_(p) {
-    if (count() == 0) return;
-    for (int64_t i = 0; i < count(); ++i) {
-      const SharedNode node = p.shared.node(i);
-      parents_.push_back(p.shared.deepest(node.first_sequence, node.end_sequence, i));
+    if (nodes() == 0) return;
+    for (int64_t i = 0; i < sequences(); ++i) {
+      const SharedNode own = node_or_sequence(i);
+      const int64_t before = is_node(i) ? i : nodes();
+      parents_.push_back(p.shared.deepest(own.first_sequence, own.end_sequence, before));
+      depths_.push_back(p.shared.depth(own.first_sequence, own.end_sequence, before));
     }
-    for (int64_t b = 0; b < p.batch; ++b) node_of_.push_back(p.shared.deepest(b, b + 1, count()));
   }
 
-  // Nodes. Those of empty rows have no query tokens.
-  int64_t count() const { return p_.shared.count; }
-
-  // Sequences of the schedule. The functions below take the number of one.
-  int64_t sequences() const { return p_.sequences() + count(); }
-  bool is_node(int64_t i) const { return i >= p_.sequences(); }
-  // The number of a node among the nodes, and back.
-  int64_t node(int64_t i) const { return sequences() - 1 - i; }
-  int64_t sequence(int64_t node) const { return sequences() - 1 - node; }
+  // Those of empty rows have no query tokens.
+  int64_t nodes() const { return p_.shared.count; }
+  int64_t sequences() const { return nodes() + p_.sequences(); }
+  bool is_node(int64_t i) const { return i < nodes(); }
 
   SequenceLength length(int64_t i) const {
-    if (is_node(i)) return p_.node_length(p_.shared.node(node(i)));
-    SequenceLength length = p_.scheduled_length(i);
-    if (const int64_t node = prefix(i); node >= 0) length.leftpad = p_.shared.node(node).end_token;
+    if (is_node(i)) return p_.node_length(p_.shared.node(i));
+    SequenceLength length = p_.scheduled_length(i - nodes());
+    if (const int64_t node = parent(i); node >= 0) length.leftpad = p_.shared.node(node).end_token;
     return length;
   }
-  // The node whose states are merged into those of this one; -1: none.
-  int64_t prefix(int64_t i) const { return count() == 0 ? -1 : is_node(i) ? parents_[node(i)] : node_of_[i]; }
-  // The sequence of the batch that has the tokens.
-  int64_t batch(int64_t i) const { return is_node(i) ? p_.shared.node(node(i)).first_sequence : i; }
+  // The node that merges its states; -1: it writes the outputs itself.
+  int64_t parent(int64_t i) const { return nodes() == 0 ? -1 : parents_[i]; }
+  // How many nodes its states go through.
+  int64_t depth(int64_t i) const { return nodes() == 0 ? 0 : depths_[i]; }
+  // The sequence of the batch that has its tokens, and its first row; of a schedule whose lengths are per
+  // head, its number.
+  int64_t batch(int64_t i) const { return nodes() == 0 ? i : node_or_sequence(i).first_sequence; }
 
  private:
+  SharedNode node_or_sequence(int64_t i) const {
+    return is_node(i) ? p_.shared.node(i) : SharedNode{i - nodes(), i - nodes() + 1, 0, 0};
+  }
+
   const DecodeParams& p_;
-  std::vector<int64_t> parents_;
-  std::vector<int64_t> node_of_;  // each sequence's deepest node; -1: none
+  std::vector<int64_t> parents_, depths_;
 };
 
 }  // namespace lean::cpu

@@ -72,7 +72,8 @@ struct HeadState {
 
 class Workspace {
  public:
-  // `table` is null where caches have q's dtype.
+  // Room for output tiles of `kernel` and for those of fewer rows; `table` is null where caches have q's
+  // dtype.
   Workspace(const DecodeParams& params, const TileKernel& kernel, const DequantiseTable* table,
             const Plan& plan)
       : p_(params),
@@ -126,9 +127,8 @@ class Workspace {
 
  private:
   // A thread has the memory of its HeadStates, then their run_outputs, that of its DequantisedRows and the
-  // kernel's scratch. The
-  // run_outputs of one pass's heads are written in turn, so they are neighbours: in L1 they do not push each
-  // other out.
+  // kernel's scratch. The run_outputs of one pass's heads are written in turn, so they are neighbours: in L1
+  // they do not push each other out.
   int64_t thread_floats() const {
     return heads_ * (head_floats() + run_output_floats()) + dequantised_floats_ + scratch_floats_;
   }

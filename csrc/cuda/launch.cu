@@ -144,15 +144,12 @@ void decode(const DecodeParams& p, const Queue& queue) {
   }
 
   const int64_t partial_floats = round_up(kernel.partial_floats, 32);
-  const bool shares = p.shared.count > 0;
-  const int64_t state_rows = shares ? p.group() * p.total_query_tokens() : 0;
-  const int64_t node_blocks = ceil_div(state_rows, kernel.rows);
+  const int64_t state_rows = p.shared.count > 0 ? p.group() * p.total_query_tokens() : 0;
   const int64_t states = p.num_kv_heads * state_rows;
   Layout layout;
-  const int64_t ticket_at = layout.add(1, sizeof(uint64_t)), departures_at = layout.add(1, sizeof(uint64_t)),
-                flags_at = layout.add(ctas, sizeof(uint64_t)),
+  const int64_t ticket_at = layout.add(1, sizeof(uint64_t)), flags_at = layout.add(ctas, sizeof(uint64_t)),
                 partials_at = layout.add(ctas * partial_floats, sizeof(float)),
-                node_flags_at = layout.add(p.shared.count * p.num_kv_heads * node_blocks, sizeof(uint64_t)),
+                state_flags_at = layout.add(states, sizeof(uint64_t)),
                 states_at = layout.add(states * kernel.head_dim_v, sizeof(float)),
                 state_sums_at = layout.add(states * 2, sizeof(float));
   char* memory = static_cast<char*>(hw::allocate_workspace(queue.allocate, layout.bytes));
@@ -164,9 +161,7 @@ void decode(const DecodeParams& p, const Queue& queue) {
       .partials = floats(partials_at),
       .partial_floats = partial_floats,
       .nonce = new_nonce(),
-      .departures = words(departures_at),
-      .node_flags = words(node_flags_at),
-      .node_blocks = node_blocks,
+      .state_flags = words(state_flags_at),
       .states = floats(states_at),
       .state_sums = floats(state_sums_at),
       .state_rows = state_rows,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lean_attention.schedule import Schedule
+from lean_attention.schedule import Schedule, Segment
 
 # What merging one partial state takes in the picture, in LeanTiles: an assumption, for all schedules alike.
 MERGE_TILES = 0.25
+MOST_NAMED = 16  # sequences in the legend
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Work of one CTA slot on one sequence, in LeanTiles since the launch."""
+    """Work of one CTA slot on a sequence, in LeanTiles since the launch; row i of n of `shared` is i - n."""
 
     cta: int
     begin: float
@@ -37,35 +39,52 @@ class Panel:
         return max(bar.end for bar in (*self.bars, *self.merges))
 
 
+def in_order(segments: Iterable[Segment]) -> list[Segment]:
+    """A CTA's segments as it takes them: what it publishes, sequences, rows of `shared`, children first."""
+    first, *others = segments
+    published, hosted = ([], [first, *others]) if first.is_host else ([first], others)
+    nodes = [segment for segment in hosted if segment.shared >= 0]
+    return [*published, *(segment for segment in hosted if segment.shared < 0), *reversed(nodes)]
+
+
 def stream_k(schedule: Schedule, merge_tiles: float = 0.0) -> Panel:
-    """Every CTA's lean range. A host block merges its peers when they have published, in the same kernel.
+    """Every CTA's lean range. A host block merges its peers when they have published, in the same kernel;
+    that of a row of `shared` then also what its sequences, and the rows within it, have left.
 
     Args:
         merge_tiles: how long merging one partial state takes, in LeanTiles.
     """
-    bars, merges, clock = [], [], [0.0] * schedule.num_ctas
-    published = [0.0] * schedule.num_ctas
-    hosts = []
-    for segment in schedule.segments():
-        begin = clock[segment.cta]
-        clock[segment.cta] += segment.end_tile - segment.first_tile
-        bars.append(Bar(segment.cta, begin, clock[segment.cta], segment.sequence))
-        if not segment.is_host:
-            published[segment.cta] = clock[segment.cta]
-        elif segment.last_peer > segment.host:
-            hosts.append(segment)
-    # A host's last segment is the one that others continue, so it merges when its own range is done.
-    for segment in hosts if merge_tiles else ():
-        now = clock[segment.cta]
-        for peer in range(segment.host + 1, segment.last_peer + 1):
-            now = max(now, published[peer])
-            merges.append(Bar(segment.cta, now, now + merge_tiles, segment.sequence))
-            now += merge_tiles
-    return Panel(bars, sum(segment.last_peer - segment.host for segment in hosts), merges)
+    bars, merges, partials = [], [], 0
+    published: dict[int, float] = {}  # by CTA
+    left: dict[
+        tuple[int, int], list[float]
+    ] = {}  # by row of `shared` and KV head: when states are left to it
+    ranges = itertools.groupby(schedule.segments(), lambda segment: segment.cta)
+    for cta, segments in reversed([(cta, in_order(segments)) for cta, segments in ranges]):
+        now = 0.0  # whom a CTA waits for comes after it, and is drawn already
+        for segment in segments:
+            end = now + segment.end_tile - segment.first_tile
+            bars.append(Bar(cta, now, end, segment.sequence))
+            now = end
+            if not segment.is_host:
+                published[cta] = now
+                continue
+            ready = [published[peer] for peer in range(segment.host + 1, segment.last_peer + 1)]
+            if segment.shared >= 0:  # of many sequences' rows, one state for each of its own
+                ready.append(max(left[segment.shared, segment.kv_head]))
+            partials += len(ready)
+            for state in ready if merge_tiles else ():
+                begin, now = max(now, state), max(now, state) + merge_tiles
+                merges.append(Bar(cta, begin, now, segment.sequence))
+            if segment.into >= 0:
+                left.setdefault((segment.into, segment.kv_head), []).append(now)
+    return Panel(bars, partials, merges)
 
 
 def fixed_split(schedule: Schedule, splits: int, merge_tiles: float = 0.0) -> Panel:
     """Every output tile cut into the same count of pieces, each given to the slot that is free first.
+
+    Prefixes that sequences share are read for each of them.
 
     One split is FlashAttention-2's grid, over batch and heads only; more are FlashDecoding's. A second kernel
     merges their partial states, one CTA for each output tile; it begins when the last piece is done.
@@ -127,7 +146,9 @@ def draw_schedules(schedule: Schedule, path: Path) -> dict[str, Panel]:
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
+    rows = len(schedule.shared)
     colour = {s: f"C{s % 10}" for s in range(len(schedule.seq_lens))}
+    colour |= {i - rows: str(0.35 + 0.15 * (i % 3)) for i in range(rows)}  # greys
 
     # White gaps tell the CTAs of small grids apart; in large ones they would hide the bars.
     small = schedule.num_ctas <= 64
@@ -159,7 +180,17 @@ def draw_schedules(schedule: Schedule, path: Path) -> dict[str, Panel]:
     axes[0].set_ylabel("CTA")
     figure.legend(
         handles=[
-            *(Patch(color=colour[s], label=f"{n:,}") for s, n in enumerate(schedule.seq_lens)),
+            *(Patch(color=colour[s], label=f"{n:,}") for s, n in enumerate(schedule.seq_lens[:MOST_NAMED])),
+            *(
+                Patch(color="none", label=f"and {n} more")
+                for n in [len(schedule.seq_lens) - MOST_NAMED]
+                if n > 0
+            ),
+            *(
+                Patch(color=colour[i - rows], label=f"shared: {begin:,}..{end - 1:,}")
+                for i, (_, _, begin, end) in enumerate(schedule.shared)
+                if end > begin
+            ),
             Patch(color="black", label="merging"),
         ],
         title="tokens",

@@ -38,6 +38,21 @@ def test_the_picture_shows_all_merging(lens: list[int], panel_of: Callable[..., 
         assert min(bar.begin for bar in panel.merges) == max(bar.end for bar in panel.bars)
 
 
+def test_the_picture_shows_shared_prefixes() -> None:
+    """Read once. Whoever merges sequences has no work left when they are done, where prefixes are long."""
+    rows = [(0, 8, 0, 9000), (0, 4, 9000, 20000), (4, 8, 9000, 15000)]
+    schedule = Schedule([20100] * 8, 2, num_ctas=60, group=4, rows_per_block=16, tile_tokens=100, shared=rows)
+    panel = stream_k(schedule, merge_tiles=0.25)
+    assert sum(bar.end - bar.begin for bar in panel.bars) == schedule.total_tiles
+    of_row = {row: sum(b.end - b.begin for b in panel.bars if b.sequence == row - 3) for row in range(3)}
+    assert of_row == {0: 2 * 2 * 90, 1: 2 * 110, 2: 2 * 60}  # KV heads, row blocks, LeanTiles
+    assert len(panel.merges) == panel.partials >= 2 * (2 + 1 + 1)  # row blocks of nodes
+    assert panel.makespan < 1.6 * schedule.total_tiles / schedule.num_ctas
+    for cta in range(schedule.num_ctas):
+        bars = sorted((bar.begin, bar.end) for bar in (*panel.bars, *panel.merges) if bar.cta == cta)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(bars))
+
+
 def test_makespans() -> None:
     def splits(tiles: list[int], num_ctas: int) -> dict[int, float]:
         lens = [count * core.lean_tile_tokens(128) for count in tiles]

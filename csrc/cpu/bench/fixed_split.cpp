@@ -35,9 +35,10 @@ Segment piece_of(Segment output, int64_t split, int64_t splits) {
 void decode_fixed_split(const DecodeParams& params, int64_t splits) {
   const Sharing sharing(params);
   check_values(params, sharing);
-  const TileKernel& kernel = tile_kernel(params.dtype, params.k.dtype, most_rows(params, sharing));
+  const Kernels kernels = choose_kernels(params, sharing);
+  const TileKernel& kernel = kernels.many;
   const Plan plan = make_plan(params, sharing, kernel, tuning(), num_threads(), 1);
-  const Attention attention(params, sharing, kernel, plan);
+  const Attention attention(params, kernels, plan);
   Workspace workspace(params, kernel, attention.table(), plan);
   const std::vector<Segment> outputs = output_tiles(params, plan);
   const int64_t count = outputs.size(), threads = num_threads();

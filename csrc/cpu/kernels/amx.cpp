@@ -205,8 +205,8 @@ struct AmxKernel {
         const auto b = load(run.row[token + 1], column, t.head_dim_v);
         for (int part = 0; part < kParts; ++part) {
           char* const to_part = to + part * run_bytes(t.head_dim_v);
-          _mm512_storeu_si512(to_part, _mm512_unpacklo_epi16(a.part[part], b.part[part]));
-          _mm512_storeu_si512(to_part + kTileBytes, _mm512_unpackhi_epi16(a.part[part], b.part[part]));
+          _mm512_storeu_si512(to_part, KvRows::pair_first(a.part[part], b.part[part]));
+          _mm512_storeu_si512(to_part + kTileBytes, KvRows::pair_second(a.part[part], b.part[part]));
         }
         prefetcher.template issue<kLine>(0, 0, 1, nullptr);
       }
@@ -303,18 +303,14 @@ struct AmxKernel {
   }
 
   static void write_output(const TileState& t, int row, float row_factor, void* out) {
-    // Columns are in the order in which two rows of V are paired.
-    alignas(64) static constexpr uint16_t order[32] = {0,  1,  2,  3,  16, 17, 18, 19, 4,  5,  6,
-                                                       7,  20, 21, 22, 23, 8,  9,  10, 11, 24, 25,
-                                                       26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
     const F factor = S::set1(row_factor);
     const float* from = t.output + row * t.output_stride;
     auto* to = static_cast<Tensor*>(out);
     for (int column = 0; column < t.head_dim_v; column += kTileDims) {
       const __m512i x = KvRows::round(S::mul(S::load(from + column), factor),
                                       S::mul(S::load(from + column + S::kLanes), factor));
-      _mm512_mask_storeu_epi16(to + column, S::tail_mask(std::min(t.head_dim_v - column, kTileDims)),
-                               _mm512_permutexvar_epi16(_mm512_load_si512(order), x));
+      const __mmask32 columns = S::tail_mask(std::min(t.head_dim_v - column, kTileDims));
+      _mm512_mask_storeu_epi16(to + column, columns, KvRows::in_order(x));
     }
   }
 
@@ -352,6 +348,7 @@ struct AmxKernel {
     return {.instruction_set = "amx",
             .row_dtype = KvRows::kRowDtype,
             .chunk_columns = kTileDims,
+            .column_order = KvRows::kColumnOrder,
             .min_rows = min_rows,
             .rows_at_once = kTileRows,
             .max_rows_for_heads = 0,

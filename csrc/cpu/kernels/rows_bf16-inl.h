@@ -19,6 +19,7 @@ struct Bf16Rows {
   static constexpr int kPairsAtOnce = 4;
   static constexpr bool kConverts = false;
   static constexpr bool kReadsWholeRows = true;
+  static constexpr ColumnOrder kColumnOrder = ColumnOrder::pairs_of_fours;  // that of Step
   static constexpr bool kBroadcastsAgain = false;
 
   struct Chunk {

@@ -162,6 +162,7 @@ struct TileKernelFor {
     return {.instruction_set = instruction_set,
             .row_dtype = KvRows::kRowDtype,
             .chunk_columns = KvRows::kColumns,
+            .column_order = KvRows::kColumnOrder,
             .max_rows_for_heads = max_rows_for_heads(),
             .pack_query = pack_query,
             .score = score,

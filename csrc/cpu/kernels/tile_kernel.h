@@ -98,12 +98,17 @@ struct TileState {
   int64_t output_stride;
 };
 
+// In which order a kernel has the columns of O, of each chunk_columns of them: states that have the same one
+// can be merged.
+enum class ColumnOrder { natural, even_odd, pairs_of_fours };
+
 struct TileKernel {
   const char* instruction_set;
   // Rows of K and V are multiplied as this dtype.
   DType row_dtype;
   // So many columns are processed at once; rows of q and O are padded to a multiple of it.
   int chunk_columns;
+  ColumnOrder column_order;
   // The kernel is for output tiles of so many rows or more.
   int min_rows = 1;
   // So many rows are processed at once; q, O and the scores have room for a multiple of it.

@@ -122,10 +122,9 @@ struct SegmentPlace {
   int32_t bad_block;  // index of a block that is out of range, in the table's row; -1: none
 
   // Where sequences share prefixes; see nodes.h.
-  int32_t node;           // what the segment is of; -1: a sequence
-  int32_t prefix;         // the node whose states are merged into its own; -1: none
-  int32_t first_row;      // among the batch's query rows of a KV head
-  int32_t row_in_prefix;  // the same row, among the prefix's
+  bool is_node;       // the segment is a node's
+  int32_t depth;      // how many nodes its states go through
+  int32_t first_row;  // among the batch's query rows of a KV head
 };
 
 template <class Config>
@@ -154,7 +153,7 @@ struct SharedState {
   float l[kWarps][Config::rows];  // in l[0] then the merged one, or the output's factor
   float merged_m[Config::rows];
   uint16_t* out_rows[Config::rows];
-  float prefix_weight[Config::rows];
+  float shared_weight[Config::rows];         // of outputs that nodes and sequences have left
   float peer_m[kPeersAtOnce][Config::rows];  // then the weight of the peer's output
   float peer_l[kPeersAtOnce][Config::rows];
 

@@ -30,10 +30,7 @@ LEAN_KERNEL(kThreads, 2)
 decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
   const Thread thread;
   Work<Config> work(arguments, thread);
-  if (!work.begin()) {
-    if (shares(arguments)) leave<Config>(arguments);
-    return;
-  }
+  if (!work.begin()) return;
   SharedState<Config>& s = shared_state<Config>();
   KvRing<Config> ring(arguments, thread);
   for (int n = -1;; ++n) {
@@ -60,10 +57,9 @@ decode_kernel(LEAN_KERNEL_PARAMETER DecodeArguments arguments) {
       ring.fill_steps(part == 0);
       if (part == 0 && n >= 0) finish<Config>(arguments, segment, place);
     }
-    if (!s.is_segment[(n + 1) & 1]) break;
+    if (!s.is_segment[(n + 1) & 1]) return;
     ring.fill_panels();
   }
-  if (shares(arguments)) leave<Config>(arguments);
 }
 
 // The entry of the kernel in the table, defined in an object of its own.

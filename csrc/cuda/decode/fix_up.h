@@ -32,46 +32,44 @@ struct Workspace {
   uint64_t nonce;          // its low kTicketBits are zero, the others are not
 
   // Where sequences share prefixes; see nodes.h.
-  uint64_t* departures;  // as tickets
-  uint64_t* node_flags;  // [count of nodes, num_kv_heads, node_blocks]
-  int64_t node_blocks;   // row blocks of a node, at most
-  float* states;         // outputs, [num_kv_heads, state_rows, head_dim_v]
-  float* state_sums;     // m and l, [num_kv_heads, state_rows, 2]
-  int64_t state_rows;    // query rows per KV head, of the batch
+  uint64_t* state_flags;  // [num_kv_heads, state_rows]
+  float* states;          // outputs, [num_kv_heads, state_rows, head_dim_v]
+  float* state_sums;      // m and l, [num_kv_heads, state_rows, 2]
+  int64_t state_rows;     // query rows per KV head, of the batch
 
   LEAN_DEVICE float* partial(int64_t cta) const { return partials + cta * partial_floats; }
 };
 
 // 0 for the first CTA of the launch to take one, then 1, and so on up to num_ctas - 1, each once. By one
 // thread of every CTA. Relaxed: the word's own modification order is all that is used.
-LEAN_DEVICE int32_t take_ticket(uint64_t* word, uint64_t nonce, int64_t num_ctas) {
+LEAN_DEVICE int32_t take_ticket(const Workspace& w, int64_t num_ctas) {
   constexpr uint64_t kCount = (uint64_t{1} << kTicketBits) - 1;
-  uint64_t seen = hw::fetch_add_relaxed(word, 1);
+  uint64_t seen = hw::fetch_add_relaxed(w.ticket, 1);
   // In a replay the high bits are the nonce from the beginning. Else the word was garbage, and what was added
   // to it is lost: at most one of these exchanges succeeds, after which they are the nonce until the launch
   // ends.
-  if ((seen & ~kCount) != nonce) {
-    for (seen = hw::load_relaxed(word); (seen & ~kCount) != nonce; seen = hw::load_relaxed(word)) {
-      hw::compare_exchange_relaxed(word, seen, nonce);
+  if ((seen & ~kCount) != w.nonce) {
+    for (seen = hw::load_relaxed(w.ticket); (seen & ~kCount) != w.nonce; seen = hw::load_relaxed(w.ticket)) {
+      hw::compare_exchange_relaxed(w.ticket, seen, w.nonce);
     }
-    seen = hw::fetch_add_relaxed(word, 1);
+    seen = hw::fetch_add_relaxed(w.ticket, 1);
   }
   const int32_t ticket = static_cast<int32_t>(seen & kCount);
   // The last one leaves the word as a replay wants to find it.
-  if (ticket == num_ctas - 1) hw::store_relaxed(word, nonce);
+  if (ticket == num_ctas - 1) hw::store_relaxed(w.ticket, w.nonce);
   return ticket;
 }
 
-// Called by one thread, after a block barrier that follows all threads' stores of a state. The barrier
+// Called by one thread, after a block barrier that follows all threads' stores of the partial. The barrier
 // orders those stores before this one, and release makes both visible together to who acquires.
-LEAN_DEVICE void raise(const Workspace& w, uint64_t* flag) {
-  hw::store_release(flag, w.nonce);
+LEAN_DEVICE void publish_flag(const Workspace& w, int64_t cta) {
+  hw::store_release(w.flags + cta, w.nonce);
 }
 
-// Called by one thread, before a block barrier that precedes all threads' loads of the state. Relaxed loads
+// Called before a block barrier that precedes all threads' loads of what the flag tells of. Relaxed loads
 // and one fence, because each acquiring load would empty the L1 of the SM.
-LEAN_DEVICE void wait_for(const Workspace& w, uint64_t* flag) {
-  for (unsigned nanoseconds = 32; hw::load_relaxed(flag) != w.nonce;
+LEAN_DEVICE void wait_for(uint64_t* flag, uint64_t value) {
+  for (unsigned nanoseconds = 32; hw::load_relaxed(flag) != value;
        nanoseconds = nanoseconds < 512 ? nanoseconds * 2 : nanoseconds) {
     hw::pause(nanoseconds);
   }

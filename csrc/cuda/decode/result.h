@@ -34,17 +34,17 @@ class Result {
         thread_(thread),
         segment_(segment),
         rows_(arguments, segment),
-        nodes_(arguments, segment, place),
+        shared_(arguments, segment, place),
         s_(shared_state<Config>()),
         is_host_(segment.is_host()),
-        is_node_(is_host_ && nodes_.is_node()),
-        has_prefix_(is_host_ && nodes_.has_prefix()),
+        merges_shared_(is_host_ && shared_.are_merged()),
+        leaves_(is_host_ && shared_.are_left()),
         first_peer_(s_.cta + 1),
         end_peer_(is_host_ && segment.has_peers() ? s_.grid.cta_of(segment.output_end - 1) + 1
                                                   : first_peer_) {}
 
-  // A host block merges the states of the CTAs after this one in ascending order, then those of a prefix, so
-  // that results do not depend on who was faster. Called by all threads.
+  // A host block merges the states of the CTAs after this one in ascending order, then, of a node, those that
+  // are left to it, so that results do not depend on who was faster. Called by all threads.
   LEAN_DEVICE void make() {
     if (is_host_) {
       wait_for_peers();
@@ -59,9 +59,9 @@ class Result {
 #pragma unroll 1
       for (int first = 0; first < kMine; first += 8) make_columns<8>(first);
     }
-    if (!is_host_ || is_node_) {
+    if (!is_host_ || leaves_) {
       hw::sync_block();
-      if (thread_.index == 0) publish();
+      publish();
     }
   }
 
@@ -69,22 +69,21 @@ class Result {
   LEAN_DEVICE float* partial(int32_t peer) const { return a_.workspace.partial(peer); }
 
   LEAN_DEVICE void publish() const {
-    if (is_host_) {
-      nodes_.publish();
-    } else {
-      raise(a_.workspace, a_.workspace.flags + s_.cta);
+    if (!is_host_) {
+      if (thread_.index == 0) publish_flag(a_.workspace, s_.cta);
+    } else if (thread_.index < rows_.count()) {
+      shared_.raise(thread_.index);
     }
   }
 
-  // The flag of a peer has one reader, who lowers it.
   LEAN_DEVICE void wait_for_peers() const {
     LEAN_ROLLED
     for (int32_t peer = first_peer_ + thread_.index; peer < end_peer_; peer += kThreads) {
-      wait_for(a_.workspace, a_.workspace.flags + peer);
+      wait_for(a_.workspace.flags + peer, a_.workspace.nonce);
       lower(a_.workspace.flags + peer);
     }
-    if (has_prefix_) nodes_.wait(thread_.index, rows_.count());
-    if (first_peer_ < end_peer_ || has_prefix_) hw::sync_block();
+    if (merges_shared_ && thread_.index < rows_.count()) shared_.wait(thread_.index);
+    if (first_peer_ < end_peer_ || merges_shared_) hw::sync_block();
   }
 
   // The m and l of this CTA, for the host block.
@@ -114,14 +113,14 @@ class Result {
       }
       hw::sync_block();
     }
-    if (has_prefix_ && row < rows_.count()) merged = merge_prefix(merged);
+    if (merges_shared_ && row < rows_.count()) merged = merge_shared(merged);
     if (row < rows_.count()) {
       const float weight = rescale(s_.merged_m[row], merged.m);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) s_.m[w][row] *= weight;
       s_.merged_m[row] = merged.m;
-      if (is_node_) {
-        hw::store_shared_between_ctas(nodes_.state(row), hw::Float2{merged.m, merged.l});
+      if (leaves_) {
+        hw::store_shared_between_ctas(shared_.sums(row), hw::Float2{merged.m, merged.l});
       } else {
         finish_row(row, merged);
       }
@@ -130,11 +129,11 @@ class Result {
     if (first_peer_ < end_peer_ && holds_all_peers()) weigh_peers(first_peer_);
   }
 
-  // Merges the prefix's state of this thread's row into the one of the segment.
-  LEAN_DEVICE SoftmaxState merge_prefix(SoftmaxState own) const {
-    const hw::Float2 prefix = hw::load_shared_between_ctas(nodes_.state(thread_.index));
-    const SoftmaxState merged = merge(own, {prefix.x, prefix.y}).state;
-    s_.prefix_weight[thread_.index] = rescale(prefix.x, merged.m);
+  // Merges the state that is left for this thread's row into the one of the segment.
+  LEAN_DEVICE SoftmaxState merge_shared(SoftmaxState own) const {
+    const hw::Float2 left = hw::load_shared_between_ctas(shared_.sums(thread_.index));
+    const SoftmaxState merged = merge(own, {left.x, left.y}).state;
+    s_.shared_weight[thread_.index] = rescale(left.x, merged.m);
     return merged;
   }
 
@@ -147,10 +146,10 @@ class Result {
       lse = log_sum_exp_to(with_sink.state, kLog2e);
     }
     s_.l[0][row] = factor;
-    s_.out_rows[row] = static_cast<uint16_t*>(a_.p.out) + segment_.batch * a_.p.out_batch_stride +
-                       rows_.query(row).token * a_.p.out_token_stride + head * a_.p.out_head_stride;
-    a_.p.lse[segment_.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + rows_.query(row).token] =
-        lse;
+    const auto query = rows_.query(row);
+    s_.out_rows[row] = static_cast<uint16_t*>(a_.p.out) + query.batch * a_.p.out_batch_stride +
+                       query.token * a_.p.out_token_stride + head * a_.p.out_head_stride;
+    a_.p.lse[query.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + query.token] = lse;
   }
 
   LEAN_DEVICE int peers_from(int32_t peer) const { return min(kPeersAtOnce, end_peer_ - peer); }
@@ -213,19 +212,19 @@ class Result {
       }
     }
     const auto in_states = [&](int i) {
-      return reinterpret_cast<hw::Float4*>(nodes_.output(loaded_row(i), column_of(i)));
+      return reinterpret_cast<hw::Float4*>(shared_.output(loaded_row(i), column_of(i)));
     };
-    if (has_prefix_) {
+    if (merges_shared_) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         if (row_of(i) >= rows_.count()) continue;  // a node's own state takes the place of the last row's
-        add(sums[i], s_.prefix_weight[row_of(i)], hw::load_shared_between_ctas(in_states(i)));
+        add(sums[i], s_.shared_weight[row_of(i)], hw::load_shared_between_ctas(in_states(i)));
       }
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (row_of(i) >= rows_.count()) continue;
-      if (is_node_) {
+      if (leaves_) {
         hw::store_shared_between_ctas(in_states(i), sums[i]);
       } else if (column_of(i) < a_.p.v.dims) {
         store(row_of(i), column_of(i), sums[i]);
@@ -254,11 +253,11 @@ class Result {
   const Thread& thread_;
   const Segment32& segment_;
   const QueryRows<Config> rows_;
-  const NodeStates<Config> nodes_;
+  const SharedStates<Config> shared_;
   SharedState<Config>& s_;
   const bool is_host_;
-  const bool is_node_;     // its states are left for others
-  const bool has_prefix_;  // whose states are merged into its own
+  const bool merges_shared_;  // what nodes and sequences below have left
+  const bool leaves_;         // its states to the node above
   const int32_t first_peer_;
   const int32_t end_peer_;
 };

@@ -9,9 +9,8 @@ namespace lean::cuda {
 // range are brought into range.
 LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence, int32_t nodes) {
   const DecodeParams& p = a.p;
-  if (nodes > 0 && sequence >= p.batch) {
-    return node_length(a, static_cast<int32_t>(p.batch) + nodes - 1 - sequence);
-  }
+  if (sequence < nodes) return node_length(a, sequence);
+  sequence -= nodes;
   const int32_t num_kv_heads = a.geometry.num_kv_heads;
   const int32_t b = p.lengths_per_head ? sequence / num_kv_heads : sequence;
   const int32_t head = p.lengths_per_head ? sequence - b * num_kv_heads : 0;
@@ -69,15 +68,14 @@ template <class Config>
 LEAN_COLD void begin_shared_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
                                  int32_t sequence_begin) {
   SharedState<Config>& s = shared_state<Config>();
-  const int32_t batch = static_cast<int32_t>(a.p.batch);
-  s.shared_walk() =
-      SharedWalk32(geometry_of<Config>(a), range, sequence, sequence_begin, batch, batch + s.nodes,
-                   s.grid.total_tiles, [&](int32_t i) { return length_of(a, i, s.nodes); });
+  s.shared_walk() = SharedWalk32(geometry_of<Config>(a), range, sequence, sequence_begin, s.nodes,
+                                 [&](int32_t i) { return length_of(a, i, s.nodes); });
 }
 template <class Config>
 LEAN_COLD bool next_shared_segment(const DecodeArguments& a, Segment32& segment, SegmentPlace& place) {
   SharedState<Config>& s = shared_state<Config>();
-  const bool is_segment = s.shared_walk().next(segment, [&](int32_t i) { return length_of(a, i, s.nodes); });
+  const bool is_segment = s.shared_walk().next(geometry_of<Config>(a), segment,
+                                               [&](int32_t i) { return length_of(a, i, s.nodes); });
   if (is_segment) find_nodes(a, s.nodes, Config::rows, segment, place);
   return is_segment;
 }
@@ -109,9 +107,7 @@ class Work {
   LEAN_DEVICE bool begin() {
     SharedState<Config>& s = shared_state<Config>();
     // By a warp that has fewer lengths to add up than the first one.
-    if (thread_.index == kThreads - 1) {
-      s.ticket = take_ticket(a_.workspace.ticket, a_.workspace.nonce, hw::num_ctas());
-    }
+    if (thread_.index == kThreads - 1) s.ticket = take_ticket(a_.workspace, hw::num_ctas());
     const Geometry32 geometry = geometry_of<Config>(a_);
     const int32_t nodes = shares(a_) ? checked_nodes<Config>(a_) : 0;
     const int32_t sequences = sequences_of(a_) + nodes;
