@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,9 +62,9 @@ def decode(
             on all ranks, or on none: where it is needed (for what needs `seq_lens`, and for left padding) and
             missing, one more exchange of an int per sequence sums the `local_lens` of the ranks before.
         group: the ranks, in the order of their tokens; ``None``: all.
-        exchange: ``"gather"`` sends all states to all ranks. ``"heads"`` sends each rank those of some heads,
-            which it merges and sends to all: two exchanges of fewer bytes from 3 ranks on, where ranks divide
-            the heads. ``"auto"`` takes it where that saves more than 1 MiB.
+        exchange: ``"gather"`` sends all states to all ranks. ``"rows"`` deals the heads of all query tokens
+            to the ranks: each merges its own and sends them to all. These are two exchanges, of fewer bytes
+            from 3 ranks on. ``"auto"`` takes them where they save more than 4 MiB and no head is left over.
         exchange_dtype: of the partial outputs on their way, where it is narrower than what the op gives.
         parts: pieces to cut the batch into: the states of one are exchanged while the next is computed. Not
             with `cu_seqlens_q`.
@@ -109,32 +111,26 @@ def decode(
         groups.compare(NAME, group, vars(call) | others | ways)
     _check(call, shards, first_positions, parts)
     heads, dv, ranks = q.shape[-2], v_shard.shape[-1], group.size()
-    tokens = q.shape[:-2].numel()
     dtype = exchanges.travelling_dtype(q.dtype, exchange_dtype)
     words = exchanges.row_words(dv, dtype), exchanges.row_words(dv, q.dtype)
-    exchange = exchanges.choose(exchange, tokens, heads, *words, ranks)
+    exchange = exchanges.choose(exchange, q.shape[:-1].numel(), *words, ranks)
     placement = _placement(call, shards, first_positions, group) if call.needs_positions else None
 
     pieces = [(call, placement)]
     if parts > 1:
-        pieces = []
-        for i in range(min(parts, call.batch)):
-            begin, end = (call.batch * n // min(parts, call.batch) for n in (i, i + 1))
-            placed = None if placement is None else placement.part(begin, end)
-            pieces.append((call.part(begin, end), placed))
-    finishes = [
-        exchanges.start(local_state(*piece), sinks, group, exchange, exchange_dtype, q.dtype)
-        for piece in pieces
-    ]
+        pieces = list(_cut(call, placement, min(parts, call.batch)))
+    finishes = []
+    for piece, placed in pieces:
+        state = local_state(piece, placed)
+        own_sinks = None if sinks is None else sinks.repeat(len(state[1]) // heads)
+        finishes.append(exchanges.start(state, own_sinks, group, exchange, exchange_dtype, q.dtype))
     states = [finish() for finish in finishes]
     out, lse = states[0] if len(states) == 1 else (torch.cat(each) for each in zip(*states, strict=True))
-    if cu_seqlens_q is not None:
-        if sinks is not None:  # which tokens of no sequence do not have
-            belong = torch.arange(len(q), device=q.device) < cu_seqlens_q[-1]
-            lse = torch.where(belong[:, None], lse, -torch.inf)
-        return out, lse.t().contiguous()
-    out = out.view(*q.shape[:-1], dv)
-    return out, lse.view(q.shape[0], q.shape[1], heads).transpose(1, 2).contiguous()
+    out, lse = out.view(*q.shape[:-1], dv), lse.view(q.shape[:-1])
+    if cu_seqlens_q is not None and sinks is not None:  # which tokens of no sequence do not have
+        belong = torch.arange(len(q), device=q.device) < cu_seqlens_q[-1]
+        lse = torch.where(belong[:, None], lse, -torch.inf)
+    return out, lse.transpose(-1, -2).contiguous()
 
 
 def check_group(*args, group: dist.ProcessGroup | None = None, **arguments) -> None:
@@ -187,7 +183,7 @@ def prefill(
     _check_shards(name, shards)
     _check_lengths(name, "local_lens", local_lens, len(q))
     rank, ranks = group.rank(), group.size()
-    batch, tokens = q.shape[:2]
+    batch, tokens, heads = q.shape[:3]
     block = shards.block if isinstance(shards, RoundRobin) else max(tokens, 1)
     in_turn = isinstance(shards, RoundRobin)
     lens_of_ranks = exchanges.gather(local_lens, group)
@@ -200,7 +196,7 @@ def prefill(
     index = torch.arange(blocks, device=q.device).repeat(batch)
     sequences = torch.arange(batch, device=q.device).repeat_interleave(blocks)
 
-    merged = None
+    merged, own_sinks = None, None if sinks is None else sinks.repeat(queries.shape[:2].numel())
     coming = [exchanges.start_broadcast(each, 0, group) for each in (k, v)]
     for source in range(ranks):
         shard = [exchanges.wait(each) for each in coming]
@@ -221,13 +217,20 @@ def prefill(
             causal=source == rank,
             softcap=softcap,
         )
-        state = out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        state = out.flatten(0, 2), lse.transpose(1, 2).flatten()
         states = [state] if merged is None else [merged, state]
-        merged = exchanges.merge(*zip(*states, strict=True), sinks if merged is None else None, torch.float32)
-    out, lse = (each.view(batch, blocks * block, *each.shape[1:])[:, :tokens] for each in merged)
+        merged = exchanges.merge(*zip(*states, strict=True), own_sinks, torch.float32)
+        own_sinks = None
+    out, lse = (each.view(batch, blocks * block, heads, *each.shape[1:])[:, :tokens] for each in merged)
     out = torch.where(used[:, :, None, None], out, 0).to(q.dtype)
     lse = torch.where(used[:, :, None], lse, -torch.inf)
     return out, lse.transpose(1, 2).contiguous()
+
+
+def _cut(call: Call, placement: Placement | None, parts: int) -> Iterator[tuple[Call, Placement | None]]:
+    for i in range(parts):
+        begin, end = (call.batch * n // parts for n in (i, i + 1))
+        yield call.part(begin, end), None if placement is None else placement.part(begin, end)
 
 
 def _placement(call: Call, shards: Shards, first_positions: Tensor | None, group) -> Placement:

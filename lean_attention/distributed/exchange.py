@@ -15,12 +15,12 @@ from torch import Tensor
 from lean_attention import ops
 
 _collectives = torch.ops._c10d_functional
-State = tuple[Tensor, Tensor]  # out [tokens, heads, head_dim_v], lse [tokens, heads]
+State = tuple[Tensor, Tensor]  # out [rows, head_dim_v], lse [rows]; a row is a head of a query token
 
-# "auto" chooses "heads" where that receives so many bytes less. A link carries them in about the time of one
-# more collective.
-BYTES_THAT_PAY = 2**20
-EXCHANGES = ("auto", "gather", "heads")
+# "auto" chooses "rows" where that receives so many bytes less. In the time of one more collective Ethernet
+# carries some 2 MB, and NVLink 6 MB.
+BYTES_THAT_PAY = 2**22
+EXCHANGES = ("auto", "gather", "rows")
 
 
 def start_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -43,30 +43,26 @@ def wait(tensor: Tensor) -> Tensor:
     return _collectives.wait_tensor(tensor)
 
 
-def choose(exchange: str, tokens: int, heads: int, words: int, merged_words: int, ranks: int) -> str:
-    """ "gather" or "heads", from what all ranks have in common. `words` are those of a row."""
+def choose(exchange: str, rows: int, words: int, merged_words: int, ranks: int) -> str:
+    """ "gather" or "rows", from what all ranks have in common. `words` are those of a row on its way."""
     if exchange not in EXCHANGES:
         raise ValueError(f"distributed.decode: exchange is {exchange!r}; it must be one of {EXCHANGES}")
+    if exchange == "rows" and rows % ranks:
+        raise ValueError(
+            f'distributed.decode: exchange is "rows", and {rows} (query tokens times heads) cannot be dealt '
+            f"to {ranks} ranks"
+        )
     if exchange != "auto":
-        if exchange == "heads" and heads % ranks:
-            raise ValueError(
-                f'distributed.decode: exchange is "heads", and {heads} heads cannot be dealt to {ranks} ranks'
-            )
         return exchange
-    if heads % ranks:
-        return "gather"
-    saved = received(tokens, heads, words, merged_words, ranks, "gather") - received(
-        tokens, heads, words, merged_words, ranks, "heads"
-    )
-    return "heads" if saved > BYTES_THAT_PAY else "gather"
+    gathered, dealt = (received(rows, words, merged_words, ranks, way) for way in ("gather", "rows"))
+    return "rows" if rows % ranks == 0 and gathered - dealt > BYTES_THAT_PAY else "gather"
 
 
-def received(tokens: int, heads: int, words: int, merged_words: int, ranks: int, exchange: str) -> int:
+def received(rows: int, words: int, merged_words: int, ranks: int, exchange: str) -> int:
     """Bytes that a rank receives in one step."""
-    state, merged = 4 * tokens * heads * words, 4 * tokens * heads * merged_words
     if exchange == "gather":
-        return (ranks - 1) * state
-    return (ranks - 1) * (state + merged) // ranks
+        return (ranks - 1) * 4 * rows * words
+    return (ranks - 1) * 4 * rows * (words + merged_words) // ranks
 
 
 def row_words(head_dim_v: int, dtype: torch.dtype) -> int:
@@ -89,7 +85,7 @@ def start(
 ) -> Callable[[], State]:
     """Sends a rank's state to the others; what is returned waits, and gives the merged state of all.
 
-    `sinks` is ``[heads]``, the same on all ranks: they join when states are merged, so they count once.
+    `sinks` is ``[rows]``, the same on all ranks: they join when states are merged, so they count once.
     """
     out, lse = state
     dtype = travelling_dtype(out.dtype, exchange_dtype)
@@ -99,40 +95,41 @@ def start(
         pending = start_gather(words, group)
 
         def finish() -> State:
-            states = _unpack(wait(pending).view(ranks, *words.shape), dtype)
-            return merge(*(each.unbind() for each in states), sinks, result_dtype)
+            return _merge(wait(pending), ranks, dtype, sinks, result_dtype)
 
         return finish
 
-    heads = words.shape[1] // ranks
-    pending = _collectives.all_to_all_single(
-        words.transpose(0, 1).contiguous(), [heads] * ranks, [heads] * ranks, group.group_name
-    )
+    rows = len(words) // ranks
+    pending = _collectives.all_to_all_single(words, [rows] * ranks, [rows] * ranks, group.group_name)
 
     def finish() -> State:
-        states = _unpack(wait(pending).view(ranks, heads, words.shape[0], -1).transpose(1, 2), dtype)
-        own_sinks = None if sinks is None else sinks[rank * heads : (rank + 1) * heads]
-        own = _pack(*merge(*(each.unbind() for each in states), own_sinks, result_dtype))  # token, head, word
-        merged = wait(start_gather(own.transpose(0, 1), group))
-        return _unpack(merged.transpose(0, 1), result_dtype)
+        own_sinks = None if sinks is None else sinks[rank * rows : (rank + 1) * rows]
+        own = _merge(wait(pending), ranks, dtype, own_sinks, result_dtype)
+        return _unpack(wait(start_gather(_pack(*own), group)), result_dtype)
 
     return finish
 
 
+def _merge(
+    words: Tensor, ranks: int, dtype: torch.dtype, sinks: Tensor | None, result_dtype: torch.dtype
+) -> State:
+    states = _unpack(words.view(ranks, -1, words.shape[-1]), dtype)
+    return merge(*(each.unbind() for each in states), sinks, result_dtype)
+
+
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None, dtype: torch.dtype) -> State:
-    """Merges states in this order: a rank's ``[tokens, heads, head_dim_v]`` and ``[tokens, heads]`` each."""
-    partial_outs, partial_lses = [out.float() for out in outs], [lse.t() for lse in lses]
+    """Merges states, sinks first and then in this order."""
+    outs, lses = [out.float().unsqueeze(1) for out in outs], [lse.unsqueeze(0) for lse in lses]
     if sinks is not None:
-        partial_outs.insert(0, torch.zeros_like(partial_outs[0]))
-        partial_lses.insert(0, sinks[:, None].expand_as(partial_lses[0]))
-    out, lse = ops.merge_states(partial_outs, partial_lses)
-    return out.to(dtype), lse.t()
+        outs.insert(0, torch.zeros_like(outs[0]))
+        lses.insert(0, sinks.unsqueeze(0))
+    out, lse = ops.merge_states(outs, lses)
+    return out.squeeze(1).to(dtype), lse.squeeze(0)
 
 
 def _pack(out: Tensor, lse: Tensor) -> Tensor:
     """As integers, which nothing on the way rounds or takes for NaN."""
-    words = lse.contiguous().view(torch.int32).unsqueeze(-1)
-    return torch.cat([out.contiguous().view(torch.int32), words], dim=-1)
+    return torch.cat([out.contiguous().view(torch.int32), lse.view(torch.int32).unsqueeze(-1)], dim=-1)
 
 
 def _unpack(words: Tensor, dtype: torch.dtype) -> State:

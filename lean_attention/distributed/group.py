@@ -23,12 +23,13 @@ def checked_group(name: str, group: dist.ProcessGroup | None, tensor: Tensor) ->
             f"{name}: torch.distributed is not initialised; call torch.distributed.init_process_group first"
         )
     group = dist.group.WORLD if group is None else group
-    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    is_outside = group is dist.GroupMember.NON_GROUP_MEMBER
+    if not is_outside and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name}: group is a {type(group).__name__}; it must be a ProcessGroup or None")
+    if is_outside or dist.get_rank(group) < 0:
         raise ValueError(
             f"{name}: group has not this rank ({dist.get_rank()} of all); only its ranks may call"
         )
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{name}: group is a {type(group).__name__}; it must be a ProcessGroup or None")
     if not torch.compiler.is_compiling():
         _check_backend(name, group, tensor.device)
     return group

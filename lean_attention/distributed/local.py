@@ -90,23 +90,21 @@ class Call:
 
 
 def local_state(call: Call, placement: Placement | None) -> tuple[Tensor, Tensor]:
-    """The rank's ``(out, lse)``: ``[tokens, heads, head_dim_v]`` and ``[tokens, heads]``, tokens of all
-    sequences.
+    """The rank's ``(out, lse)``: ``[rows, head_dim_v]`` and ``[rows]``; a row is a head of a query token.
 
     This is the one place that tells the op of positions. `placement` may be ``None`` where they play no part.
     """
     if placement is None or not call.needs_positions:
         out, lse = _decode(call, call.local_lens, causal=False)
-        if call.cu_seqlens_q is not None:
-            return out, lse.transpose(0, 1)
-        return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
-    return _state_by_ranges(call, placement)
+        return out.flatten(0, -2), lse.transpose(-1, -2).flatten()
+    out, lse = _state_by_ranges(call, placement)
+    return out.flatten(0, 1), lse.flatten()
 
 
 def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
-    """Each query token as a sequence of its own, with the range of the shard's tokens that it sees.
+    """``[tokens, heads, head_dim_v]`` and ``[tokens, heads]``: each query token as a sequence of its own.
 
-    A shard keeps the order of positions, so what a query token sees of it is one range: the op's `seq_lens`
+    A shard keeps the order of positions, so what a query token sees of it is one range, the op's `seq_lens`
     and `cache_leftpad`. K and V are read once for each query token.
 
     With ALiBi a token at distance ``d`` loses ``slope * d``. The op takes the query token for the range's
