@@ -65,6 +65,9 @@ class Batch:
         return self.sequences * self.tokens * KV_BYTES
 
 
+Way = tuple[Batch, str, int]  # exchange, parts
+
+
 @dataclass(frozen=True)
 class Measured:
     step: float
@@ -74,7 +77,7 @@ class Measured:
     gathered: int
 
 
-def measure(rank: int, ranks: int, batch: Batch, exchange: str, rounds: int) -> Measured:
+def measure(rank: int, ranks: int, batch: Batch, exchange: str, parts: int, rounds: int) -> Measured:
     shards = distributed.RoundRobin(BLOCK)
     lens = torch.full((batch.sequences,), batch.tokens, dtype=torch.int32)
     local_lens = shards.local_lens(lens, rank, ranks)
@@ -85,7 +88,7 @@ def measure(rank: int, ranks: int, batch: Batch, exchange: str, rounds: int) -> 
     q = torch.randn(batch.sequences, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16)
 
     def step() -> None:
-        distributed.decode(q, k, v, local_lens, shards=shards, exchange=exchange)
+        distributed.decode(q, k, v, local_lens, shards=shards, exchange=exchange, parts=parts)
 
     def attention() -> None:
         torch.ops.lean_attn.decode(q, k, v, local_lens)
@@ -119,9 +122,8 @@ def measure(rank: int, ranks: int, batch: Batch, exchange: str, rounds: int) -> 
     )
 
 
-def run_rank(
-    rank: int, ranks: int, threads: int, store: str, cases: list[tuple[Batch, str]], rounds: int, results
-) -> None:
+def run_rank(rank: int, ranks: int, threads: int, store: str, cases: list[Way], rounds: int, results) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     with torch.inference_mode():
@@ -131,8 +133,8 @@ def run_rank(
     dist.destroy_process_group()
 
 
-def run(ranks: int, threads: int, cases: list[tuple[Batch, str]], rounds: int) -> list[Measured]:
-    context = multiprocessing.get_context("spawn")
+def run(ranks: int, threads: int, cases: list[Way], rounds: int) -> list[Measured]:
+    context = multiprocessing.get_context("forkserver")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, threads, os.path.join(folder, "store"), cases, rounds, results)
@@ -148,7 +150,6 @@ def run(ranks: int, threads: int, cases: list[tuple[Batch, str]], rounds: int) -
 
 def print_measured(options: argparse.Namespace, console: Console) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     threads = torch.get_num_threads()
     batches = [Batch(1, options.context), Batch(16, max(options.context // 16, 1))]
     table = table_of(
@@ -166,13 +167,18 @@ def print_measured(options: argparse.Namespace, console: Console) -> None:
     )
     for ranks in options.ranks:
         each = max(threads // ranks, 1)
-        ways = ("gather",) if ranks == 1 or HEADS % ranks else ("gather", "rows")
-        cases = [(batch, exchange) for batch in batches for exchange in ways]
-        for (batch, exchange), found in zip(cases, run(ranks, each, cases, options.rounds), strict=True):
+        cases: list[Way] = [(batch, "gather", 1) for batch in batches]
+        if ranks > 1:
+            cases += [(batch, "rows", 1) for batch in batches if batch.sequences * HEADS % ranks == 0]
+            cases += [(batch, "gather", 2) for batch in batches if batch.sequences > 1]
+            cases.sort(key=lambda case: case[0].sequences)
+        for (batch, exchange, parts), found in zip(
+            cases, run(ranks, each, cases, options.rounds), strict=True
+        ):
             table.add_row(
                 str(batch),
                 f"{ranks} x {each}",
-                exchange if ranks > 1 else "-",
+                (exchange + ", 2 parts" * (parts > 1)) if ranks > 1 else "-",
                 f"{1e3 * found.step:.2f}",
                 f"{1e3 * found.attention:.2f}",
                 f"{found.received:,}",

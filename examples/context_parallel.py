@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node 4 examples/context_parallel.py
 
-The processes are a mesh of two rows and two columns. Each has half of the heads (tensor parallelism), and of their
-K and V the tokens of its column (context parallelism). The tokens must be those that one process generates with
-PyTorch's own attention, from the same weights and without a cache.
+The processes are a mesh of two rows and two columns. Each has the heads of its row (tensor parallelism)
+and, of their K and V, the tokens of its column (context parallelism). They must generate what one process
+does with PyTorch's own attention, the same weights and no cache.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ def make_weights() -> dict[str, Tensor]:
         for i in range(LAYERS)
         for name, size in sizes.items()
     }
-    return weights | {"embed": torch.randn(VOCABULARY, HIDDEN)}
+    for name in ("embed", "head"):
+        weights[name] = torch.randn(VOCABULARY, HIDDEN) / HIDDEN**0.5
+    return weights
 
 
 def shard_heads(weights: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
     """What a process multiplies with: rows of what leads to heads, columns of what leads from them."""
 
     def own(name: str, weight: Tensor) -> Tensor:
-        return weight if name == "embed" else weight.chunk(ranks, dim=1 if name[0] in "od" else 0)[rank]
+        if name in ("embed", "head"):
+            return weight
+        return weight.chunk(ranks, dim=1 if name[:-1] in ("o", "down") else 0)[rank]
 
     return {name: own(name, weight) for name, weight in weights.items()}
 
@@ -62,7 +66,7 @@ def forward(
     attend: Attend,
     add: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Logits of tokens at these positions, both [batch, tokens]. `add` sums over the processes with other heads."""
+    """Logits of tokens at these positions, both [batch, tokens]; `add` sums over those with other heads."""
     x = weights["embed"][tokens]
     for i in range(LAYERS):
         y = F.rms_norm(x, (HIDDEN,))
@@ -72,7 +76,7 @@ def forward(
         y = F.rms_norm(x, (HIDDEN,))
         y = F.silu(F.linear(y, weights[f"gate{i}"])) * F.linear(y, weights[f"up{i}"])
         x = x + add(F.linear(y, weights[f"down{i}"]))
-    return F.linear(F.rms_norm(x, (HIDDEN,)), weights["embed"])
+    return F.linear(F.rms_norm(x, (HIDDEN,)), weights["head"])
 
 
 def generate_in_one_process(weights: dict[str, Tensor], prompts: list[Tensor]) -> list[list[int]]:
