@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from benchmarks.report import print_whole, table_of
 from lean_attention import distributed
+from lean_attention.distributed import exchange as exchanges
 from lean_attention.distributed.exchange import gather, received, row_words
 from lean_attention.tools.command_line import positive
 
@@ -35,21 +36,29 @@ KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2  # of a token, in bfloat16
 WORDS = row_words(HEAD_DIM, torch.bfloat16)
 
 
-class CountBytes(TorchDispatchMode):
-    """The bytes that this rank receives in the exchanges of steps."""
+class CountBytes:
+    """The bytes that this rank receives in the exchanges of steps: counted where they are called."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.received = 0
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        name = op.overloadpacket._qualified_op_name
-        if name == "_c10d_functional::all_gather_into_tensor":
-            self.received += result.nbytes - args[0].nbytes
-        elif name == "_c10d_functional::all_to_all_single":
-            self.received += result.nbytes - result.nbytes // len(args[1])
-        return result
+    def __enter__(self) -> CountBytes:
+        self._collectives, exchanges._collectives = exchanges._collectives, self
+        return self
+
+    def __exit__(self, *_error) -> None:
+        exchanges._collectives = self._collectives
+
+    def all_gather_into_tensor(self, tensor: Tensor, ranks: int, group: str) -> Tensor:
+        self.received += (ranks - 1) * tensor.nbytes
+        return self._collectives.all_gather_into_tensor(tensor, ranks, group)
+
+    def all_to_all_single(self, tensor: Tensor, output: list[int], splits: list[int], group: str) -> Tensor:
+        self.received += tensor.nbytes - tensor.nbytes // len(splits)
+        return self._collectives.all_to_all_single(tensor, output, splits, group)
+
+    def wait_tensor(self, tensor: Tensor) -> Tensor:
+        return self._collectives.wait_tensor(tensor)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Measured:
     gathered: int
 
 
-def measure(rank: int, ranks: int, batch: Batch, exchange: str, parts: int, rounds: int) -> Measured:
+def measure(rank: int, ranks: int, batch: Batch, way: str, parts: int, rounds: int) -> Measured:
     shards = distributed.RoundRobin(BLOCK)
     lens = torch.full((batch.sequences,), batch.tokens, dtype=torch.int32)
     local_lens = shards.local_lens(lens, rank, ranks)
@@ -88,7 +97,7 @@ def measure(rank: int, ranks: int, batch: Batch, exchange: str, parts: int, roun
     q = torch.randn(batch.sequences, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16)
 
     def step() -> None:
-        distributed.decode(q, k, v, local_lens, shards=shards, exchange=exchange, parts=parts)
+        distributed.decode(q, k, v, local_lens, shards=shards, exchange=way, parts=parts)
 
     def attention() -> None:
         torch.ops.lean_attn.decode(q, k, v, local_lens)

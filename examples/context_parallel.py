@@ -146,12 +146,13 @@ def main() -> None:
     weights = make_weights()
     prompts = [torch.randint(VOCABULARY, (length,)) for length in PROMPTS]
     with torch.inference_mode():
-        got, want = generate_sharded(weights, prompts), generate_in_one_process(weights, prompts)
-    if dist.get_rank() == 0:
-        for prompt, tokens in zip(prompts, got, strict=True):
-            print(f"after {len(prompt)} tokens, over 4 processes: {tokens}")
-        print(f"in one process: {'the same tokens' if got == want else want}")
-    assert got == want, f"rank {dist.get_rank()}: {got}, in one process {want}"
+        got = generate_sharded(weights, prompts)
+        if dist.get_rank() == 0:
+            want = generate_in_one_process(weights, prompts)
+            for prompt, tokens in zip(prompts, got, strict=True):
+                print(f"after {len(prompt)} tokens, over 4 processes: {tokens}")
+            print(f"in one process: {'the same tokens' if got == want else want}")
+            assert got == want, "the tokens differ"
     dist.destroy_process_group()
 
 
