@@ -126,7 +126,7 @@ def measure(rank: int, ranks: int, batch: Batch, way: str, parts: int, rounds: i
         seconds(step, rounds),
         seconds(attention, rounds),
         of_step.received,
-        seconds(gather_caches, 3),
+        seconds(gather_caches, 1),
         of_caches.received,
     )
 

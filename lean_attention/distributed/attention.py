@@ -65,7 +65,8 @@ def decode(
         exchange: ``"gather"`` sends all states to all ranks. ``"rows"`` deals the heads of all query tokens
             to the ranks: each merges its own and sends them to all. These are two exchanges, of fewer bytes
             from 3 ranks on. ``"auto"`` takes them where they save more than 4 MiB and no head is left over.
-        exchange_dtype: of the partial outputs on their way, where it is narrower than what the op gives.
+        exchange_dtype: of the partial outputs on their way; q's dtype, which the op gives them in, where that
+            is not wider. float16 and bfloat16 round those of float32.
         parts: pieces to cut the batch into: the states of one are exchanged while the next is computed. Not
             with `cu_seqlens_q`.
         cache_leftpad: ``[batch]``: leading tokens of the whole sequences that no row sees.
@@ -118,7 +119,7 @@ def decode(
 
     pieces = [(call, placement)]
     if parts > 1:
-        pieces = list(_cut(call, placement, min(parts, call.batch)))
+        pieces = list(_cut(call, placement, max(min(parts, call.batch), 1)))
     finishes = []
     for piece, placed in pieces:
         state = local_state(piece, placed)
@@ -142,7 +143,7 @@ def check_group(*args, group: dist.ProcessGroup | None = None, **arguments) -> N
 
     Raises:
         ValueError: names the first argument whose shape, dtype, device or value differs between ranks, and
-            lengths that are negative or do not add up to `seq_lens`.
+            lengths that are negative, do not add up to `seq_lens` or are not those of round-robin shards.
     """
     given = groups.bound(decode, args, arguments)
     del given["group"]

@@ -71,8 +71,12 @@ def row_words(head_dim_v: int, dtype: torch.dtype) -> int:
 
 
 def travelling_dtype(out: torch.dtype, exchange_dtype: torch.dtype) -> torch.dtype:
-    """That of the outputs where it is the narrower one: the same values in fewer bytes."""
-    return out if out.itemsize < exchange_dtype.itemsize else exchange_dtype
+    """That of the outputs unless it is wider: the same values in fewer bytes."""
+    if exchange_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"distributed.decode: exchange_dtype is {exchange_dtype}; it must be float32, float16 or bfloat16"
+        )
+    return exchange_dtype if out.itemsize > exchange_dtype.itemsize else out
 
 
 def start(

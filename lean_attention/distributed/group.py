@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lean_attention.distributed.placement import RoundRobin, Shards
+
 VARIABLE = "LEAN_ATTENTION_CHECK_GROUP"
 # Dimensions that a rank has for itself: slots or pages of its cache, tokens in one, width of its block table.
 _OWN_DIMS = {"k_shard": (0, 1), "v_shard": (0, 1), "k_scale": (0, 1), "v_scale": (0, 1), "block_table": (-1,)}
@@ -41,8 +43,10 @@ def _check_backend(name: str, group: dist.ProcessGroup, device: torch.device) ->
     except RuntimeError:
         backend = None
     if backend is None or (device.type != "cpu" and backend.lower() == "gloo"):
-        has = "no backend for" if backend is None else f"{backend}, which does not go with,"
-        raise ValueError(f"{name}: group has {has} tensors on {device.type}; GPUs need NCCL, CPUs gloo")
+        raise ValueError(
+            f"{name}: group has {backend or 'no backend'} for tensors on {device.type}; "
+            "GPUs need NCCL, CPUs gloo"
+        )
 
 
 def is_asked_for() -> bool:
@@ -72,7 +76,7 @@ def compare(name: str, group: dist.ProcessGroup, arguments: dict[str, Any]) -> N
                     f"{name}: {argument} is {each[argument]} on rank {rank}, {first} on rank 0; "
                     "they must be equal"
                 )
-    _compare_lengths(name, values)
+    _compare_lengths(name, values, arguments["shards"])
 
 
 def _described(argument: str, value: Any) -> str:
@@ -86,7 +90,7 @@ def _described(argument: str, value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(sizes)}] on {value.device.type}"
 
 
-def _compare_lengths(name: str, values: list[dict]) -> None:
+def _compare_lengths(name: str, values: list[dict], shards: Shards) -> None:
     for rank, each in enumerate(values):
         for argument, lens in each.items():
             low = [b for b, length in enumerate(lens or []) if isinstance(length, int) and length < 0]
@@ -99,12 +103,20 @@ def _compare_lengths(name: str, values: list[dict]) -> None:
                 f"{name}: seq_lens is {each['seq_lens']} on rank {rank}, {values[0]['seq_lens']} on rank 0; "
                 "they must be equal"
             )
-    if values[0]["seq_lens"] is None:
-        return
-    for b, total in enumerate(values[0]["seq_lens"]):
-        held = [each["local_lens"][b] for each in values]
-        if sum(held) != total:
-            raise ValueError(f"{name}: seq_lens[{b}] is {total}, and the ranks hold {held}; they must add up")
+    held = torch.tensor([each["local_lens"] for each in values])  # rank, sequence, KV head if they differ
+    total = held.sum(0)
+    if values[0]["seq_lens"] is not None and total.tolist() != values[0]["seq_lens"]:
+        raise ValueError(
+            f"{name}: seq_lens is {values[0]['seq_lens']}, and the ranks hold {total.tolist()} tokens "
+            "together; they must be equal"
+        )
+    if isinstance(shards, RoundRobin):
+        for rank, lens in enumerate(held):
+            want = shards.local_lens(total, rank, len(held))
+            if not torch.equal(lens, want):
+                raise ValueError(
+                    f"{name}: local_lens is {lens.tolist()} on rank {rank}; {shards} deals it {want.tolist()}"
+                )
 
 
 def bound(function: Callable, args: tuple, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def local_state(call: Call, placement: Placement | None) -> tuple[Tensor, Tensor
     """The rank's ``(out, lse)``: ``[rows, head_dim_v]`` and ``[rows]``; a row is a head of a query token.
 
     This is the one place that tells the op of positions. `placement` may be ``None`` where they play no part.
+    An op that takes `seq_lens` of whole sequences and a `Placement` would need no other call than the first.
     """
     if placement is None or not call.needs_positions:
         out, lse = _decode(call, call.local_lens, causal=False)

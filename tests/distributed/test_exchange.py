@@ -33,9 +33,10 @@ def count(rank: int, of_ranks: list[dict]) -> None:
                 distributed.decode(**mine, exchange=exchange)
             want = received(3 * 8, words, words, ranks, exchange)
             assert counted.received == want, f"{exchange} in {dtype}: {counted.received} bytes, not {want}"
-        narrow = {**mine, "exchange_dtype": torch.float16, "exchange": "gather"}
+        wide, _ = distributed.decode(**mine)
         with CountBytes() as counted:
-            distributed.decode(**narrow)
+            narrow, _ = distributed.decode(**mine, exchange_dtype=torch.float16, exchange="gather")
+        torch.testing.assert_close(narrow, wide, rtol=2e-3, atol=2e-3)
         assert counted.received == received(3 * 8, row_words(128, torch.float16), 0, ranks, "gather")
 
 

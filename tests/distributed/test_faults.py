@@ -58,6 +58,7 @@ BAD = [
         "alibi_slopes do not go with round-robin shards yet",
     ),
     ({"exchange": "ring"}, "exchange is 'ring'; it must be one of"),
+    ({"exchange_dtype": torch.int8}, r"exchange_dtype is torch.int8; it must be float32"),
     ({"exchange": "rows", "q": torch.ones(1, 1, 3, 64), "k_shard": CACHE[:1, :, :1],
       "v_shard": CACHE[:1, :, :1], "local_lens": LENS[:1]}, r'exchange is "rows", and 3 \(.* to 2 ranks'),
     ({"parts": 0}, "parts is 0; it must be positive"),
@@ -79,7 +80,7 @@ def call_wrongly(rank: int) -> None:
             with pytest.raises(ValueError, match=r"group has not this rank \(1 of all\)"):
                 function(**arguments(group=one))
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"group has gloo, .* tensors on cuda; GPUs need NCCL"):
+    with pytest.raises(ValueError, match=r"group has gloo for tensors on cuda; GPUs need NCCL"):
         checked_group("decode", None, on_cuda)
 
 
@@ -105,12 +106,15 @@ def compare(rank: int) -> None:
     check({"k_shard": torch.ones(7, 33, 2, 64), "v_shard": torch.ones(7, 33, 2, 64)})  # a cache's own size
     assert_each_raises(ValueError, "check_group", check, MISMATCHES)
     distributed.check_group(**arguments(seq_lens=2 * LENS))
-    with pytest.raises(
-        ValueError, match=r"seq_lens\[0\] is 11, and the ranks hold \[5, 5\]; they must add up"
-    ):
+    with pytest.raises(ValueError, match=r"seq_lens is \[11, 19\], and the ranks hold \[10, 18\] tokens"):
         distributed.check_group(**arguments(seq_lens=2 * LENS + 1))
     with pytest.raises(ValueError, match=r"seq_lens is \[9, 17\] on rank 1, \[10, 18\] on rank 0"):
         distributed.check_group(**arguments(seq_lens=2 * LENS - rank))
+
+    with pytest.raises(
+        ValueError, match=r"local_lens is \[5, 9\] on rank 0; RoundRobin.* deals it \[6, 10\]"
+    ):
+        distributed.check_group(**arguments(shards=RoundRobin(2)))
 
     os.environ["LEAN_ATTENTION_CHECK_GROUP"] = "1"
     distributed.decode(**arguments())
