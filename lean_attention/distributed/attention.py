@@ -111,10 +111,7 @@ def decode(
         ways = {"exchange": exchange, "exchange_dtype": exchange_dtype}
         groups.compare(NAME, group, vars(call) | others | ways)
     _check(call, shards, first_positions, parts)
-    heads, dv, ranks = q.shape[-2], v_shard.shape[-1], group.size()
-    dtype = exchanges.travelling_dtype(q.dtype, exchange_dtype)
-    words = exchanges.row_words(dv, dtype), exchanges.row_words(dv, q.dtype)
-    exchange = exchanges.choose(exchange, q.shape[:-1].numel(), *words, ranks)
+    heads = q.shape[-2]
     placement = _placement(call, shards, first_positions, group) if call.needs_positions else None
 
     pieces = [(call, placement)]
@@ -127,7 +124,7 @@ def decode(
         finishes.append(exchanges.start(state, own_sinks, group, exchange, exchange_dtype, q.dtype))
     states = [finish() for finish in finishes]
     out, lse = states[0] if len(states) == 1 else (torch.cat(each) for each in zip(*states, strict=True))
-    out, lse = out.view(*q.shape[:-1], dv), lse.view(q.shape[:-1])
+    out, lse = out.view(*q.shape[:-1], v_shard.shape[-1]), lse.view(q.shape[:-1])
     if cu_seqlens_q is not None and sinks is not None:  # which tokens of no sequence do not have
         belong = torch.arange(len(q), device=q.device) < cu_seqlens_q[-1]
         lse = torch.where(belong[:, None], lse, -torch.inf)

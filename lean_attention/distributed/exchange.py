@@ -95,7 +95,8 @@ def start(
     dtype = travelling_dtype(out.dtype, exchange_dtype)
     words = _pack(out.to(dtype), lse)
     rank, ranks = group.rank(), group.size()
-    if exchange == "gather":
+    merged_words = row_words(out.shape[-1], result_dtype)
+    if choose(exchange, len(words), words.shape[-1], merged_words, ranks) == "gather":
         pending = start_gather(words, group)
 
         def finish() -> State:

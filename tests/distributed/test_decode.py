@@ -23,7 +23,7 @@ CASES = [
     Sharded(Case(F32, heads=12, causal=False, q_len=3, scale=0.3), "last", paged=True),
     Sharded(Case(BF16, q_len="packed", causal=False, lens=(300, 1, 0, 65)), 64),
     # Several query tokens, windows, left padding.
-    Sharded(Case(F32, lens=(300, 2, 0, 65), q_len=3, heads=12), 1),
+    Sharded(Case(F32, lens=(300, 2, 0, 65), q_len=3, heads=12, sinks=True), 1),
     Sharded(Case(BF16, lens=(300, 2, 0, 65), q_len="packed", sinks=True), "uneven", paged=True),
     Sharded(Case(F32, lens=(700, 64, 3), window_left=40, leftpad=True), 16),
     Sharded(Case(F16, lens=(700, 64), q_len=3, window_left=40, window_right=1, causal=False), 5, paged=True),
@@ -42,6 +42,8 @@ def ways(arguments: dict, ranks: int) -> list[dict]:
     found = [{}, {"exchange": "gather"}]
     if arguments["q"].shape[:-1].numel() % ranks == 0:
         found.append({"exchange": "rows"})
+        if len(arguments["q"]) == 4 and "cu_seqlens_q" not in arguments:
+            found.append({"exchange": "rows", "parts": 4})
     if "cu_seqlens_q" not in arguments:
         found.append({"parts": 2})
     return found
