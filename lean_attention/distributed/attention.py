@@ -110,7 +110,7 @@ def decode(
         others = {"shards": shards, "first_positions": first_positions, "sinks": sinks, "parts": parts}
         ways = {"exchange": exchange, "exchange_dtype": exchange_dtype}
         groups.compare(NAME, group, vars(call) | others | ways)
-    _check(call, shards, first_positions, parts)
+    _check(call, shards, first_positions, sinks, parts)
     heads = q.shape[-2]
     placement = _placement(call, shards, first_positions, group) if call.needs_positions else None
 
@@ -140,7 +140,8 @@ def check_group(*args, group: dist.ProcessGroup | None = None, **arguments) -> N
 
     Raises:
         ValueError: names the first argument whose shape, dtype, device or value differs between ranks, and
-            lengths that are negative, do not add up to `seq_lens` or are not those of round-robin shards.
+            lengths that are negative, do not add up to `seq_lens` or `first_positions`, or are not those of
+            round-robin shards.
     """
     given = groups.bound(decode, args, arguments)
     del given["group"]
@@ -240,13 +241,21 @@ def _placement(call: Call, shards: Shards, first_positions: Tensor | None, group
     return Placement.contiguous(call.local_lens, first_positions, call.capacity)
 
 
-def _check(call: Call, shards: Shards, first_positions: Tensor | None, parts: int) -> None:
+def _check(
+    call: Call, shards: Shards, first_positions: Tensor | None, sinks: Tensor | None, parts: int
+) -> None:
     _check_shards(NAME, shards)
     if first_positions is not None and shards != CONTIGUOUS:
         raise ValueError(f"{NAME}: first_positions is given; it follows from {shards} and the rank")
     needs = call.what_needs_seq_lens
     if needs is not None and call.seq_lens is None:
         raise ValueError(f"{NAME}: seq_lens is missing; the lengths of the whole sequences, for {needs}")
+    heads = call.q.shape[-2]
+    if sinks is not None and (tuple(sinks.shape) != (heads,) or sinks.dtype != torch.float32):
+        raise ValueError(
+            f"{NAME}: sinks is {str(sinks.dtype).removeprefix('torch.')}{list(sinks.shape)}; "
+            f"it must be float32 of shape [{heads}]"
+        )
     if parts < 1:
         raise ValueError(f"{NAME}: parts is {parts}; it must be positive")
     if parts > 1 and call.cu_seqlens_q is not None:

@@ -44,7 +44,7 @@ def wait(tensor: Tensor) -> Tensor:
 
 
 def choose(exchange: str, rows: int, words: int, merged_words: int, ranks: int) -> str:
-    """ "gather" or "rows", from what all ranks have in common. `words` are those of a row on its way."""
+    """One of "gather" and "rows", by what all ranks have in common. `words` are those of a row on its way."""
     if exchange not in EXCHANGES:
         raise ValueError(f"distributed.decode: exchange is {exchange!r}; it must be one of {EXCHANGES}")
     if exchange == "rows" and rows % ranks:

@@ -60,10 +60,9 @@ def is_asked_for() -> bool:
 def compare(name: str, group: dist.ProcessGroup, arguments: dict[str, Any]) -> None:
     """A collective: every rank raises the same ValueError where the arguments of any two do not fit."""
     mine = {argument: _described(argument, value) for argument, value in arguments.items()}
-    lens, total = arguments.get("local_lens"), arguments.get("seq_lens")
     mine["values"] = {
-        "local_lens": None if lens is None else lens.tolist(),
-        "seq_lens": None if total is None else total.tolist(),
+        argument: arguments[argument].tolist() if isinstance(arguments[argument], Tensor) else None
+        for argument in ("local_lens", "seq_lens", "first_positions")
     }
     of_ranks: list = [None] * group.size()
     dist.all_gather_object(of_ranks, mine, group=group)
@@ -103,19 +102,27 @@ def _compare_lengths(name: str, values: list[dict], shards: Shards) -> None:
                 f"{name}: seq_lens is {each['seq_lens']} on rank {rank}, {values[0]['seq_lens']} on rank 0; "
                 "they must be equal"
             )
+    if values[0]["local_lens"] is None:  # no Tensor, which the call itself will tell
+        return
     held = torch.tensor([each["local_lens"] for each in values])  # rank, sequence, KV head if they differ
     total = held.sum(0)
-    if values[0]["seq_lens"] is not None and total.tolist() != values[0]["seq_lens"]:
+    if values[0]["seq_lens"] not in (None, total.tolist()):
         raise ValueError(
             f"{name}: seq_lens is {values[0]['seq_lens']}, and the ranks hold {total.tolist()} tokens "
             "together; they must be equal"
         )
-    if isinstance(shards, RoundRobin):
-        for rank, lens in enumerate(held):
-            want = shards.local_lens(total, rank, len(held))
-            if not torch.equal(lens, want):
+    for rank, each in enumerate(values):
+        first, before = each["first_positions"], held[:rank].sum(0).tolist()
+        if first not in (None, before):
+            raise ValueError(
+                f"{name}: first_positions is {first} on rank {rank}, and the ranks before it hold {before} "
+                "tokens"
+            )
+        if isinstance(shards, RoundRobin):
+            want = shards.local_lens(total, rank, len(held)).tolist()
+            if each["local_lens"] != want:
                 raise ValueError(
-                    f"{name}: local_lens is {lens.tolist()} on rank {rank}; {shards} deals it {want.tolist()}"
+                    f"{name}: local_lens is {each['local_lens']} on rank {rank}; {shards} deals it {want}"
                 )
 
 

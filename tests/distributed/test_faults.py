@@ -57,6 +57,7 @@ BAD = [
         {"alibi_slopes": torch.ones(4), "seq_lens": LENS, "shards": RoundRobin(4)},
         "alibi_slopes do not go with round-robin shards yet",
     ),
+    ({"sinks": torch.ones(2)}, r"sinks is float32\[2\]; it must be float32 of shape \[4\]"),
     ({"exchange": "ring"}, "exchange is 'ring'; it must be one of"),
     ({"exchange_dtype": torch.int8}, r"exchange_dtype is torch.int8; it must be float32"),
     ({"exchange": "rows", "q": torch.ones(1, 1, 3, 64), "k_shard": CACHE[:1, :, :1],
@@ -111,6 +112,10 @@ def compare(rank: int) -> None:
     with pytest.raises(ValueError, match=r"seq_lens is \[9, 17\] on rank 1, \[10, 18\] on rank 0"):
         distributed.check_group(**arguments(seq_lens=2 * LENS - rank))
 
+    with pytest.raises(
+        ValueError, match=r"first_positions is \[5, 8\] on rank 1, .* before it hold \[5, 9\]"
+    ):
+        distributed.check_group(**arguments(first_positions=torch.tensor([5, 8]) * rank))
     with pytest.raises(
         ValueError, match=r"local_lens is \[5, 9\] on rank 0; RoundRobin.* deals it \[6, 10\]"
     ):
