@@ -83,7 +83,7 @@ cuda-check: $(VENV)/installed third_party/cuda-check-requirements.txt
 	LEAN_ATTENTION_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_CHECK_ARCHITECTURES)" $(BIN)/python setup.py --quiet \
 	  build_ext --build-temp build/cuda/objects --build-lib build/cuda > build/cuda.log 2>&1 \
 	  || { tail -n 40 build/cuda.log; exit 1; }
-	$(BIN)/python -m benchmarks.cuda_check build/cuda/lean_attention/_C*.so
+	$(BIN)/python -m benchmarks.cuda_check build/cuda/lean_attention/_C.so
 
 # The tests of what changes with torch and transformers. Nothing is compiled for them: the wheel is linked from the
 # objects that $(VENV) was built from, and one binary runs with every torch from 2.10 on.
@@ -121,7 +121,7 @@ $(VENV)/torch: $(CONSTRAINTS)
 	@command -v c++ >/dev/null || { echo "make: a C++ compiler is needed (on Debian: apt-get install g++)"; exit 1; }
 	@echo "make: installing PyTorch into $(VENV) (half a minute, and a download)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) setuptools wheel ninja pybind11 numpy torch
+	@$(PIP_INSTALL) setuptools wheel ninja numpy torch
 	@touch $@
 
 # LEAN_ATTENTION_CUDA=visible: for the GPUs of this machine, if there are any; lean_attention/_build.py has the rule.

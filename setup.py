@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 try:
     import torch  # noqa: F401
@@ -26,7 +27,16 @@ try:
 except (RuntimeError, ValueError) as error:
     sys.exit(f"lean_attention: {error}")
 build.say(f"with CUDA ({cuda.toolkit}) for {cuda.architectures}" if cuda else "without CUDA")
+
+
+class Wheel(bdist_wheel):
+    """One for all Pythons: the library has no symbol of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[build.extension(cuda, Path("build", "kernels"))],
-    cmdclass={"build_ext": build.build_command()},
+    cmdclass={"build_ext": build.build_command(), "bdist_wheel": Wheel},
 )

@@ -1,6 +1,6 @@
 """What nvcc has made of the CUDA kernels: `make cuda-check`. Needs a toolkit to build the core, no GPU.
 
-    python -m benchmarks.cuda_check build/cuda/lean_attention/_C.*.so
+    python -m benchmarks.cuda_check build/cuda/lean_attention/_C.so
 
 Reads each architecture's machine code out of that core. Prints registers, shared memory, the resident CTAs
 that follow, and how many instructions and cycles of a model the paths of each kernel take; then what share of
@@ -138,11 +138,9 @@ def kernel_facts(library: Path) -> dict[tuple, list]:
     In a process of its own: this one has the installed core, and torch takes the ops from one only.
     """
     code = (
-        "import importlib.util, json, sys, torch\n"
-        "spec = importlib.util.spec_from_file_location('lean_attention._C', sys.argv[1])\n"
-        "core = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(core)\n"
-        "print(json.dumps(core.cuda_kernels()))"
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "print(torch.ops.lean_attn_tools.cuda_kernels())"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(library.resolve())], capture_output=True, text=True
@@ -250,7 +248,7 @@ def model_text(kernels: list[Kernel]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_check", description=__doc__)
-    parser.add_argument("library", type=Path, help="a core built with CUDA: lean_attention/_C.*.so")
+    parser.add_argument("library", type=Path, help="a core built with CUDA: lean_attention/_C.so")
     parser.add_argument("--output", type=Path, help="where to write the model's table")
     options = parser.parse_args()
     library = options.library

@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +36,10 @@ def build_module() -> ModuleType:
 
 
 def built_kernels() -> int:
-    """CUDA kernels of the core beside the sources; 0 also where there is none for this Python."""
-    if not (ROOT / "lean_attention" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
+    """CUDA kernels of the core beside the sources."""
+    if not (ROOT / "lean_attention" / "_C.so").exists():
         return 0
-    code = "from lean_attention._core import core; print(len(core.cuda_kernels()))"
+    code = "from lean_attention import _core; print(len(_core.cuda_kernels()))"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return int(shown.stdout.strip() or 0)
 

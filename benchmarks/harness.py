@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import lean_attention
-from lean_attention._core import core
+from lean_attention._core import tools
 from lean_attention.tools.roofline import fma_rate, read_bandwidth_of
 
 # Where studies are written, which git ignores; what is worth keeping is copied as text to benchmarks/results.
@@ -158,9 +158,9 @@ def machine_facts(clock: str = "wall") -> dict:
         "caches": {key: value for key, value in lscpu.items() if "cache" in key},
         "threads": torch.get_num_threads(),
         "clock": clock,
-        "instruction_sets": core.instruction_sets(),
+        "instruction_sets": tools.instruction_sets(),
         "forced_instruction_set": os.environ.get("LEAN_ATTENTION_CPU", ""),
-        "compiler": core.compiler(),
+        "compiler": tools.compiler(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {"lean_attention": lean_attention.__version__, **packages},

@@ -15,8 +15,8 @@
 // output tile, so a CTA publishes at most one partial state, and its peers are always the CTAs
 // right after it.
 //
-// Pure arithmetic: no torch, no CUDA, no memory. The kernels of every backend and the Python
-// bindings compile this one text: in 64-bit integers, and on a GPU in 32-bit ones, which it multiplies and
+// Pure arithmetic: no torch, no CUDA, no memory. The kernels of every backend and the ops
+// for inspection compile this one text: in 64-bit integers, and on a GPU in 32-bit ones, which it multiplies and
 // divides several times as fast.
 #pragma once
 

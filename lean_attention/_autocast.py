@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lean_attention._core import NAMESPACE, ops
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
-_library = torch.library.Library("lean_attn", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register() -> None:
@@ -40,12 +42,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _decode(dtype, q, k_cache, v_cache, *tensors, **options):
     inputs = (_cast(tensor, dtype) for tensor in (q, k_cache, v_cache))
-    return torch.ops.lean_attn.decode.default(*inputs, *tensors, **options)
+    return ops.decode.default(*inputs, *tensors, **options)
 
 
 def _decode_out(_dtype, q, k_cache, v_cache, out, *tensors, **options):
     inputs = (_cast(tensor, out.dtype) for tensor in (q, k_cache, v_cache))
-    return torch.ops.lean_attn.decode_out.default(*inputs, out, *tensors, **options)
+    return ops.decode_out.default(*inputs, out, *tensors, **options)
 
 
 def _append_kv(
@@ -71,6 +73,6 @@ def _append_kv(
         t if t is None or t.dtype == dtype else _cast(t, torch.float32) for t in (rotary_cos, rotary_sin)
     )
     where = (seq_lens, block_table, cache_batch_idx, cu_seqlens)
-    torch.ops.lean_attn.append_kv.default(k_cache, v_cache, *new, *where, rotated, *tables, **options)
+    ops.append_kv.default(k_cache, v_cache, *new, *where, rotated, *tables, **options)
     if rotated is not q:
         q.copy_(rotated)

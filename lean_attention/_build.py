@@ -6,17 +6,14 @@ import collections
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 if TYPE_CHECKING:
@@ -158,13 +155,7 @@ def cuda_toolkit() -> Path | None:
     return None
 
 
-def include_dirs() -> list[str]:
-    """Torch's own headers have a copy of pybind11, which serves where the package is not installed."""
-    try:
-        import pybind11
-    except ModuleNotFoundError:
-        return [str(ROOT / "csrc")]
-    return [str(ROOT / "csrc"), pybind11.get_include()]
+INCLUDE_DIRS = [str(ROOT / "csrc")]
 
 
 @contextlib.contextmanager
@@ -198,7 +189,7 @@ def extension(cuda: CudaBuild | None, directory: Path) -> Extension:
     from torch.utils import cpp_extension
 
     defines: list[str] = []
-    include = [*include_dirs(), *cpp_extension.include_paths()]
+    include = [*INCLUDE_DIRS, *cpp_extension.include_paths()]
     search, libraries = cpp_extension.library_paths(), ["c10", "torch", "torch_cpu"]
     if cuda:
         # A torch without CUDA knows no toolkit, and takes no hint from the environment.
@@ -231,6 +222,10 @@ def build_command() -> type[BuildExtension]:
             super().finalize_options()
             self.force = True
 
+        def get_ext_filename(self, name: str) -> str:
+            # No Python's name is in it: it is no module, and serves them all.
+            return str(Path(*name.split(".")).with_suffix(".so"))
+
     return BuildCore
 
 
@@ -246,15 +241,15 @@ def compile_core(directory: Path) -> None:
     command.run()
 
 
-def build_in_place() -> ModuleType:
-    """The core of a source checkout, from torch's extension cache; built there unless it is up to date.
+def build_in_place() -> Path:
+    """The library of a source checkout, in torch's extension cache; built there unless it is up to date.
 
     With the CUDA kernels for the GPUs that this machine shows, or those of TORCH_CUDA_ARCH_LIST, where there
     is a toolkit. Raises ImportError where there are no sources, or where they do not compile.
     """
     if not (ROOT / "csrc" / "ops").is_dir():
         raise ImportError(
-            "lean_attention: the compiled core lean_attention._C is missing or not wanted "
+            "lean_attention: the compiled library lean_attention/_C.so is missing or not wanted "
             f"(LEAN_ATTENTION_JIT=1), and its sources are not beside the package ({ROOT}); reinstall with: "
             "pip install --no-build-isolation lean_attention"
         )
@@ -269,18 +264,14 @@ def build_in_place() -> ModuleType:
             made_of.unlink(missing_ok=True)
             run_compiler(directory, cuda, lock)
             made_of.write_text(wanted)
-        library = directory / "lean_attention" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        spec = importlib.util.spec_from_file_location("lean_attention._C", library)
-        core = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(core)
-    return core
+    return directory / "lean_attention" / "_C.so"
 
 
 def fingerprint(cuda: CudaBuild | None) -> str:
     """Another one for every change of what the core is made of."""
     import torch
 
-    found = hashlib.sha256(repr((sys.version, torch.__version__, os.environ.get("CXX"), cuda)).encode())
+    found = hashlib.sha256(repr((torch.__version__, os.environ.get("CXX"), cuda)).encode())
     for file in [Path(__file__), *sorted((ROOT / "csrc").rglob("*.*"))]:
         found.update(file.name.encode() + file.read_bytes())
     return found.hexdigest()
@@ -301,7 +292,7 @@ def run_compiler(directory: Path, cuda: CudaBuild | None, lock: TextIO) -> None:
     verbose = os.environ.get("LEAN_ATTENTION_VERBOSE_BUILD") == "1"
     last, told = collections.deque(maxlen=40), time.monotonic()
     with subprocess.Popen(
-        [sys.executable, __file__, "core", str(directory)],
+        [sys.executable, __file__, str(directory)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -325,29 +316,5 @@ def run_compiler(directory: Path, cuda: CudaBuild | None, lock: TextIO) -> None:
         )
 
 
-def build_ops_library() -> Path:
-    """Builds the ops alone, for the CPU, as a shared library for programs without Python; returns its path.
-
-    From a source checkout, into torch's extension cache. Not in a process that has imported lean_attention:
-    building also loads it, and the ops can be registered once. `python lean_attention/_build.py` does it.
-    """
-    from torch.utils import cpp_extension
-
-    directory = Path(cpp_extension._get_build_directory("lean_attention_ops", verbose=False))
-    with locked(directory):
-        cpp_extension.load(
-            name="lean_attention_ops",
-            sources=[str(ROOT / source) for source in sources() if not source.endswith("bindings.cpp")],
-            extra_cflags=COMPILE_FLAGS,
-            extra_include_paths=include_dirs(),
-            build_directory=str(directory),
-            is_python_module=False,
-        )
-    return directory / "lean_attention_ops.so"
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["core"]:
-        compile_core(Path(sys.argv[2]))
-    else:
-        print(build_ops_library())
+    compile_core(Path(sys.argv[1]))

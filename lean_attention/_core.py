@@ -1,16 +1,21 @@
-"""The compiled core: importing this module loads it, and with it registers the ops."""
+"""The compiled library: importing this module loads it, which registers the ops, and says what else is in it.
+
+The library has no Python in it: its functions for inspection are ops on numbers and JSON, `tools` here.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import json
 import os
+from pathlib import Path
+from typing import Any
 
-import torch  # noqa: F401  (first: the core links against its libraries)
+import torch
 
 from lean_attention._build import build_in_place
 
-_NAME = "lean_attention._C"
+NAMESPACE = "lean_attn"
+_BINARY = Path(__file__).resolve().with_name("_C.so")
 
 
 def _is_wanted_anew() -> bool:
@@ -21,6 +26,42 @@ def _is_wanted_anew() -> bool:
     return asked == "1"
 
 
-# A core that is there but does not load is an error of its own, not a reason to build.
-_builds = _is_wanted_anew() or importlib.util.find_spec(_NAME) is None
-core = build_in_place() if _builds else importlib.import_module(_NAME)
+def _load() -> Path:
+    """Loads the binary beside this file, or builds one; returns where it is."""
+    loaded = [path for path in map(Path, torch.ops.loaded_libraries) if path.name == _BINARY.name]
+    # A binary that is there but does not load is an error of its own, not a reason to build.
+    binary = build_in_place() if _is_wanted_anew() or not _BINARY.exists() else _BINARY
+    if hasattr(getattr(torch.ops, NAMESPACE), "decode") and binary not in loaded:
+        others = ", ".join(map(str, loaded)) or "another library"
+        raise ImportError(
+            f"lean_attention: this process has loaded {others} already, and {binary} has the same ops; "
+            "a process can use one copy of the package: uninstall the other one, or take it off sys.path"
+        )
+    torch.ops.load_library(binary)
+    return binary
+
+
+library = _load()
+ops = getattr(torch.ops, NAMESPACE)
+tools = getattr(torch.ops, f"{NAMESPACE}_tools")
+
+
+def tuning() -> dict[str, Any]:
+    """The row of the CPU's tuning that is in force."""
+    return json.loads(tools.tuning())
+
+
+def tuning_rows(l2_bytes: int, l2_ways: int) -> list[dict[str, Any]]:
+    """All rows, generic for a core with this L2."""
+    return json.loads(tools.tuning_rows(l2_bytes, l2_ways))
+
+
+def plan(**arguments: Any) -> dict[str, Any]:
+    """The CPU's plan of a decode step; csrc/ops/machine_ops.cpp has the arguments."""
+    return json.loads(tools.plan(**arguments))
+
+
+def cuda_kernels() -> list[list[Any]]:
+    """Of every CUDA kernel in this build: dtype, head_dim, head_dim_v, rows, whether for quantised caches,
+    threads, shared bytes, bytes in flight."""
+    return json.loads(tools.cuda_kernels())

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lean_attention import _autocast
-from lean_attention._core import core
+from lean_attention._core import NAMESPACE, ops, tools
 from lean_attention._types import refuse_wrong_types
 
-_decode = torch.ops.lean_attn.decode.default
-_decode_out = torch.ops.lean_attn.decode_out.default
-_append_kv = torch.ops.lean_attn.append_kv.default
-_merge_states = torch.ops.lean_attn.merge_states.default
+_decode = ops.decode.default
+_decode_out = ops.decode_out.default
+_append_kv = ops.append_kv.default
+_merge_states = ops.merge_states.default
 _OPTIONS = ("scale", "causal", "window_left", "window_right", "softcap", "num_ctas")
 _DEFAULTS = (None, True, -1, -1, 0.0, 0)
 # Names of this module are found sooner than those in torch.
@@ -225,7 +225,7 @@ def _fake_attention(q, k_cache, v_cache, packed: bool):
     return out, lse
 
 
-@torch.library.register_fake("lean_attn::decode")
+@torch.library.register_fake(f"{NAMESPACE}::decode")
 def _(
     q,
     k_cache,
@@ -246,15 +246,15 @@ def _(
     return _fake_attention(q, k_cache, v_cache, cu_seqlens_q is not None)
 
 
-@torch.library.register_fake("lean_attn::decode_out")
+@torch.library.register_fake(f"{NAMESPACE}::decode_out")
 def _(q, k_cache, v_cache, out, lse, *_tensors, **_options):
     _refuse_lost_offsets("decode", out=out, lse=lse)
 
 
 # For benchmarks only: decode by FlashAttention-2's and FlashDecoding's schedules, and what decode reads
 # without what it computes (outputs are 0, log-sum-exps -inf).
-@torch.library.register_fake("lean_attn::decode_fixed_split")
-@torch.library.register_fake("lean_attn::read_only")
+@torch.library.register_fake(f"{NAMESPACE}::decode_fixed_split")
+@torch.library.register_fake(f"{NAMESPACE}::read_only")
 def _(q, k_cache, v_cache, seq_lens=None, **_options):
     return _fake_attention(q, k_cache, v_cache, False)
 
@@ -287,7 +287,7 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e
         raise
 
 
-@torch.library.register_fake("lean_attn::merge_states")
+@torch.library.register_fake(f"{NAMESPACE}::merge_states")
 def _(outs, lses, *, base=math.e):
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
@@ -381,7 +381,7 @@ def append_kv(
         raise
 
 
-@torch.library.register_fake("lean_attn::append_kv")
+@torch.library.register_fake(f"{NAMESPACE}::append_kv")
 def _(
     k_cache,
     v_cache,
@@ -413,7 +413,7 @@ def check_errors(device: torch.device | int | None = None) -> None:
     Raises:
         ValueError: names the argument, the sequence and the value.
     """
-    if not torch.cuda.is_available() or not core.cuda_kernels():
+    if not torch.cuda.is_available() or not tools.has_cuda():
         return
     if device is None:
         indices = range(torch.cuda.device_count())
@@ -424,7 +424,7 @@ def check_errors(device: torch.device | int | None = None) -> None:
         indices = [torch.cuda.current_device() if chosen.index is None else chosen.index]
     for index in indices:
         with torch.cuda.device(index):
-            message = core.take_cuda_error(index)
+            message = tools.take_cuda_error(index)
         if message:
             raise ValueError(f"{message} [cuda:{index}]")
 
@@ -436,7 +436,7 @@ def _no_gradient(op_name: str):
             "Call it under torch.no_grad() or torch.inference_mode(), or train with another attention."
         )
 
-    torch.library.register_autograd(f"lean_attn::{op_name}", backward)
+    torch.library.register_autograd(f"{NAMESPACE}::{op_name}", backward)
 
 
 _no_gradient("decode")

@@ -6,10 +6,16 @@ The arithmetic is that of `csrc/schedule.h`, which the kernels use; this module 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import index
 
-from lean_attention._core import core
+from lean_attention._core import tools
+
+
+def _rows(numbers: list[int], width: int) -> list[list[int]]:
+    return [numbers[i : i + width] for i in range(0, len(numbers), width)]
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,6 @@ class Schedule:
     window_left: int = -1
     window_right: int = 0
     shared: Sequence[tuple[int, int, int, int]] = ()
-    _geometry: core.Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("num_kv_heads", "num_ctas", "group", "head_dim", "rows_per_block"):
@@ -121,41 +126,43 @@ class Schedule:
         if self.tile_tokens < 0:
             raise ValueError(f"Schedule: tile_tokens is {self.tile_tokens}; it must be at least 1")
         if self.tile_tokens == 0:
-            object.__setattr__(self, "tile_tokens", core.lean_tile_tokens(self.head_dim))
-        geometry = core.Geometry(
-            num_kv_heads=self.num_kv_heads,
-            group=self.group,
-            rows_per_block=self.rows_per_block,
-            tile_tokens=self.tile_tokens,
-            window_left=self.window_left,
-            window_right=self.window_right,
-        )
-        object.__setattr__(self, "_geometry", geometry)
+            object.__setattr__(self, "tile_tokens", tools.lean_tile_tokens(self.head_dim))
         try:
-            self._lengths()
+            self._lengths
         except ValueError as error:
             raise ValueError(str(error).replace("decode:", "Schedule:", 1)) from None
 
     @property
     def total_tiles(self) -> int:
         """LeanTiles of the whole batch."""
-        return sum(self._geometry.sequence_tiles(length) for length, _, _ in self._lengths())
+        return tools.total_tiles(self._lengths[0], **self._geometry())
 
-    def _lengths(self) -> list[tuple[tuple[int, int, int, bool], int, int]]:
-        """Of each sequence of the schedule: tokens, leftpad, q_len and whether each query sees all; the row
-        of `shared` that it is, and the one that merges its states."""
+    def _geometry(self) -> dict[str, int]:
+        names = ("num_kv_heads", "group", "rows_per_block", "tile_tokens", "window_left", "window_right")
+        return {name: getattr(self, name) for name in names}
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """Of each sequence of the schedule, in one list: tokens, leftpad, q_len, whether each query sees all;
+        and in another the row of `shared` that it is, with the one that merges its states."""
         batch = len(self.seq_lens)
-        q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else list(self.q_len)
-        if self.shared:
-            return core.shared_lengths(self.shared, list(self.seq_lens), q_lens, self.window_right)
-        lengths = zip(self.seq_lens, self.leftpad or [0] * batch, q_lens, strict=True)
-        return [((*length, False), -1, -1) for length in lengths]
+        q_lens = [self.q_len] * batch if isinstance(self.q_len, int) else [index(n) for n in self.q_len]
+        seq_lens = [index(n) for n in self.seq_lens]
+        if not self.shared:
+            rows = zip(seq_lens, self.leftpad or [0] * batch, q_lens, strict=True)
+            return [index(n) for row in rows for n in (*row, 0)], [(-1, -1)] * batch
+        for i, row in enumerate(self.shared):
+            if len(row) != 4:
+                raise ValueError(f"Schedule: shared[{i}] has {len(row)} numbers; it must have 4")
+        shared = [index(n) for row in self.shared for n in row]
+        found = _rows(tools.shared_lengths(shared, seq_lens, q_lens, self.window_right), 6)
+        return [n for row in found for n in row[:4]], [(node, into) for *_, node, into in found]
 
     def lean_range(self, cta: int) -> tuple[int, int]:
         """LeanTiles [begin, end) of the batch that a CTA takes."""
         if not 0 <= cta < self.num_ctas:
             raise ValueError(f"lean_range: cta is {cta}; it must be from 0 to {self.num_ctas - 1}")
-        return core.lean_range(cta, self.num_ctas, self.total_tiles)
+        return tools.lean_range(cta, self.num_ctas, self.total_tiles)
 
     def segments(self, first_cta: int = 0, end_cta: int | None = None) -> list[Segment]:
         """The segments of CTAs [first_cta, end_cta), in order."""
@@ -164,11 +171,11 @@ class Schedule:
             raise ValueError(f"segments: CTAs [{first_cta}, {end_cta}) are not within [0, {self.num_ctas})")
         if not self.total_tiles:
             return []
-        lengths, shared, into = zip(*self._lengths(), strict=True)
-        rows = self._geometry.segments(lengths, self.num_ctas, first_cta, end_cta)
+        lengths, shared = self._lengths
+        ctas = {"num_ctas": self.num_ctas, "first_cta": first_cta, "end_cta": end_cta}
+        rows = _rows(tools.segments(lengths, **self._geometry(), **ctas), 10)
         return [
-            Segment(cta, index - len(self.shared), *rest, shared[index], into[index])
-            for cta, index, *rest in rows
+            Segment(cta, number - len(self.shared), *rest, *shared[number]) for cta, number, *rest in rows
         ]
 
     def __str__(self) -> str:

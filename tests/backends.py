@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import lean_attention
-from lean_attention._core import core
+from lean_attention._core import tools
 from tests import emulation
 from tests.cases import BF16, DTYPES, F16, Case, in_dtypes
 
-INSTRUCTION_SETS = core.instruction_sets().split()
+INSTRUCTION_SETS = tools.instruction_sets().split()
 CPUS = [f"cpu-{name}" for name in INSTRUCTION_SETS]
 BACKENDS = [*CPUS, "emulated", "cuda"]
 DEVICES = ["cpu", "emulated", "cuda"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lean_attention import _build
-from lean_attention._core import core
+from lean_attention._core import library
 from tests import checkout
 
 GPUS = {
@@ -80,7 +81,7 @@ def test_builds_cuda_just_in_time_beside_a_binary(tmp_path: Path) -> None:
     (tmp_path / "csrc" / "cuda" / "decode" / "kernel_list.h").write_text("LEAN_DECODE_KERNEL(64, 64, 1, 2)\n")
     code = (
         "import lean_attention; from lean_attention.tools.info import describe; "
-        "from lean_attention._core import core; print(describe()); print(len(core.cuda_kernels()))"
+        "from lean_attention import _core; print(describe()); print(len(_core.cuda_kernels()))"
     )
     environment = {
         "CXX": checkout.quick_compiler(tmp_path),
@@ -115,7 +116,26 @@ def test_a_package_without_binary_and_sources_says_so(tmp_path: Path) -> None:
     checkout.copy(tmp_path, "lean_attention")
     result = python("import lean_attention", tmp_path)
     assert result.returncode != 0
-    assert "the compiled core lean_attention._C is missing" in result.stderr
+    assert "the compiled library lean_attention/_C.so is missing" in result.stderr
+
+
+def test_a_second_copy_in_one_process_is_refused(tmp_path: Path) -> None:
+    """By one sentence, before torch says of each op that it is registered twice."""
+    for name in ("first", "second"):
+        checkout.copy(tmp_path / name, "lean_attention")
+        shutil.copy(library, tmp_path / name / "lean_attention")
+    code = (
+        "import sys, lean_attention; "
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('lean_attention')]; "
+        "sys.path.insert(0, '../second'); import lean_attention"
+    )
+    result = python(code, tmp_path / "first", PYTHONPATH="")
+    assert result.returncode != 0
+    ours, others = (tmp_path / name / "lean_attention" / "_C.so" for name in ("second", "first"))
+    assert result.stderr.splitlines()[-1] == (
+        f"ImportError: lean_attention: this process has loaded {others} already, and {ours} has the same "
+        "ops; a process can use one copy of the package: uninstall the other one, or take it off sys.path"
+    )
 
 
 HOLD = """
@@ -152,10 +172,11 @@ def test_a_builder_that_was_killed_leaves_no_lock(seconds: str, tmp_path: Path, 
 
 def test_the_binary_runs_with_any_torch_from_its_target_on() -> None:
     """No symbol of torch beyond the stable C shim."""
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", core.__file__], capture_output=True, text=True)
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True)
     if symbols.returncode != 0:
         pytest.skip("nm is not available")
     names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert [name for name in names if re.match("_?Py", name)] == [], "nor of Python"
     assert [name for name in names if "at4" in name or "c104" in name or "c103" in name] == []
     assert any(name.startswith("aoti_torch_") for name in names)
 

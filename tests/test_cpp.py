@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from lean_attention._core import core
+from lean_attention._core import library
 from tests import checkout
 
 
 @pytest.mark.slow
 def test_an_exported_layer_runs_without_python(tmp_path: Path) -> None:
-    checkout.copy(tmp_path, "lean_attention", "csrc", "examples")
-    shutil.copy(core.__file__, tmp_path / "lean_attention")
+    checkout.copy(tmp_path, "lean_attention", "examples")
+    shutil.copy(library, tmp_path / "lean_attention")
     paths = {"PYTHONPATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
     export = [sys.executable, str(tmp_path / "examples" / "cpp" / "export.py"), str(tmp_path / "layer")]
     made = subprocess.run(export, capture_output=True, text=True, env={**os.environ, **paths})

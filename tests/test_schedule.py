@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lean_attention import Schedule
-from lean_attention._core import core
+from lean_attention._core import tools
 from tests.errors import assert_each_raises
 
 sequences = st.tuples(
@@ -123,11 +123,11 @@ def test_tiles_cover_what_rows_see_and_no_more(s: Schedule) -> None:
 @given(st.integers(1, 2**62), st.integers(1, 10**6), st.data())
 def test_a_tile_finds_its_cta_past_two_to_the_31(total: int, num_ctas: int, data: st.DataObject) -> None:
     cta = data.draw(st.integers(0, num_ctas - 1))
-    begin, end = core.lean_range(cta, num_ctas, total)
+    begin, end = tools.lean_range(cta, num_ctas, total)
     assert end - begin in (total // num_ctas, -(-total // num_ctas))
     if begin < end:
-        assert core.cta_of(begin, num_ctas, total) == cta
-        assert core.cta_of(end - 1, num_ctas, total) == cta
+        assert tools.cta_of(begin, num_ctas, total) == cta
+        assert tools.cta_of(end - 1, num_ctas, total) == cta
 
 
 @settings(max_examples=500, deadline=None)
@@ -143,11 +143,11 @@ def test_threads_of_unequal_speed_end_together(
     """Where a thread is up to twice as fast as another, none works longer than all would with every LeanTile
     shared out, and one short range."""
     threads = min(threads, total)
-    guided = core.LeanRanges.guided(total, threads, least)
-    ranges = [guided.range(cta) for cta in range(len(guided))]
-    assert all(
-        guided.cta_of(tile) == cta for cta, (begin, end) in enumerate(ranges) for tile in (begin, end - 1)
-    )
+    begins, _ = tools.guided_ranges(total, threads, least, [])
+    ranges = list(pairwise(begins))
+    ends = [tile for begin, end in ranges for tile in (begin, end - 1)]
+    _, found = tools.guided_ranges(total, threads, least, ends)
+    assert found == [cta for cta in range(len(ranges)) for _ in range(2)]
     assert ranges[0][0] == 0 and ranges[-1][1] == total
     assert all(a[1] == b[0] for a, b in pairwise(ranges))
     sizes = [end - begin for begin, end in reversed(ranges)]  # as they are handed out
@@ -197,5 +197,8 @@ def test_bad_arguments_are_named() -> None:
         ({"q_len": 0}, "q_len is 0"),
         ({"q_len": [1, 2]}, "q_len has 2 entries, seq_lens 1"),
         ({"leftpad": [-2]}, r"leftpad\[0\] is -2"),
+        ({"shared": [(0, 1, 0)]}, r"shared\[0\] has 3 numbers"),
+        ({"shared": [(0, 1, 0, 2**40)]}, "shared has 1099511627776; it must fit 32 bits"),
+        ({"shared": [(0, 1, 0, 7)]}, r"shared\[0\] ends with token 7"),
     ]
     assert_each_raises(ValueError, "Schedule", schedule, cases)

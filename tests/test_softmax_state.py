@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lean_attention._core import core
+from lean_attention._core import tools
 
 EMPTY = (-math.inf, 0.0)
 scores = st.lists(
@@ -26,7 +26,7 @@ def state_of(values: list[float]) -> tuple[float, float]:
 
 
 def merged(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    return core.merge(a, b)[:2]
+    return tools.merge(*a, *b)[:2]
 
 
 def assert_same_state(a: tuple[float, float], b: tuple[float, float]) -> None:
@@ -47,16 +47,16 @@ def test_merging_is_associative_and_right(x: list[float], y: list[float], z: lis
 @given(scores)
 def test_the_empty_state_is_the_identity(x: list[float]) -> None:
     state = tuple(float(np.float32(value)) for value in state_of(x))
-    for result in (core.merge(state, EMPTY), core.merge(EMPTY, state)):
+    for result in (tools.merge(*state, *EMPTY), tools.merge(*EMPTY, *state)):
         assert result[:2] == state
-    assert core.merge(EMPTY, EMPTY) == (-math.inf, 0.0, 0.0, 0.0)
-    assert core.log_sum_exp(*EMPTY) == -math.inf
+    assert tools.merge(*EMPTY, *EMPTY) == (-math.inf, 0.0, 0.0, 0.0)
+    assert tools.log_sum_exp(*EMPTY) == -math.inf
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-(2.0**99), 2.0**99, width=32), st.floats(-(2.0**99), 2.0**99, width=32))
 def test_weights_bring_outputs_to_the_merged_maximum(m_a: float, m_b: float) -> None:
-    m, _, weight_a, weight_b = core.merge((m_a, 1.0), (m_b, 1.0))
+    m, _, weight_a, weight_b = tools.merge(m_a, 1.0, m_b, 1.0)
     assert m == max(m_a, m_b)
     assert max(weight_a, weight_b) == 1.0
     assert math.isclose(
@@ -67,7 +67,7 @@ def test_weights_bring_outputs_to_the_merged_maximum(m_a: float, m_b: float) -> 
 def test_nan_is_not_lost_in_an_empty_looking_state() -> None:
     """All scores of a piece NaN: m stays -inf, but l carries the NaN."""
     for result in (
-        core.merge((-math.inf, math.nan), (1.0, 2.0)),
-        core.merge((1.0, 2.0), (-math.inf, math.nan)),
+        tools.merge(-math.inf, math.nan, 1.0, 2.0),
+        tools.merge(1.0, 2.0, -math.inf, math.nan),
     ):
         assert math.isnan(result[1])

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/backend.h"
+#include "ops/library.h"
 #include "ops/tensor_args.h"
 
 #if defined(LEAN_WITH_CUDA)
@@ -12,9 +13,6 @@
 
 #include "cuda/backend.h"
 #endif
-
-// The ops are torch.ops.lean_attn's.
-#define LEAN_OP_LIBRARY lean_attn
 
 namespace lean {
 

@@ -3,8 +3,8 @@
 //
 //   decoder_layer OPS_LIBRARY PACKAGE
 //
-// OPS_LIBRARY is the ops as a plain shared library, PACKAGE a layer that
-// torch._inductor.aoti_compile_and_package wrote; export.py beside this file makes both, and this program.
+// OPS_LIBRARY is the package's compiled library, which has no Python in it, PACKAGE a layer that
+// torch._inductor.aoti_compile_and_package wrote; export.py beside this file makes it, and this program.
 // (<torch/torch.h> has all of this, and takes the compiler most of a minute.)
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>

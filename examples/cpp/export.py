@@ -1,8 +1,8 @@
-"""What decoder_layer.cpp needs, into a folder: an exported decoder layer, the ops' library, the program.
+"""What decoder_layer.cpp needs, into a folder: an exported decoder layer and the program.
 
     python examples/cpp/export.py FOLDER && FOLDER/decoder_layer OPS_LIBRARY FOLDER/layer.pt2
 
-Prints the second command with its paths.
+Prints the second command with its paths; the library is the one that Python uses too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.utils import cpp_extension
 
 import lean_attention
-from lean_attention import _build
+from lean_attention._core import library
 
 HERE = Path(__file__).resolve().parent
 
@@ -54,9 +54,6 @@ def build_program(folder: Path) -> Path:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     package = export(folder)
-    # In a process of its own: this one has the ops already.
-    build = subprocess.run([sys.executable, _build.__file__], check=True, stdout=subprocess.PIPE, text=True)
-    library = build.stdout.strip().splitlines()[-1]
     print(build_program(folder), library, package)
 
 

@@ -7,8 +7,8 @@ import platform
 
 import torch
 
-from lean_attention import _build
-from lean_attention._core import core
+from lean_attention import _build, _core
+from lean_attention._core import tools
 from lean_attention._version import __version__
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -16,9 +16,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def chosen_for(dtype: str) -> str:
     """The instruction set that decode uses, and from how many query rows per KV head on which other one."""
-    text = chosen = core.chosen_instruction_set(dtype)
+    text = chosen = tools.chosen_instruction_set(dtype)
     for rows in range(2, 65):
-        if (better := core.chosen_instruction_set(dtype, rows)) != chosen:
+        if (better := tools.chosen_instruction_set(dtype, rows)) != chosen:
             text += f" ({better} from {rows} query rows per KV head on)"
             chosen = better
     return text
@@ -27,22 +27,22 @@ def chosen_for(dtype: str) -> str:
 def describe() -> str:
     """One fact per line."""
     chosen = ", ".join(f"{chosen_for(dtype)} for {dtype}" for dtype in DTYPES)
-    kernels = len(core.cuda_kernels())
+    kernels = len(_core.cuda_kernels())
     forced = {name: os.environ.get(name) for name in ("LEAN_ATTENTION_CPU", "LEAN_ATTENTION_TUNING")}
     says = {name: f" ({name}={value})" if value else "" for name, value in forced.items()}
-    tuning = core.tuning()
+    tuning = _core.tuning()
     facts = {
         "lean_attention": __version__,
         "torch": f"{torch.__version__} (the core runs with any from 2.10 on)",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "core": core.__file__,
+        "core": str(_core.library),
         "backends": "cpu" + (f", cuda ({kernels} kernels)" if kernels else " (built without CUDA)"),
-        "instruction sets": f"this machine runs {core.instruction_sets().replace(' ', ', ')}",
+        "instruction sets": f"this machine runs {tools.instruction_sets().replace(' ', ', ')}",
         "in use": chosen + says["LEAN_ATTENTION_CPU"],
         "tuning": tuning.pop("name") + says["LEAN_ATTENTION_TUNING"],
         "tuned": ", ".join(f"{field} {value}" for field, value in tuning.items()),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
-        "compiler": core.compiler(),
+        "compiler": tools.compiler(),
         "build flags": " ".join(_build.COMPILE_FLAGS),
     }
     width = max(map(len, facts))

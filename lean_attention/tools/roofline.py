@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 import torch
 
-from lean_attention._core import core
+from lean_attention._core import tools
 
 
 def read_bandwidth_of(memory: torch.Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes per second, by `clock`, of one read of a contiguous CPU tensor on all of torch's threads."""
-    nbytes = memory.numel() * memory.element_size() // 64 * 64
+    data = memory.view(-1).view(torch.uint8)
+    nbytes = data.numel() // 64 * 64
     begin = clock()
-    core.read_loop(memory.data_ptr(), nbytes)
+    tools.read_loop(data)
     return nbytes / (clock() - begin)
 
 
@@ -41,7 +42,7 @@ def fma_rate(
     rounds = 1000
     while True:
         begin = clock()
-        products = core.fma_loop(name, rounds, rows)
+        products = tools.fma_loop(name, rounds, rows)
         took = clock() - begin
         if took >= seconds:
             return products / took

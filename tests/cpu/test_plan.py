@@ -11,7 +11,7 @@ import torch
 import lean_attention
 from benchmarks.cpu_decode import full_grid, subset
 from benchmarks.harness import Case as StudyCase
-from lean_attention._core import core
+from lean_attention import _core
 from lean_attention.tools import info
 from tests.cases import BF16, F32, Case, assert_close, make_inputs
 
@@ -38,11 +38,13 @@ def plan(row: str, case: StudyCase, **changes: object) -> dict:
         "num_ctas": 0,
         "threads": 2,
     }
-    return core.plan(**(arguments | changes))
+    arguments |= changes
+    l2_bytes, l2_ways = arguments.pop("l2")
+    return _core.plan(**arguments, l2_bytes=l2_bytes, l2_ways=l2_ways)
 
 
 def tuning(row: str, l2: tuple[int, int] = LARGE_L2) -> dict:
-    return {each["name"]: each for each in core.tuning_rows(*l2)}[row]
+    return {each["name"]: each for each in _core.tuning_rows(*l2)}[row]
 
 
 def token_bytes(case: StudyCase, int8: bool = False) -> int:
@@ -203,7 +205,7 @@ def test_with_a_grid_threads_change_nothing(row: str) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_can_be_forced(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEAN_ATTENTION_TUNING", row)
-    assert core.tuning()["name"] == row
+    assert _core.tuning()["name"] == row
     assert f"{row} (LEAN_ATTENTION_TUNING={row})" in info.describe()
     layouts = ("tokens_first", "heads_first", "paged_heads_first")
     for dtype, layout in itertools.product((BF16, F32), layouts):

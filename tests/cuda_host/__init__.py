@@ -36,6 +36,6 @@ def load() -> ModuleType:
             extra_cflags=[*flags, "-O1", "-Wno-unknown-pragmas"],
             # What it defines of libtorch's is for itself alone.
             extra_ldflags=["-Wl,-Bsymbolic"],
-            extra_include_paths=[str(HERE), *_build.include_dirs(), str(emulation.HERE)],
+            extra_include_paths=[str(HERE), *_build.INCLUDE_DIRS, str(emulation.HERE)],
             build_directory=str(directory),
         )

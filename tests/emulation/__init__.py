@@ -53,7 +53,7 @@ def load() -> ModuleType:
         _build.ROOT / source
         for source in _build.sources()
         if not source.startswith("csrc/cpu/")
-        and Path(source).name not in ("bindings.cpp", "benchmark_ops.cpp")
+        and Path(source).name not in ("benchmark_ops.cpp", "machine_ops.cpp", "schedule_ops.cpp")
     ]
     with _build.locked(build_directory()):
         return cpp_extension.load(
@@ -61,6 +61,6 @@ def load() -> ModuleType:
             sources=[str(source) for source in [*sources, *sorted(HERE.glob("*.cpp"))]],
             extra_cflags=flags + sanitizers,
             extra_ldflags=sanitizers,
-            extra_include_paths=[str(HERE), *_build.include_dirs()],
+            extra_include_paths=[str(HERE), *_build.INCLUDE_DIRS],
             build_directory=str(build_directory()),
         )

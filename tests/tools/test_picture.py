@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from lean_attention import Schedule
-from lean_attention._core import core
+from lean_attention._core import tools
 from lean_attention.tools.picture import Panel, fixed_split, stream_k
 
 
@@ -55,7 +55,7 @@ def test_the_picture_shows_shared_prefixes() -> None:
 
 def test_makespans() -> None:
     def splits(tiles: list[int], num_ctas: int) -> dict[int, float]:
-        lens = [count * core.lean_tile_tokens(128) for count in tiles]
+        lens = [count * tools.lean_tile_tokens(128) for count in tiles]
         schedule = Schedule(lens, 1, num_ctas=num_ctas, head_dim=128)
         lean = stream_k(schedule).makespan
         return {0: lean} | {count: fixed_split(schedule, count).makespan for count in (1, 2, 6)}

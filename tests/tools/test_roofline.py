@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lean_attention._core import core
+from lean_attention._core import tools
 from lean_attention.tools.roofline import fma_rate
 from tests.cases import DTYPES
 
@@ -12,7 +12,7 @@ from tests.cases import DTYPES
 def test_products_are_counted(instruction_set: str) -> None:
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        assert core.fma_loop(name, 30) == 3 * core.fma_loop(name, 10) > 0
+        assert tools.fma_loop(name, 30) == 3 * tools.fma_loop(name, 10) > 0
         assert fma_rate(dtype, rows=64, seconds=1e-4) > 0
     with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
-        core.fma_loop("int8", 1)
+        tools.fma_loop("int8", 1)
