@@ -9,11 +9,15 @@
 # make test-newest    the integrations' tests with the newest of all packages but torch; TORCH=torch chooses that too
 # make test-oldest    the same with the oldest torch and transformers that pyproject.toml admits
 # make test-vllm      the tests in vLLM, in an environment of its own (minutes, and 2.4 GB); VLLM_VENV names another
+# make wheel       a wheel into dist/ that needs no compiler: CPU code, and CUDA code where there is a toolkit (minutes)
+# make wheel-check it in fresh environments, one at a time; WHEEL_CELLS=cpu takes those that need no gigabytes
 # make lint    formatters and linters, in check mode; make format applies them
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+WHEEL_VENV ?= .venv-wheel
+WHEEL_CELLS ?= all
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -50,7 +54,8 @@ timed = status=0; $(1) || status=$$?; \
 	seconds=$$(( $$(date +%s) - $(BEGIN) )); \
 	echo "make $@: $$(( seconds / 60 )) min $$(( seconds % 60 )) s, setting up included"; exit $$status
 
-.PHONY: test demo check bench bench-engines sanitize cuda-check test-newest test-oldest test-vllm lint format clean
+.PHONY: test demo check bench bench-engines sanitize cuda-check test-newest test-oldest test-vllm lint format clean \
+        wheel wheel-check
 
 test: $(VENV)/installed
 	@$(call timed,$(BIN)/$(PYTEST) $(TEST_ARGS))
@@ -102,6 +107,22 @@ test-vllm: build/wheel $(VLLM_VENV)/text-model
 	@$(call pip_install,$(VLLM_VENV)/bin) --no-deps --force-reinstall build/wheel/*.whl
 	@$(call timed,$(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm --show-capture=no $(TEST_ARGS))
 
+# What setuptools left in build/lib is removed first: it would go into the wheel.
+wheel: $(VENV)/torch $(WHEEL_VENV)/installed
+	@echo "make: compiling the wheel's library (minutes, many with CUDA)"
+	@rm -rf build/lib.* build/wheel dist && mkdir -p build/wheel
+	@LEAN_ATTENTION_OLD_GLIBC=1 $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel > build/wheel.log 2>&1 \
+	  || { tail -n 40 build/wheel.log; exit 1; }
+	@$(call timed,$(WHEEL_VENV)/bin/python -m release.wheel build/wheel/*.whl dist)
+
+wheel-check: $(WHEEL_VENV)/installed
+	@$(call timed,$(WHEEL_VENV)/bin/python -m release.wheel_check dist/*.whl $(WHEEL_CELLS))
+
+$(WHEEL_VENV)/installed: third_party/wheel-requirements.txt
+	@$(PYTHON) -m venv $(WHEEL_VENV)
+	@$(call pip_install,$(WHEEL_VENV)/bin) -r $<
+	@touch $@
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -113,7 +134,7 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest .venv-vllm
+	rm -rf build dist demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest .venv-vllm .venv-wheel
 	rm -f $(VENV)/installed
 
 # torch comes before the package: the core is compiled against the torch that runs it.

@@ -1,8 +1,10 @@
 """Builds lean_attention's compiled core with torch.utils.cpp_extension; pyproject.toml has the rest."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -15,17 +17,25 @@ except ImportError:
         "then: pip install --no-build-isolation ."
     )
 
-# Loaded by path: importing the package would import the core that is being built.
-spec = importlib.util.spec_from_file_location(
-    "_build", Path(__file__).resolve().parent / "lean_attention" / "_build.py"
-)
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
+
+def module(path: str) -> ModuleType:
+    """Loaded by path: importing the package would import the library that is being built."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).resolve().parent / path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+build = module("lean_attention/_build.py")
 
 try:
     cuda = build.cuda_build()
 except (RuntimeError, ValueError) as error:
     sys.exit(f"lean_attention: {error}")
+# Of wheels for other machines (make wheel).
+link_arguments = []
+if os.environ.get("LEAN_ATTENTION_OLD_GLIBC") == "1":
+    link_arguments = module("release/old_glibc.py").link_arguments(Path("build", "old_glibc"))
 build.say(f"with CUDA ({cuda.toolkit}) for {cuda.architectures}" if cuda else "without CUDA")
 
 
@@ -37,6 +47,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[build.extension(cuda, Path("build", "kernels"))],
-    cmdclass={"build_ext": build.build_command(), "bdist_wheel": Wheel},
+    ext_modules=[build.extension(cuda, Path("build", "kernels"), link_arguments)],
+    cmdclass={"build_ext": build.build_command(cuda), "bdist_wheel": Wheel},
 )

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -180,10 +180,10 @@ def say(text: str) -> None:
     print(f"lean_attention: {text}", file=sys.stderr, flush=True)
 
 
-def extension(cuda: CudaBuild | None, directory: Path) -> Extension:
+def extension(cuda: CudaBuild | None, directory: Path, link_arguments: Sequence[str] = ()) -> Extension:
     """The core, as BuildExtension is to compile it; tells torch of the toolkit and the architectures.
 
-    `directory` is where the sources of kernels are written.
+    `directory` is where the sources of kernels are written; `link_arguments` end the linker's command line.
     """
     from setuptools import Extension
     from torch.utils import cpp_extension
@@ -207,18 +207,20 @@ def extension(cuda: CudaBuild | None, directory: Path) -> Extension:
         library_dirs=search,
         libraries=libraries,
         extra_compile_args={"cxx": [*COMPILE_FLAGS, *defines], "nvcc": CUDA_FLAGS},
+        extra_link_args=list(link_arguments),
         language="c++",
     )
 
 
-def build_command() -> type[BuildExtension]:
+def build_command(cuda: CudaBuild | None) -> type[BuildExtension]:
     """The command build_ext. ninja, which knows headers and flags, finds what has to be compiled again."""
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildCore(BuildExtension):
         def finalize_options(self) -> None:
             # One folder for all ways to build: pip's editable builds would throw theirs away.
-            self.build_temp = self.build_temp or str(Path("build", "objects"))
+            folder = "objects_cuda" if cuda else "objects"
+            self.build_temp = self.build_temp or str(Path("build", folder))
             super().finalize_options()
             self.force = True
 
@@ -234,8 +236,11 @@ def compile_core(directory: Path) -> None:
     from setuptools import Distribution
 
     os.chdir(ROOT)  # sources are relative to it
-    ours = {"name": "lean_attention", "ext_modules": [extension(cuda_build(), directory / "kernels")]}
-    command = Distribution({**ours, "cmdclass": {"build_ext": build_command()}}).get_command_obj("build_ext")
+    cuda = cuda_build()
+    ours = {"name": "lean_attention", "ext_modules": [extension(cuda, directory / "kernels")]}
+    command = Distribution({**ours, "cmdclass": {"build_ext": build_command(cuda)}}).get_command_obj(
+        "build_ext"
+    )
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
     command.ensure_finalized()
     command.run()
