@@ -143,6 +143,17 @@ class Function:
     def bytes(self) -> int:
         return 16 * len(self.code)
 
+    @property
+    def body_bytes(self) -> int:
+        """Without the functions that it calls, which are out of the way of what does not call them."""
+        found, queue = set(), [min(self.blocks)]
+        while queue:
+            at = queue.pop()
+            if at not in found:
+                found.add(at)
+                queue += self.blocks[at].next
+        return 16 * self.length(list(found))
+
     def blocks_with(self, pattern: str) -> list[int]:
         return [at for at, b in self.blocks.items() if any(re.match(pattern, i.opcode) for i in b.code)]
 

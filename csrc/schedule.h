@@ -16,8 +16,8 @@
 // right after it.
 //
 // Pure arithmetic: no torch, no CUDA, no memory. The kernels of every backend and the ops
-// for inspection compile this one text: in 64-bit integers, and on a GPU in 32-bit ones, which it multiplies and
-// divides several times as fast.
+// for inspection compile this one text: in 64-bit integers, and on a GPU in 32-bit ones, which it multiplies
+// and divides several times as fast.
 #pragma once
 
 #include <cstdint>

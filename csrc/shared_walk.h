@@ -35,32 +35,28 @@ class SharedWalkOf {
         end_(range.end),
         nodes_(nodes),
         node_(nodes),
-        node_begin_(sequence_begin),
-        publishes_(walk_.is_inside_output()) {
+        node_begin_(sequence_begin) {
     LEAN_ROLLED
     for (; sequence < nodes; ++sequence) node_begin_ += geometry.sequence_tiles(length_of(sequence));
     left_ = {range.begin, min(range.end, node_begin_)};
-    if (!publishes_) go_behind_nodes(geometry, length_of);
   }
 
   // The next segment; false when the range is done.
   template <class LengthOf>
   LEAN_HOST_DEVICE constexpr bool next(const Geometry& geometry, SegmentOf<Int>& segment,
                                        const LengthOf& length_of) {
-    if (publishes_) {
-      publishes_ = false;
-      walk_.next(segment, length_of);
-      left_.begin = segment.tiles.end;
-      go_behind_nodes(geometry, length_of);
-      return true;
-    }
-    return walk_.next(segment, length_of) || next_node(geometry, segment, length_of);
+    const bool publishes = !is_behind_nodes_ && walk_.is_inside_output();
+    if (!is_behind_nodes_ && !publishes) go_behind_nodes(geometry, length_of);
+    if (!walk_.next(segment, length_of)) return next_node(geometry, segment, length_of);
+    if (publishes) left_.begin = segment.tiles.end;
+    return true;
   }
 
  private:
   // Has walk_ go on with the first sequence, where there are nodes before it.
   template <class LengthOf>
   LEAN_HOST_DEVICE constexpr void go_behind_nodes(const Geometry& geometry, const LengthOf& length_of) {
+    is_behind_nodes_ = true;
     if (left_.begin >= left_.end) return;
     Int sequence = nodes_;
     LEAN_ROLLED
@@ -98,10 +94,10 @@ class SharedWalkOf {
 
   Walk walk_;  // over what is published, then over sequences
   Int end_;    // of the range
+  bool is_behind_nodes_ = false;
   Int nodes_;
   Int node_;  // the one taken last, and its first LeanTile; at first the end of all
   Int node_begin_;
-  bool publishes_;               // the range's first segment is another one's peer, and not taken yet
   LeanRangeOf<Int> left_{0, 0};  // of nodes, what has not been taken
   SequenceLengthOf<Int> length_{0, 0, 0};
 };

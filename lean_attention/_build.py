@@ -188,14 +188,14 @@ def extension(cuda: CudaBuild | None, directory: Path, link_arguments: Sequence[
     from setuptools import Extension
     from torch.utils import cpp_extension
 
-    defines: list[str] = []
+    defines = cpu_defines()
     include = [*INCLUDE_DIRS, *cpp_extension.include_paths()]
     search, libraries = cpp_extension.library_paths(), ["c10", "torch", "torch_cpu"]
     if cuda:
         # A torch without CUDA knows no toolkit, and takes no hint from the environment.
         cpp_extension.CUDA_HOME = str(cuda.toolkit)
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
-        defines = ["-DLEAN_WITH_CUDA"]
+        defines.append("-DLEAN_WITH_CUDA")
         include.append(str(cuda.toolkit / "include"))
         search = [*search, str(cuda.toolkit / "lib64")]
         libraries += ["cudart_static", "dl", "rt", "pthread"]
@@ -210,6 +210,15 @@ def extension(cuda: CudaBuild | None, directory: Path, link_arguments: Sequence[
         extra_link_args=list(link_arguments),
         language="c++",
     )
+
+
+def cpu_defines() -> list[str]:
+    """Of LEAN_ATTENTION_CPU_KERNELS=portable: no kernels for vector instructions, which take nine tenths of
+    the compiler's time. For builds whose CPU kernels nobody runs."""
+    wish = os.environ.get("LEAN_ATTENTION_CPU_KERNELS", "all")
+    if wish not in ("all", "portable"):
+        raise ValueError(f"LEAN_ATTENTION_CPU_KERNELS is {wish!r}; it must be all or portable")
+    return ["-DLEAN_PORTABLE_ONLY"] if wish == "portable" else []
 
 
 def build_command(cuda: CudaBuild | None) -> type[BuildExtension]:
@@ -276,7 +285,7 @@ def fingerprint(cuda: CudaBuild | None) -> str:
     """Another one for every change of what the core is made of."""
     import torch
 
-    found = hashlib.sha256(repr((torch.__version__, os.environ.get("CXX"), cuda)).encode())
+    found = hashlib.sha256(repr((torch.__version__, os.environ.get("CXX"), cpu_defines(), cuda)).encode())
     for file in [Path(__file__), *sorted((ROOT / "csrc").rglob("*.*"))]:
         found.update(file.name.encode() + file.read_bytes())
     return found.hexdigest()

@@ -128,7 +128,7 @@ class Schedule:
         if self.tile_tokens == 0:
             object.__setattr__(self, "tile_tokens", tools.lean_tile_tokens(self.head_dim))
         try:
-            self._lengths
+            _ = self._lengths
         except ValueError as error:
             raise ValueError(str(error).replace("decode:", "Schedule:", 1)) from None
 

@@ -2,8 +2,8 @@
 
     python -m release.wheel_check dist/lean_attention-*.whl [CELL ...]
 
-A cell is a Python and a torch; "cpu" stands for those whose torch is a build for CPUs, "all" (the default) for
-all. Environments are made one at a time and deleted: a torch with CUDA takes several GB.
+A cell is a Python and a torch; "cpu" stands for those whose torch is a build for CPUs, "all" (the default)
+for all. Environments are made one at a time and deleted: a torch with CUDA takes several GB.
 """
 
 from __future__ import annotations

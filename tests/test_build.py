@@ -50,7 +50,7 @@ def test_builds_just_in_time_from_sources(tmp_path: Path) -> None:
         "q = torch.randn(1, 1, 2, 8); k = torch.randn(1, 5, 1, 8); print(la.decode(q, k, k)[0].shape)"
     )
     environment = {
-        "CXX": checkout.quick_compiler(tmp_path),
+        **checkout.quick_build(tmp_path),
         "LEAN_ATTENTION_CUDA": "0",
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
     }
@@ -84,7 +84,7 @@ def test_builds_cuda_just_in_time_beside_a_binary(tmp_path: Path) -> None:
         "from lean_attention import _core; print(describe()); print(len(_core.cuda_kernels()))"
     )
     environment = {
-        "CXX": checkout.quick_compiler(tmp_path),
+        **checkout.quick_build(tmp_path),
         "LEAN_ATTENTION_JIT": "1",
         "LEAN_ATTENTION_CUDA": "",
         "TORCH_CUDA_ARCH_LIST": "9.0",

@@ -65,6 +65,7 @@ def test_a_path_that_ends_elsewhere() -> None:
     code = function(*LOOP)
     assert code.shortest([0], lambda to: to == 0xA0, {}, {}) == [0x00, 0x10, 0x30, 0x80]
     assert code.bytes == 16 * len(LOOP)
+    assert code.body_bytes == code.bytes - 2 * 16  # the function that it calls
 
 
 def test_words_are_counted_by_the_width_of_what_moves_them() -> None:

@@ -9,7 +9,7 @@
 
 #include "cpu/kernels/tile_kernel.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LEAN_PORTABLE_ONLY)
 #define LEAN_X86
 #endif
 

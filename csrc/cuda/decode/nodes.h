@@ -26,25 +26,31 @@ LEAN_COLD Length32 node_length(const DecodeArguments& a, int32_t node) {
           static_cast<int32_t>(length.q_len), true};
 }
 
-// How many tokens of sequence b are nodes'.
-LEAN_COLD int32_t shared_tokens(const DecodeArguments& a, int32_t b, int32_t nodes) {
-  const int64_t node = a.p.shared.deepest(b, b + 1, nodes);
-  return node < 0 ? 0 : static_cast<int32_t>(a.p.shared.node(node).end_token);
+// Whether this thread finds a row of `shared`, or a sequence of it, that is bad; tells of all where it is to.
+LEAN_COLD bool finds_bad_shared(const DecodeArguments& a, bool tells) {
+  bool found = false;
+  find_bad_shared(a.p, hw::thread_index(), kThreads, [&](const BadNumber& bad) {
+    found = true;
+    if (tells) report(a.errors, bad);
+  });
+  return found;
 }
 
-// The rows of `shared`, or 0 where one of them is invalid. Called by all threads; ends with a barrier.
+// The rows of `shared`, or 0 where one of them is bad, of which one CTA tells. Called by all threads, once
+// there is a ticket; ends with a barrier.
 template <class Config>
 LEAN_COLD int32_t checked_nodes(const DecodeArguments& a) {
   SharedState<Config>& s = shared_state<Config>();
   const Thread thread;
-  bool bad = false;
-  find_bad_shared(a.p, thread.index, kThreads, [&bad](const BadNumber&) { bad = true; });
-  bad = hw::any(bad);
+  bool bad = hw::any(finds_bad_shared(a, false));
   if (thread.lane == 0) s.warp_tiles[thread.warp] = bad;
   hw::sync_block();
   for (const int32_t warp_bad : s.warp_tiles) bad |= warp_bad != 0;
+  if (bad && s.ticket == 0) finds_bad_shared(a, true);
+  const int32_t nodes = bad ? 0 : static_cast<int32_t>(a.p.shared.count);
+  if (thread.index == 0) s.nodes = nodes;
   hw::sync_block();
-  return bad ? 0 : static_cast<int32_t>(a.p.shared.count);
+  return nodes;
 }
 
 // Whose the segment is among nodes and sequences, and where its rows are among the batch's.

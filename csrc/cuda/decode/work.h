@@ -5,12 +5,9 @@
 
 namespace lean::cuda {
 
-// What sequence `sequence` of the schedule, which has `nodes` of them, contributes to it; numbers out of
-// range are brought into range.
-LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence, int32_t nodes) {
+// What sequence `sequence` of the schedule contributes to it; numbers out of range are brought into range.
+LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence) {
   const DecodeParams& p = a.p;
-  if (sequence < nodes) return node_length(a, sequence);
-  sequence -= nodes;
   const int32_t num_kv_heads = a.geometry.num_kv_heads;
   const int32_t b = p.lengths_per_head ? sequence / num_kv_heads : sequence;
   const int32_t head = p.lengths_per_head ? sequence - b * num_kv_heads : 0;
@@ -21,8 +18,7 @@ LEAN_DEVICE Length32 length_of(const DecodeArguments& a, int32_t sequence, int32
   if (p.cu_seqlens_q) {
     q_len = max(0, first_query(p, b + 1) - first_query(p, b));
   }
-  int32_t leftpad = p.cache_leftpad ? index_at(p.cache_leftpad, b) : 0;
-  if (nodes > 0) leftpad = shared_tokens(a, b, nodes);
+  const int32_t leftpad = p.cache_leftpad ? index_at(p.cache_leftpad, b) : 0;
   return {max(0, min(tokens, a.capacity)), max(0, min(leftpad, a.capacity)), q_len};
 }
 
@@ -49,9 +45,7 @@ LEAN_COLD void write_padding(const DecodeArguments& a, int32_t ticket, int threa
 }
 
 LEAN_COLD void report_bad_numbers(const DecodeArguments& a, int thread) {
-  const auto tell = [&a](const BadNumber& bad) { report(a.errors, bad); };
-  find_bad_numbers(a.p, thread, kThreads, tell);
-  find_bad_shared(a.p, thread, kThreads, tell);
+  find_bad_numbers(a.p, thread, kThreads, [&a](const BadNumber& bad) { report(a.errors, bad); });
 }
 
 // Constants of the kernel take the place of divisors.
@@ -63,19 +57,48 @@ LEAN_DEVICE Geometry32 geometry_of(const DecodeArguments& a) {
   return geometry;
 }
 
-// The same for a call that shares prefixes.
-template <class Config>
-LEAN_COLD void begin_shared_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t sequence,
-                                 int32_t sequence_begin) {
-  SharedState<Config>& s = shared_state<Config>();
-  s.shared_walk() = SharedWalk32(geometry_of<Config>(a), range, sequence, sequence_begin, s.nodes,
-                                 [&](int32_t i) { return length_of(a, i, s.nodes); });
+// The same for calls that share prefixes, whose sequences begin with the nodes.
+LEAN_COLD Length32 shared_length_of(const DecodeArguments& a, int32_t sequence, int32_t nodes) {
+  if (sequence < nodes) return node_length(a, sequence);
+  const int32_t b = sequence - nodes;
+  Length32 length = length_of(a, b);
+  const int64_t node = a.p.shared.deepest(b, b + 1, nodes);
+  if (node >= 0) length.leftpad = static_cast<int32_t>(a.p.shared.node(node).end_token);
+  return length;
 }
+
+// LeanTiles of some sequences.
+template <class Config>
+LEAN_COLD int32_t shared_tiles(const DecodeArguments& a, int32_t first, int32_t end) {
+  const int32_t nodes = shared_state<Config>().nodes;
+  int32_t sum = 0;
+  LEAN_ROLLED
+  for (int32_t i = first; i < end; ++i) {
+    sum += geometry_of<Config>(a).sequence_tiles(shared_length_of(a, i, nodes));
+  }
+  return sum;
+}
+
+// Begins the walk where the first LeanTile of the range is one of the sequences [first, end), which end at
+// LeanTile `end_tile`; false where it is not.
+template <class Config>
+LEAN_COLD bool begin_shared_walk(const DecodeArguments& a, LeanRangeOf<int32_t> range, int32_t first,
+                                 int32_t end, int32_t end_tile) {
+  SharedState<Config>& s = shared_state<Config>();
+  const Geometry32 geometry = geometry_of<Config>(a);
+  const auto length = [&](int32_t i) { return shared_length_of(a, i, s.nodes); };
+  LEAN_ROLLED
+  while (end_tile > range.begin && end > first) end_tile -= geometry.sequence_tiles(length(--end));
+  if (end_tile > range.begin) return false;
+  s.shared_walk() = SharedWalk32(geometry, range, end, end_tile, s.nodes, length);
+  return true;
+}
+
 template <class Config>
 LEAN_COLD bool next_shared_segment(const DecodeArguments& a, Segment32& segment, SegmentPlace& place) {
   SharedState<Config>& s = shared_state<Config>();
   const bool is_segment = s.shared_walk().next(geometry_of<Config>(a), segment,
-                                               [&](int32_t i) { return length_of(a, i, s.nodes); });
+                                               [&](int32_t i) { return shared_length_of(a, i, s.nodes); });
   if (is_segment) find_nodes(a, s.nodes, Config::rows, segment, place);
   return is_segment;
 }
@@ -89,7 +112,7 @@ LEAN_DEVICE void find_segment(const DecodeArguments& a, int n) {
   SegmentPlace& place = s.places[n & 1];
   const bool is_segment = shares(a)
                               ? next_shared_segment<Config>(a, segment, place)
-                              : s.segment_walk().next(segment, [&](int32_t i) { return length_of(a, i, 0); });
+                              : s.segment_walk().next(segment, [&](int32_t i) { return length_of(a, i); });
   s.is_segment[n & 1] = is_segment;
   if (is_segment) {
     find_place<Config>(a, segment, place);
@@ -109,8 +132,7 @@ class Work {
     // By a warp that has fewer lengths to add up than the first one.
     if (thread_.index == kThreads - 1) s.ticket = take_ticket(a_.workspace, hw::num_ctas());
     const Geometry32 geometry = geometry_of<Config>(a_);
-    const int32_t nodes = shares(a_) ? checked_nodes<Config>(a_) : 0;
-    const int32_t sequences = sequences_of(a_) + nodes;
+    const int32_t sequences = sequences_of(a_) + (shares(a_) ? checked_nodes<Config>(a_) : 0);
     // Where all have the same LeanTiles, every thread counts those of the first.
     const int32_t per_thread = a_.ragged ? ceil_div(sequences, kThreads) : 1;
     const int32_t first = a_.ragged ? thread_.index * per_thread : 0,
@@ -119,11 +141,15 @@ class Work {
     // Of this thread's last sequence: most threads have one, whose length then is loaded once.
     Length32 length{};
     int32_t tiles = 0;
-    LEAN_ROLLED
-    for (int32_t i = first; i < end; ++i) {
-      length = length_of(a_, i, nodes);
-      tiles = geometry.sequence_tiles(length);
-      sum += tiles;
+    if (shares(a_)) {
+      sum = shared_tiles<Config>(a_, first, end);
+    } else {
+      LEAN_ROLLED
+      for (int32_t i = first; i < end; ++i) {
+        length = length_of(a_, i);
+        tiles = geometry.sequence_tiles(length);
+        sum += tiles;
+      }
     }
     if (a_.ragged) {
       for (int lanes = 1; lanes < hw::kWarpThreads; lanes *= 2) {
@@ -159,23 +185,21 @@ class Work {
       found_ = thread_.index == 0;
       sequence = range.begin / tiles;
       sequence_begin = sequence * tiles;
-    } else if (found_) {
+    } else if (found_ && !shares(a_)) {
       --sequence;
       sequence_begin -= tiles;
       LEAN_ROLLED
       while (sequence_begin > range.begin && sequence > first) {
-        length = length_of(a_, --sequence, nodes);
+        length = length_of(a_, --sequence);
         sequence_begin -= geometry.sequence_tiles(length);
       }
       found_ = sequence_begin <= range.begin;
     }
+    if (found_ && shares(a_)) found_ = begin_shared_walk<Config>(a_, range, first, end, sum);
     if (found_) {
       s.grid = grid;
       s.cta = cta;
-      if (shares(a_)) {
-        s.nodes = nodes;
-        begin_shared_walk<Config>(a_, range, sequence, sequence_begin);
-      } else {
+      if (!shares(a_)) {
         s.segment_walk() =
             SegmentWalk32(geometry, range, sequence, sequence_begin, [&](int32_t) { return length; });
       }
