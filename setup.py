@@ -9,13 +9,14 @@ from types import ModuleType
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
+NEEDS = "lean_attention: building needs torch 2.10 or newer"
+WITHOUT = "install one first, or leave out --no-build-isolation"
 try:
-    import torch  # noqa: F401
+    import torch
 except ImportError:
-    sys.exit(
-        "lean_attention: building needs the torch that will run it; install torch first, "
-        "then: pip install --no-build-isolation ."
-    )
+    sys.exit(f"{NEEDS}, and this environment has none; {WITHOUT}")
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+    sys.exit(f"{NEEDS}, and this environment has {torch.__version__}; {WITHOUT}")
 
 
 def module(path: str) -> ModuleType:
@@ -30,6 +31,8 @@ build = module("lean_attention/_build.py")
 
 try:
     cuda = build.cuda_build()
+    if cuda:
+        build.refuse_compiler(cuda)
 except (RuntimeError, ValueError) as error:
     sys.exit(f"lean_attention: {error}")
 # Of wheels for other machines (make wheel).

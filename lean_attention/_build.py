@@ -6,11 +6,13 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,6 +160,25 @@ def cuda_toolkit() -> Path | None:
 INCLUDE_DIRS = [str(ROOT / "csrc")]
 
 
+def refuse_compiler(cuda: CudaBuild) -> None:
+    """Raises RuntimeError where the toolkit does not take the C++ compiler: it refuses newer ones."""
+    compiler = os.environ.get("CC")  # as torch.utils.cpp_extension chooses it
+    chosen = ["-ccbin", compiler] if compiler else []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cu")
+        source.touch()
+        command = [str(cuda.toolkit / "bin" / "nvcc"), *chosen, "-c", str(source), "-o", f"{source}.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return
+    said = (done.stderr + done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+    why = next((line for line in said if "error" in line), said[-1])
+    raise RuntimeError(
+        f"the CUDA toolkit in {cuda.toolkit} does not take the C++ compiler {compiler or 'on the PATH'} "
+        f"({why.strip()}); name one that it takes by CC=, or leave the kernels out by LEAN_ATTENTION_CUDA=0"
+    )
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[TextIO]:
     """Has the folder, which it makes, to itself: of all processes that build there, one goes on at a time.
@@ -177,7 +198,8 @@ def locked(directory: Path) -> Iterator[TextIO]:
 
 
 def say(text: str) -> None:
-    print(f"lean_attention: {text}", file=sys.stderr, flush=True)
+    """To standard error, unless a program configures the logger: a build takes minutes."""
+    logging.getLogger("lean_attention").warning("lean_attention: %s", text)
 
 
 def extension(cuda: CudaBuild | None, directory: Path, link_arguments: Sequence[str] = ()) -> Extension:
@@ -246,6 +268,8 @@ def compile_core(directory: Path) -> None:
 
     os.chdir(ROOT)  # sources are relative to it
     cuda = cuda_build()
+    if cuda:
+        refuse_compiler(cuda)
     ours = {"name": "lean_attention", "ext_modules": [extension(cuda, directory / "kernels")]}
     command = Distribution({**ours, "cmdclass": {"build_ext": build_command(cuda)}}).get_command_obj(
         "build_ext"
@@ -264,8 +288,8 @@ def build_in_place() -> Path:
     if not (ROOT / "csrc" / "ops").is_dir():
         raise ImportError(
             "lean_attention: the compiled library lean_attention/_C.so is missing or not wanted "
-            f"(LEAN_ATTENTION_JIT=1), and its sources are not beside the package ({ROOT}); reinstall with: "
-            "pip install --no-build-isolation lean_attention"
+            f"(LEAN_ATTENTION_JIT=1), and its sources are not beside the package ({ROOT}); install it again: "
+            "pip install --force-reinstall --no-deps lean_attention"
         )
     from torch.utils import cpp_extension
 

@@ -6,7 +6,10 @@ The library has no Python in it: its functions for inspection are ops on numbers
 from __future__ import annotations
 
 import json
+import logging
 import os
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import torch
 from lean_attention._build import build_in_place
 
 NAMESPACE = "lean_attn"
+_REINSTALL = "pip install --force-reinstall --no-deps --no-binary lean_attention lean_attention"
+_logger = logging.getLogger("lean_attention")
 _BINARY = Path(__file__).resolve().with_name("_C.so")
 
 
@@ -37,8 +42,23 @@ def _load() -> Path:
             f"lean_attention: this process has loaded {others} already, and {binary} has the same ops; "
             "a process can use one copy of the package: uninstall the other one, or take it off sys.path"
         )
-    torch.ops.load_library(binary)
+    try:
+        torch.ops.load_library(binary)
+    except OSError as error:
+        raise ImportError(_why_not(binary, str(error.__cause__ or error))) from error
+    _logger.debug("loaded %s", binary)
     return binary
+
+
+def _why_not(binary: Path, error: str) -> str:
+    """What the loader's error means, in a sentence."""
+    here = f"lean_attention: {binary} does not load: "
+    if wants := re.search(r"version `((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)' not found", error):
+        has = " ".join(platform.libc_ver())
+        return f"{here}it needs {wants[1]}, and this system has {has}; build it here: {_REINSTALL}"
+    if name := re.search(r"undefined symbol: (\S+)", error):
+        return f"{here}torch {torch.__version__} has no {name[1]}; it needs torch 2.10 or newer"
+    return f"{here}{error}"
 
 
 library = _load()

@@ -2,7 +2,7 @@
 
     python -m release.wheel_check dist/lean_attention-*.whl [CELL ...]
 
-A cell is a Python and a torch; "cpu" stands for those whose torch is a build for CPUs, "all" (the default)
+A cell is a Python and a torch; "cpu" stands for those whose torch is built for CPUs, "all" (the default)
 for all. Environments are made one at a time and deleted: a torch with CUDA takes several GB.
 """
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from importlib.metadata import requires
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lean_attention import _build
+from lean_attention import _build, _core
 from lean_attention._core import library
 from tests import checkout
 
@@ -152,7 +153,7 @@ with _build.locked(Path(sys.argv[1])) as lock:
 
 
 @pytest.mark.parametrize("seconds", ["0", "1.5"], ids=["no-compiler", "its-compiler-goes-on"])
-def test_a_builder_that_was_killed_leaves_no_lock(seconds: str, tmp_path: Path, capfd) -> None:
+def test_a_builder_that_was_killed_leaves_no_lock(seconds: str, tmp_path: Path, caplog) -> None:
     """Nor does torch's own lock, which it left, stop anybody. But its compiler is waited for."""
     (tmp_path / "lock").touch()
     command = [sys.executable, "-c", HOLD, str(tmp_path), seconds]
@@ -166,8 +167,8 @@ def test_a_builder_that_was_killed_leaves_no_lock(seconds: str, tmp_path: Path, 
             waited = time.monotonic() - begin
     assert not (tmp_path / "lock").exists()
     assert (waited > 0.5) is (seconds != "0")
-    said = f"lean_attention: waiting for another process that builds in {tmp_path}\n"
-    assert (said in capfd.readouterr().err) is (seconds != "0")
+    said = f"lean_attention: waiting for another process that builds in {tmp_path}"
+    assert (said in caplog.messages) is (seconds != "0")
 
 
 def test_the_binary_runs_with_any_torch_from_its_target_on() -> None:
@@ -243,6 +244,89 @@ def test_what_is_built_without_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("LEAN_ATTENTION_CUDA", "yes")
     with pytest.raises(ValueError, match="LEAN_ATTENTION_CUDA is 'yes'; it must be 0, 1 or visible"):
         _build.cuda_build()
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_the_checkout(tmp_path: Path) -> None:
+    if not (checkout.ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=checkout.ROOT, check=True
+    )
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=checkout.ROOT)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    here = {name for name in listed.stdout.splitlines() if (checkout.ROOT / name).exists()}
+    assert here - packed == set()
+
+
+def setup(torch: str, tmp_path: Path) -> str:
+    """What setup.py ends with, where `import torch` does this."""
+    (tmp_path / "torch.py").write_text(torch)
+    command = [
+        sys.executable,
+        str(checkout.ROOT / "setup.py"),
+        "--quiet",
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert result.returncode == 1
+    return result.stderr
+
+
+def test_a_build_without_a_torch_that_will_do(tmp_path: Path) -> None:
+    says = "lean_attention: building needs torch 2.10 or newer, and this environment has "
+    todo = "; install one first, or leave out --no-build-isolation\n"
+    assert setup("raise ModuleNotFoundError", tmp_path) == f"{says}none{todo}"
+    assert setup("__version__ = '2.9.1+cpu'", tmp_path) == f"{says}2.9.1+cpu{todo}"
+
+
+def test_a_toolkit_that_does_not_take_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    monkeypatch.setenv("CC", "g++-99")
+    nvcc.write_text("#!/bin/sh\nexit 0\n")
+    nvcc.chmod(0o755)
+    _build.refuse_compiler(_build.CudaBuild(tmp_path, "9.0"))
+    says = "host_config.h:143:2: error: #error -- unsupported GNU version!"
+    nvcc.write_text(f"#!/bin/sh\necho In file >&2\necho '{says}' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError) as raised:
+        _build.refuse_compiler(_build.CudaBuild(tmp_path, "9.0"))
+    assert str(raised.value) == (
+        f"the CUDA toolkit in {tmp_path} does not take the C++ compiler g++-99 ({says}); "
+        "name one that it takes by CC=, or leave the kernels out by LEAN_ATTENTION_CUDA=0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            "/lib/libc.so.6: version `GLIBC_2.34' not found (required by _C.so)",
+            r"it needs GLIBC_2\.34, and this system has glibc 2\.\d+; build it here: pip install ",
+        ),
+        ("_C.so: undefined symbol: torch_new", r"torch \S+ has no torch_new; it needs torch 2\.10 or newer$"),
+        ("_C.so: file too short", r"_C\.so: file too short$"),
+    ],
+    ids=["old-glibc", "old-torch", "other"],
+)
+def test_a_library_that_does_not_load(error: str, says: str) -> None:
+    assert re.match(
+        rf"lean_attention: /x/_C\.so does not load: {says}", _core._why_not(Path("/x/_C.so"), error)
+    )
+
+
+def test_a_library_that_does_not_load_is_no_reason_to_build(tmp_path: Path) -> None:
+    checkout.copy(tmp_path, "lean_attention")
+    (tmp_path / "lean_attention" / "_C.so").write_text("no binary")
+    result = python("import lean_attention", tmp_path)
+    assert "ImportError: lean_attention: " in result.stderr.splitlines()[-1]
+    assert result.stderr.rstrip().endswith("_C.so: file too short")
 
 
 def code_for(gpu: tuple[int, int], architectures: str) -> str | None:
