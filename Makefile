@@ -127,6 +127,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy --strict --follow-imports=silent --cache-dir build/mypy tests/typing/sample.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

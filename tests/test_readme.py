@@ -106,6 +106,19 @@ def test_the_other_calls_of_the_readme_run() -> None:
     assert names["model"].config._attn_implementation == "lean_attention"
 
 
+def test_all_variables_are_on_their_page() -> None:
+    folders = [ROOT / name for name in ("lean_attention", "csrc", "release", "benchmarks", "tests", ".ci")]
+    files = [
+        ROOT / "setup.py",
+        ROOT / "Makefile",
+        *(file for folder in folders for file in folder.rglob("*")),
+    ]
+    sources = [file for file in files if file.is_file() and file.suffix in ("", ".py", ".cpp", ".h", ".cu")]
+    found = {name for file in sources for name in re.findall(r"\bLEAN_ATTENTION_[A-Z_]+\b", file.read_text())}
+    page = (ROOT / "docs" / "environment.md").read_text()
+    assert found == set(re.findall(r"\bLEAN_ATTENTION_[A-Z_]+\b", page))
+
+
 def anchors(page: str) -> set[str]:
     """The headings of a page, as links name them."""
     headings = re.findall(r"^#+ (.*)$", page, flags=re.M)
