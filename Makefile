@@ -11,6 +11,7 @@
 # make test-vllm      the tests in vLLM, in an environment of its own (minutes, and 2.4 GB); VLLM_VENV names another
 # make wheel       a wheel into dist/ that needs no compiler: CPU code, and CUDA code where there is a toolkit (minutes)
 # make wheel-check it in fresh environments, one at a time; WHEEL_CELLS=cpu takes those that need no gigabytes
+# make hub-kernel  a kernel of the Hugging Face hub, from the same sources, into build/hub; make hub-check loads it
 # make lint    formatters and linters, in check mode; make format applies them
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 WHEEL_VENV ?= .venv-wheel
 WHEEL_CELLS ?= all
+HUB_VENV ?= .venv-hub
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -55,7 +57,7 @@ timed = status=0; $(1) || status=$$?; \
 	echo "make $@: $$(( seconds / 60 )) min $$(( seconds % 60 )) s, setting up included"; exit $$status
 
 .PHONY: test demo check bench bench-engines sanitize cuda-check test-newest test-oldest test-vllm lint format clean \
-        wheel wheel-check
+        wheel wheel-check hub-kernel hub-check
 
 test: $(VENV)/installed
 	@$(call timed,$(BIN)/$(PYTEST) $(TEST_ARGS))
@@ -118,6 +120,22 @@ wheel: $(VENV)/torch $(WHEEL_VENV)/installed
 wheel-check: $(WHEEL_VENV)/installed
 	@$(call timed,$(WHEEL_VENV)/bin/python -m release.wheel_check dist/*.whl $(WHEEL_CELLS))
 
+# The ops alone are compiled anew, for a namespace of their own.
+hub-kernel: $(VENV)/torch
+	@echo "make: compiling what the package's library is linked from (minutes, many with CUDA)"
+	@mkdir -p build && $(BIN)/python setup.py --quiet build_ext --build-lib build/lib_hub > build/hub.log 2>&1 \
+	  || { tail -n 40 build/hub.log; exit 1; }
+	@$(call timed,$(BIN)/python -m release.hub_kernel build/hub)
+
+# From another folder: the package of the checkout is not to be found.
+hub-check: $(HUB_VENV)/installed
+	@cd $(HUB_VENV) && $(call timed,bin/python $(CURDIR)/release/hub_check.py $(CURDIR)/build/hub)
+
+$(HUB_VENV)/installed: third_party/hub-requirements.txt
+	@$(PYTHON) -m venv $(HUB_VENV)
+	@$(call pip_install,$(HUB_VENV)/bin) '$(TORCH)' numpy -r $<
+	@touch $@
+
 $(WHEEL_VENV)/installed: third_party/wheel-requirements.txt
 	@$(PYTHON) -m venv $(WHEEL_VENV)
 	@$(call pip_install,$(WHEEL_VENV)/bin) -r $<
@@ -135,7 +153,7 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest .venv-vllm .venv-wheel
+	rm -rf build dist demo-output *.egg-info lean_attention/_C*.so .venv-newest .venv-oldest .venv-vllm .venv-wheel .venv-hub
 	rm -f $(VENV)/installed
 
 # torch comes before the package: the core is compiled against the torch that runs it.
