@@ -12,6 +12,7 @@
 # make wheel       a wheel into dist/ that needs no compiler: CPU code, and CUDA code where there is a toolkit (minutes)
 # make wheel-check it in fresh environments, one at a time; WHEEL_CELLS=cpu takes those that need no gigabytes
 # make hub-kernel  a kernel of the Hugging Face hub, from the same sources, into build/hub; make hub-check loads it
+# make cross-check the CPU's sources with a compiler for aarch64, where there is one
 # make lint    formatters and linters, in check mode; make format applies them
 
 PYTHON ?= python3
@@ -20,6 +21,7 @@ VLLM_VENV ?= .venv-vllm
 WHEEL_VENV ?= .venv-wheel
 WHEEL_CELLS ?= all
 HUB_VENV ?= .venv-hub
+CROSS_COMPILER ?= aarch64-linux-gnu-g++
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -57,7 +59,7 @@ timed = status=0; $(1) || status=$$?; \
 	echo "make $@: $$(( seconds / 60 )) min $$(( seconds % 60 )) s, setting up included"; exit $$status
 
 .PHONY: test demo check bench bench-engines sanitize cuda-check test-newest test-oldest test-vllm lint format clean \
-        wheel wheel-check hub-kernel hub-check
+        wheel wheel-check hub-kernel hub-check cross-check
 
 test: $(VENV)/installed
 	@$(call timed,$(BIN)/$(PYTEST) $(TEST_ARGS))
@@ -119,6 +121,9 @@ wheel: $(VENV)/torch $(WHEEL_VENV)/installed
 
 wheel-check: $(WHEEL_VENV)/installed
 	@$(call timed,$(WHEEL_VENV)/bin/python -m release.wheel_check dist/*.whl $(WHEEL_CELLS))
+
+cross-check: $(VENV)/torch
+	@$(call timed,$(BIN)/python -m release.cross_check $(CROSS_COMPILER))
 
 # The ops alone are compiled anew, for a namespace of their own.
 hub-kernel: $(VENV)/torch
