@@ -279,6 +279,12 @@ def compile_core(directory: Path) -> None:
     command.run()
 
 
+def other_copies() -> list[Path]:
+    """Binaries of the package elsewhere on sys.path, as that of an installed wheel is to a checkout."""
+    binaries = [Path(folder, "lean_attention", "_C.so").resolve() for folder in sys.path]
+    return [binary for binary in binaries if binary.exists() and binary.parent.parent != ROOT]
+
+
 def build_in_place() -> Path:
     """The library of a source checkout, in torch's extension cache; built there unless it is up to date.
 
@@ -299,6 +305,8 @@ def build_in_place() -> Path:
     made_of, wanted = directory / "made_of", fingerprint(cuda)
     with locked(directory) as lock:
         if not made_of.exists() or made_of.read_text() != wanted:
+            for other in other_copies():
+                say(f"the package in {ROOT} comes before the built one, {other}, on sys.path, and is taken")
             made_of.unlink(missing_ok=True)
             run_compiler(directory, cuda, lock)
             made_of.write_text(wanted)

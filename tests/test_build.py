@@ -139,6 +139,15 @@ def test_a_second_copy_in_one_process_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_copy_that_another_hides_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = tmp_path / "site" / "lean_attention" / "_C.so"
+    binary.parent.mkdir(parents=True)
+    binary.touch()
+    monkeypatch.setattr(sys, "path", [str(checkout.ROOT), "", str(tmp_path), str(tmp_path / "site")])
+    monkeypatch.chdir(checkout.ROOT)
+    assert _build.other_copies() == [binary]
+
+
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
