@@ -6,17 +6,23 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
+import setuptools
 
 NEEDS = "lean_attention: building needs torch 2.10 or newer"
 WITHOUT = "install one first, or leave out --no-build-isolation"
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        "lean_attention: building needs setuptools 77 or newer, and this environment has "
+        f"{setuptools.__version__}; {WITHOUT}"
+    )
 try:
     import torch
 except ImportError:
     sys.exit(f"{NEEDS}, and this environment has none; {WITHOUT}")
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
     sys.exit(f"{NEEDS}, and this environment has {torch.__version__}; {WITHOUT}")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 
 def module(path: str) -> ModuleType:
@@ -49,7 +55,7 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
+setuptools.setup(
     ext_modules=[build.extension(cuda, Path("build", "kernels"), link_arguments)],
     cmdclass={"build_ext": build.build_command(cuda), "bdist_wheel": Wheel},
 )

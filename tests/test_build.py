@@ -288,11 +288,13 @@ def setup(torch: str, tmp_path: Path) -> str:
     return result.stderr
 
 
-def test_a_build_without_a_torch_that_will_do(tmp_path: Path) -> None:
+def test_a_build_without_what_it_needs(tmp_path: Path) -> None:
     says = "lean_attention: building needs torch 2.10 or newer, and this environment has "
     todo = "; install one first, or leave out --no-build-isolation\n"
     assert setup("raise ModuleNotFoundError", tmp_path) == f"{says}none{todo}"
     assert setup("__version__ = '2.9.1+cpu'", tmp_path) == f"{says}2.9.1+cpu{todo}"
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'")
+    assert setup("", tmp_path) == f"{says}65.5.0{todo}".replace("torch 2.10", "setuptools 77")
 
 
 def test_a_toolkit_that_does_not_take_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
