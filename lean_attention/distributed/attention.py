@@ -70,11 +70,12 @@ def decode(
         parts: pieces to cut the batch into: the states of one are exchanged while the next is computed. Not
             with `cu_seqlens_q`.
         cache_leftpad: ``[batch]``: leading tokens of the whole sequences that no row sees.
-        alibi_slopes: only with contiguous shards so far.
+        alibi_slopes: as there; of round-robin shards each block is a call, so blocks should be long.
         sinks: the same on all ranks; they count once.
         cu_seqlens_q, scale, causal, window_left, window_right, softcap, num_ctas: as there.
 
-    With several query tokens, K and V are read once for each of them, so far, unless ``causal=False``.
+    Several query tokens read what all of them see once; with windows, ALiBi or left padding each reads for
+    itself.
 
     Returns:
         ``(out, lse)``, as there.

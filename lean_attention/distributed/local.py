@@ -12,6 +12,7 @@ from lean_attention import ops
 from lean_attention.distributed.placement import Placement
 
 NAME = "distributed.decode"
+MERGED_AT_ONCE = 32  # partial states of a shard's blocks
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ def local_state(call: Call, placement: Placement | None) -> tuple[Tensor, Tensor
     """The rank's ``(out, lse)``: ``[rows, head_dim_v]`` and ``[rows]``; a row is a head of a query token.
 
     This is the one place that tells the op of positions. `placement` may be ``None`` where they play no part.
-    An op that takes `seq_lens` of whole sequences and a `Placement` would need no other call than the first.
     """
     if placement is None or not call.needs_positions:
         out, lse = _decode(call, call.local_lens, causal=False)
@@ -106,21 +106,16 @@ def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
     """``[tokens, heads, head_dim_v]`` and ``[tokens, heads]``: each query token as a sequence of its own.
 
     A shard keeps the order of positions, so what a query token sees of it is one range, the op's `seq_lens`
-    and `cache_leftpad`. K and V are read once for each query token.
+    and `cache_leftpad`. The query tokens of a sequence share what all of them see: see `_seen_by_all`.
 
     With ALiBi a token at distance ``d`` loses ``slope * d``. The op takes the query token for the range's
-    last one, at ``last = first_position + end - 1``; it is at ``p``. For a token at ``t`` of a range that
-    lies at or before ``p``, the distance is ``p - t = (last - t) + (p - last)``, and the op has ``last - t``.
-    So all scores are too high by ``slope * (p - last)``. The softmax does not change by that, and the
-    log-sum-exp is too high by as much. For a range behind ``p`` the distance is ``t - p = -(last - t) - (p -
-    last)``: the same with ``-slope`` in the place of ``slope``. A range on both sides of ``p`` is cut in two.
-    All this needs a shard without gaps.
+    last one, at ``last``; it is at ``p``. For a token at ``t`` of a range without gaps that lies at or before
+    ``p``, the distance is ``p - t = (last - t) + (p - last)``, and the op has ``last - t``. So all scores are
+    too high by ``slope * (p - last)``. The softmax does not change by that, and the log-sum-exp is too high
+    by as much. For a range behind ``p`` the distance is ``t - p = -(last - t) - (p - last)``: the same with
+    ``-slope`` in the place of ``slope``. A range on both sides of ``p`` is cut in two, and one of a
+    round-robin shard into its blocks, each of them a call.
     """
-    if call.alibi_slopes is not None and not placement.is_contiguous:
-        raise ValueError(
-            f"{NAME}: alibi_slopes do not go with round-robin shards yet: their distances have gaps; "
-            'use shards="contiguous"'
-        )
     rows = _one_query_each(call)
     if rows.sequences is not None:
         placement = placement.take(rows.sequences)
@@ -138,24 +133,51 @@ def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
         begin = torch.maximum(begin, placement.tokens_before(rows.call.cache_leftpad))
     begin = torch.minimum(begin, end)
     if call.alibi_slopes is None:
-        out, lse = _decode(rows.call, end, begin)
+        if call.window_left < 0 and call.cache_leftpad is None:
+            out, lse = _decode(rows.call, end, shared=_seen_by_all(call, end))
+        else:
+            out, lse = _decode(rows.call, end, begin)
         return out.squeeze(1), lse.squeeze(2)
 
     ranges = [(begin, end, 1)]
     if call.has_several_queries and not call.causal:
         middle = torch.maximum(torch.minimum(placement.tokens_before(position + 1), end), begin)
         ranges = [(begin, middle, 1), (middle, end, -1)]
-    states = []
-    for range_begin, range_end, side in ranges:
-        slopes = side * rows.call.alibi_slopes
-        out, lse = _decode(rows.call, range_end, range_begin, alibi_slopes=slopes)
-        missing = position - (placement.first_positions + range_end - 1)
-        states.append((out.squeeze(1), lse.squeeze(2) - slopes * missing[:, None]))
-    if len(states) == 1:
-        return states[0]
-    outs, lses = zip(*states, strict=True)
-    out, lse = ops.merge_states([out.float() for out in outs], [lse.t() for lse in lses])
-    return out, lse.t()
+    states: list[tuple[Tensor, Tensor]] = []
+    for block in range(0, max(call.capacity, 1), placement.block):
+        gap = block * (placement.ranks - 1)  # between where the block would be without gaps, and where it is
+        for range_begin, range_end, side in ranges:
+            first, last = (x.clamp(block, block + placement.block) for x in (range_begin, range_end))
+            slopes = side * rows.call.alibi_slopes
+            out, lse = _decode(rows.call, last, first, alibi_slopes=slopes)
+            missing = position - (placement.first_positions + gap + last - 1)
+            states.append((out.squeeze(1).float(), (lse.squeeze(2) - slopes * missing[:, None]).t()))
+        if len(states) >= MERGED_AT_ONCE:
+            states = [ops.merge_states(*map(list, zip(*states, strict=True)))]
+    if len(states) > 1:
+        states = [ops.merge_states(*map(list, zip(*states, strict=True)))]
+    out, lse = states[0]
+    return out.to(call.q.dtype), lse.t()
+
+
+def _seen_by_all(call: Call, end: Tensor) -> Tensor | None:
+    """The op's `shared`: of each sequence, the tokens that all its query tokens see, as its first one does.
+
+    `end` is how many each query token sees. ``None``: there is nothing to share, or `shared` does not go with
+    the call's arguments.
+    """
+    of_sequences = any(x is not None and x.dim() == 2 and len(x) > 1 for x in (call.k_scale, call.v_scale))
+    of_heads = call.block_table is not None and call.block_table.dim() == 3
+    if not call.has_several_queries or of_sequences or of_heads or len(end) == 0:
+        return None
+    if call.cu_seqlens_q is None:
+        first = torch.arange(call.batch, device=end.device) * call.q.shape[1]
+        last = first + call.q.shape[1]
+    else:
+        first, last = call.cu_seqlens_q[:-1], call.cu_seqlens_q[1:]
+    tokens = end.index_select(0, first.clamp(min=0, max=len(end) - 1))
+    rows = torch.stack([first, last, torch.zeros_like(first), tokens.to(first.dtype)], dim=1)
+    return torch.where(((last > first) & (tokens > 0))[:, None], rows, 0).to(torch.int32)
 
 
 class _Rows(NamedTuple):
@@ -219,6 +241,7 @@ def _decode(
     begin: Tensor | None = None,
     *,
     alibi_slopes: Tensor | None = None,
+    shared: Tensor | None = None,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op on the tokens from `begin` to `lens` of each shard."""
@@ -234,6 +257,7 @@ def _decode(
         k_scale=call.k_scale,
         v_scale=call.v_scale,
         cu_seqlens_q=call.cu_seqlens_q,
+        shared=shared,
         scale=call.scale,
         causal=causal,
         softcap=call.softcap,

@@ -53,10 +53,6 @@ BAD = [
     ({"window_left": 3}, "seq_lens is missing; .* for window_left"),
     ({"alibi_slopes": torch.ones(4)}, "seq_lens is missing; .* for alibi_slopes"),
     ({"q": torch.ones(2, 2, 4, 64)}, "seq_lens is missing; .* for several query tokens"),
-    (
-        {"alibi_slopes": torch.ones(4), "seq_lens": LENS, "shards": RoundRobin(4)},
-        "alibi_slopes do not go with round-robin shards yet",
-    ),
     ({"sinks": torch.ones(2)}, r"sinks is float32\[2\]; it must be float32 of shape \[4\]"),
     ({"exchange": "ring"}, "exchange is 'ring'; it must be one of"),
     ({"exchange_dtype": torch.int8}, r"exchange_dtype is torch.int8; it must be float32"),
