@@ -45,60 +45,42 @@ def python(code: str, package_root: Path, **environment: str) -> subprocess.Comp
 
 @pytest.mark.slow
 def test_builds_just_in_time_from_sources(tmp_path: Path) -> None:
-    checkout.copy(tmp_path, "lean_attention", "csrc")
-    code = (
-        "import torch, lean_attention as la; print(la.__file__); "
-        "q = torch.randn(1, 1, 2, 8); k = torch.randn(1, 5, 1, 8); print(la.decode(q, k, k)[0].shape)"
-    )
-    environment = {
-        **checkout.quick_build(tmp_path),
-        "LEAN_ATTENTION_CUDA": "0",
-        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
-    }
-    result = python(code, tmp_path, **environment)
-    assert result.returncode == 0, result.stderr
-    assert str(tmp_path) in result.stdout
-    assert "torch.Size([1, 1, 2, 8])" in result.stdout
-    assert "building the compiled core" in result.stderr
-    again = python(code, tmp_path, **environment)
-    assert again.returncode == 0, again.stderr
-    assert "building" not in again.stderr
-    # A source that does not compile any more: tried again, and shown.
-    (tmp_path / "csrc" / "bad_numbers.cpp").write_text("no C++\n")
-    for _ in range(2):
-        broken = python(code, tmp_path, **environment)
-        assert broken.returncode != 0
-        assert "the compiled core could not be built for the CPU only\n" in broken.stderr
-        assert "bad_numbers.cpp:1:1: error: " in broken.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(_build.cuda_toolkit() is None, reason="needs a CUDA toolkit")
-def test_builds_cuda_just_in_time_beside_a_binary(tmp_path: Path) -> None:
-    """For the architecture that is named, as for that of a visible GPU."""
+    """Beside a binary too; with CUDA, where there is a toolkit, as for a visible GPU of the architecture."""
     checkout.copy(tmp_path, "lean_attention", "csrc")
     (tmp_path / "lean_attention" / "_C.so").write_text("no binary")
     # One kernel for each dtype instead of sixteen, each of which takes nvcc some seconds.
     (tmp_path / "csrc" / "cuda" / "decode" / "kernel_list.h").write_text("LEAN_DECODE_KERNEL(64, 64, 1, 2)\n")
     code = (
-        "import lean_attention; from lean_attention.tools.info import describe; "
-        "from lean_attention import _core; print(describe()); print(len(_core.cuda_kernels()))"
+        "import torch, lean_attention as la; from lean_attention import _core; "
+        "from lean_attention.tools.info import describe; print(la.__file__, describe()); "
+        "q = torch.randn(1, 1, 2, 8); k = torch.randn(1, 5, 1, 8); print(la.decode(q, k, k)[0].shape); "
+        "print(len(_core.cuda_kernels()))"
     )
+    with_cuda = _build.cuda_toolkit() is not None
     environment = {
         **checkout.quick_build(tmp_path),
         "LEAN_ATTENTION_JIT": "1",
-        "LEAN_ATTENTION_CUDA": "",
+        "LEAN_ATTENTION_CUDA": "" if with_cuda else "0",
         "TORCH_CUDA_ARCH_LIST": "9.0",
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
     }
+    targets = "the CPU and CUDA 9.0" if with_cuda else "the CPU only"
     result = python(code, tmp_path, **environment)
     assert result.returncode == 0, result.stderr
-    kernels = int(result.stdout.splitlines()[-1])
-    assert kernels == 2 and f"cpu, cuda ({kernels} kernels)" in result.stdout
-    assert "building the compiled core for the CPU and CUDA 9.0 in " in result.stderr
+    assert str(tmp_path) in result.stdout and "torch.Size([1, 1, 2, 8])" in result.stdout
+    assert result.stdout.splitlines()[-1] == ("2" if with_cuda else "0")
+    assert ("cpu, cuda (2 kernels)" in result.stdout) == with_cuda
+    assert f"building the compiled core for {targets} in " in result.stderr
     assert "ninja" not in result.stderr and "nvcc" not in result.stderr
     again = python(code, tmp_path, **environment)
     assert again.stdout == result.stdout and "building" not in again.stderr
+    # A source that does not compile any more: tried again, and shown.
+    (tmp_path / "csrc" / "bad_numbers.cpp").write_text("no C++\n")
+    for _ in range(2):
+        broken = python(code, tmp_path, **environment)
+        assert broken.returncode != 0
+        assert f"the compiled core could not be built for {targets}" in broken.stderr
+        assert "bad_numbers.cpp:1:1: error: " in broken.stderr
 
 
 def test_a_wrong_wish_for_a_build(tmp_path: Path) -> None:
@@ -282,7 +264,12 @@ def setup(torch: str, tmp_path: Path) -> str:
         str(tmp_path),
     ]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        # Without bytecode, which Python takes for that of another torch.py of the same second and length.
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert result.returncode == 1
     return result.stderr
