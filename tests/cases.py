@@ -367,12 +367,13 @@ def assert_close(case: Case | str, arguments: dict, out: Tensor, lse: Tensor) ->
     plain_out, _ = reference.decode(**arguments, dtype=dtype)
     plain = (plain_out.double() - want).abs().max()
     absolute = {F32: 2e-6, F16: 1e-4, BF16: 1e-3}[dtype]
-    limit = 2 * plain + absolute
-    if error.numel() and not error.max() <= limit:
-        where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    # Elements above 4, which caches of large numbers have, are rounded by as much more.
+    limit = 2 * plain + absolute * (want.abs() / 4).clamp(min=1)
+    if not (error <= limit).all():
+        where = tuple(int(i) for i in torch.unravel_index((error - limit).argmax(), error.shape))
         raise AssertionError(
             f"{case}: out{list(where)} is {out[where]}, the reference {want[where]:.6g}; error "
-            f"{error.max():.3g} exceeds {limit:.3g} (plain {dtype}: {plain:.3g})"
+            f"{error[where]:.3g} exceeds {limit[where]:.3g} (plain {dtype}: {plain:.3g})"
         )
     assert torch.equal(lse == -torch.inf, want_lse == -torch.inf), f"{case}: rows that see nothing"
     finite = want_lse.isfinite()
