@@ -48,7 +48,8 @@ def run(ranks: int, function: Callable, *arguments, seconds: float = 60, time_ou
         assert not late, f"ranks {late} of {ranks} were still running after {seconds} s"
         results = [_result(Path(folder, str(rank))) for rank in range(ranks)]
     failures = [f"rank {rank}:\n{each[1]}" for rank, each in enumerate(results) if not each[0]]
-    assert not failures, "\n".join(failures)
+    codes = [process.exitcode for process in processes]
+    assert not failures, "\n".join([*failures, f"the ranks' exit codes: {codes}"])
     return [each[1] for each in results]
 
 
