@@ -11,8 +11,9 @@ class Planner {
           int64_t max_threads)
       : p_(params), sharing_(sharing), t_(tuning), max_threads_(max_threads) {
     plan_.dequantises = p_.quantised() && kernel.dequantise != nullptr;
-    plan_.prefetch_level = t_.prefetch_level;
-    plan_.touch_tokens = t_.touch_tokens;
+    const bool fp32 = p_.k.dtype == DType::float32;
+    plan_.prefetch_level = fp32 ? t_.fp32_prefetch_level : t_.prefetch_level;
+    plan_.touch_tokens = fp32 ? t_.fp32_touch_tokens : t_.touch_tokens;
     plan_.rows_per_block = most_rows(p_, sharing_);
     const int64_t padded_dim = round_up(p_.v.dims, kernel.chunk_columns);
     plan_.partial_floats = round_up(plan_.rows_per_block * (padded_dim + 2), kCacheLineFloats);

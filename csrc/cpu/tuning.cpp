@@ -20,6 +20,8 @@ constexpr Tuning zen5() {
       .name = "zen5",
       .prefetch_level = 1,
       .touch_tokens = 64,
+      .fp32_prefetch_level = 1,
+      .fp32_touch_tokens = 64,
       .max_pass_bytes = 1024 * kKilobyte,
       .max_long_run_bytes = 256 * kKilobyte,
       .max_heads_per_pass = 32,
@@ -37,8 +39,8 @@ constexpr Tuning zen5() {
 constexpr Tuning zen4() {
   Tuning row = zen5();
   row.name = "zen4";
-  row.prefetch_level = 2;
-  row.touch_tokens = 512;
+  row.prefetch_level = row.fp32_prefetch_level = 2;
+  row.touch_tokens = row.fp32_touch_tokens = 512;
   row.max_pass_bytes = 256 * kKilobyte;
   row.max_long_run_bytes = 192 * kKilobyte;
   return row;

@@ -65,6 +65,8 @@ std::string json_of(const cpu::Tuning& t) {
       .add("name", t.name)
       .add("prefetch_level", t.prefetch_level)
       .add("touch_tokens", t.touch_tokens)
+      .add("fp32_prefetch_level", t.fp32_prefetch_level)
+      .add("fp32_touch_tokens", t.fp32_touch_tokens)
       .add("max_pass_bytes", t.max_pass_bytes)
       .add("max_long_run_bytes", t.max_long_run_bytes)
       .add("max_heads_per_pass", t.max_heads_per_pass)

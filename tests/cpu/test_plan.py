@@ -170,6 +170,13 @@ def test_rows_differ_where_they_should() -> None:
         "intel": 1,
         "generic": 2,
     }
+    wide = StudyCase(torch.float32, (8192,), 32, 8, 128)
+    assert {row: plan(row, wide)["prefetch_level"] for row in ROWS} == {
+        "zen5": 1,
+        "zen4": 2,
+        "intel": 2,
+        "generic": 2,
+    }
     # Row for row of a heads-first cache there is nothing to choose.
     for case in (case for case in full_grid() if case.layout == "heads_first"):
         plans = [plan(row, case) for row in ROWS]
