@@ -6,8 +6,7 @@ struct Simd {
   static constexpr int kMicrokernelRows = 8;         // 16 accumulators of 32 registers
   static constexpr bool kHasIntoL1 = true;           // kernels can prefetch into L1
   static constexpr bool kMultiplyBroadcasts = true;  // may take one factor from a word in memory
-  static constexpr int kQueryCopies =
-      2;  // a plain load beats a broadcast beside conversions; unmeasured today
+  static constexpr int kQueryCopies = 2;             // loads beat broadcasts (AMD's; unmeasured today)
   using F = __m512;
   struct Pair {
     F a, b;
