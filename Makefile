@@ -90,7 +90,8 @@ cuda-check: $(VENV)/installed third_party/cuda-check-requirements.txt
 	@echo "make: compiling the core with CUDA (minutes, one for each architecture)"
 	@mkdir -p build
 	LEAN_ATTENTION_CUDA=1 LEAN_ATTENTION_CPU_KERNELS=portable \
-	  TORCH_CUDA_ARCH_LIST="$(CUDA_CHECK_ARCHITECTURES)" $(BIN)/python setup.py --quiet build_ext --build-temp build/cuda/objects --build-lib build/cuda > build/cuda.log 2>&1 \
+	  TORCH_CUDA_ARCH_LIST="$(CUDA_CHECK_ARCHITECTURES)" $(BIN)/python setup.py --quiet build_ext \
+	  --build-temp build/cuda/objects --build-lib build/cuda > build/cuda.log 2>&1 \
 	  || { tail -n 40 build/cuda.log; exit 1; }
 	$(BIN)/python -m benchmarks.cuda_check build/cuda/lean_attention/_C.so
 

@@ -56,6 +56,7 @@ CUDA_FLAGS = [
     "-Xcompiler=-fvisibility=hidden,-fPIC",
     "-DLEAN_WITH_CUDA",
 ]
+CUDA_LIBRARIES = ["cudart_static", "dl", "rt", "pthread"]
 
 
 def sources(cuda: bool = False) -> list[str]:
@@ -220,7 +221,7 @@ def extension(cuda: CudaBuild | None, directory: Path, link_arguments: Sequence[
         defines.append("-DLEAN_WITH_CUDA")
         include.append(str(cuda.toolkit / "include"))
         search = [*search, str(cuda.toolkit / "lib64")]
-        libraries += ["cudart_static", "dl", "rt", "pthread"]
+        libraries += CUDA_LIBRARIES
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     return Extension(
         "lean_attention._C",

@@ -123,7 +123,7 @@ def link(cuda: _build.CudaBuild | None, name: str, library: Path, work: Path) ->
         kept = [path if Path(path).is_absolute() else str(objects / path) for path in kept]
     kept = [re.sub(r"\.(cpp|cu)$", ".o", path) for path in kept]
     paths = [*cpp_extension.library_paths(), *([str(cuda.toolkit / "lib64")] if cuda else [])]
-    libraries = ["c10", "torch_cpu", *(["cudart_static", "dl", "rt", "pthread"] if cuda else [])]
+    libraries = ["c10", "torch_cpu", *(_build.CUDA_LIBRARIES if cuda else [])]
     end = [*(f"-L{path}" for path in paths), *(f"-l{name}" for name in libraries)]
     end += old_glibc.link_arguments(ROOT / "build" / "old_glibc")
     subprocess.run([compiler, "-shared", "-o", str(library), *anew, *kept, *end], check=True)

@@ -118,9 +118,9 @@ int64_t most_rows(const DecodeParams& p, const Sharing& sharing) {
 
 Kernels choose_kernels(const DecodeParams& p, const Sharing& sharing) {
   const TileKernel& many = tile_kernel(p.dtype, p.k.dtype, most_rows(p, sharing));
+  if (many.min_rows == 1 || p.quantised()) return {many, many};
   const TileKernel& few = tile_kernel(p.dtype, p.k.dtype);
-  const bool mixes = !p.quantised() && (sharing.nodes() == 0 || few.column_order == many.column_order);
-  return {many, mixes ? few : many};
+  return {many, sharing.nodes() == 0 || few.column_order == many.column_order ? few : many};
 }
 
 Plan make_plan(const DecodeParams& params, const Sharing& sharing, const TileKernel& kernel,

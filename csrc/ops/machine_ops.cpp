@@ -123,8 +123,7 @@ std::string plan(std::string_view tuning, int64_t l2_bytes, int64_t l2_ways, std
   p.visibility = {-1, 0};
   p.num_ctas = num_ctas;
   const cpu::Sharing sharing(p);
-  const cpu::Plan plan = cpu::make_plan(
-      p, sharing, cpu::tile_kernel(p.dtype, p.k.dtype, cpu::most_rows(p, sharing)), *row, threads);
+  const cpu::Plan plan = cpu::make_plan(p, sharing, cpu::choose_kernels(p, sharing).many, *row, threads);
 
   const auto length = [&](int64_t i) { return p.scheduled_length(i); };
   std::vector<std::string> range_tiles;

@@ -151,13 +151,20 @@ def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
             slopes = side * rows.call.alibi_slopes
             out, lse = _decode(rows.call, last, first, alibi_slopes=slopes)
             missing = position - (placement.first_positions + gap + last - 1)
-            states.append((out.squeeze(1).float(), (lse.squeeze(2) - slopes * missing[:, None]).t()))
+            states.append((out.squeeze(1), lse.squeeze(2) - slopes * missing[:, None]))
         if len(states) >= MERGED_AT_ONCE:
-            states = [ops.merge_states(*map(list, zip(*states, strict=True)))]
-    if len(states) > 1:
-        states = [ops.merge_states(*map(list, zip(*states, strict=True)))]
-    out, lse = states[0]
-    return out.to(call.q.dtype), lse.t()
+            states = [_merged(states)]
+    out, lse = _merged(states)
+    return out.to(call.q.dtype), lse
+
+
+def _merged(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of several states, the output in float32."""
+    if len(states) == 1:
+        return states[0]
+    outs, lses = zip(*states, strict=True)
+    out, lse = ops.merge_states([out.float() for out in outs], [lse.t() for lse in lses])
+    return out, lse.t()
 
 
 def _seen_by_all(call: Call, end: Tensor) -> Tensor | None:
