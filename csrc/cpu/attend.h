@@ -130,6 +130,7 @@ class Attention {
         runs.has_adjoining_heads() && !dequantises && !scaled && rows <= kernel.max_rows_for_heads;
     const TileState* tiles[kMaxHeadsPerPass];
     for (int64_t i = 0; i < range.heads; ++i) tiles[i] = &heads[i].tile;
+    if (kernel.begin_runs != nullptr) kernel.begin_runs();
     for (int64_t begin = range.tokens.begin; begin < range.tokens.end; begin += run_tokens) {
       const int64_t end = std::min(begin + run_tokens, range.tokens.end);
       const RowView* const seen = views.of(begin, end);
@@ -162,6 +163,7 @@ class Attention {
         }
       }
     }
+    if (kernel.end_runs != nullptr) kernel.end_runs();
   }
 
   const DecodeParams& p_;

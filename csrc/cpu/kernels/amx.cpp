@@ -61,15 +61,17 @@ struct AmxKernel {
   static constexpr int kHalfTokens = kTilePairs * 2;
   static constexpr int kLine = 64;
   static constexpr int kParts = KvRows::kParts;
+  static constexpr int64_t kValuesPartBytes = kRunTokens * kLine;
   static constexpr int kWeightsStride = kParts * kLine;  // bytes from a row of weights to the next
 
   static int64_t padded(int64_t dims) { return round_up(dims, kTileDims); }
   // Bytes of a part of a run's rows.
   static int64_t run_bytes(int64_t dims) { return kRunTokens * 2 * padded(dims); }
 
-  // A thread's memory beside the states: K rows that have to be copied, and a run's V in pairs.
-  static int64_t scratch_bytes(int64_t head_dim, int64_t head_dim_v) {
-    return kParts * (run_bytes(head_dim) + run_bytes(head_dim_v));
+  // A thread's memory beside the states: K rows that have to be copied, and kTileDims columns of a run's V in
+  // pairs.
+  static int64_t scratch_bytes(int64_t head_dim, int64_t) {
+    return kParts * (run_bytes(head_dim) + kValuesPartBytes);
   }
   static char* keys_scratch(const TileState& t) { return static_cast<char*>(t.scratch); }
   static char* values_scratch(const TileState& t) { return keys_scratch(t) + kParts * run_bytes(t.head_dim); }
@@ -156,7 +158,6 @@ struct AmxKernel {
   }
 
   static void multiply_keys(const TileState& t, const Rows& run, Prefetcher& prefetcher) {
-    const TilesInUse in_use;
     const int token_tiles = padded_tokens(run) / kTileTokens;
     KeyTile keys[kRunTokens / kTileTokens];
     for (int i = 0; i < token_tiles; ++i) {
@@ -193,18 +194,16 @@ struct AmxKernel {
     }
   }
 
-  // Puts a run's V rows into the form of a right factor:
+  // Puts kTileDims columns of a run's V rows into the form of a right factor:
   // [part][half of the run][tile of dims][pair of tokens][dim].
-  static void pack_values(const TileState& t, const Rows& run, Prefetcher& prefetcher) {
-    const int64_t half_bytes = run_bytes(t.head_dim_v) / 2;
-    for (int token = 0; token < padded_tokens(run); token += 2) {
-      const int half = token / kHalfTokens, pair = token % kHalfTokens / 2;
-      char* to = values_scratch(t) + half * half_bytes + pair * kLine;
-      for (int column = 0; column < t.head_dim_v; column += kTileDims, to += 2 * kTileBytes) {
-        const auto a = load(run.row[token], column, t.head_dim_v);
-        const auto b = load(run.row[token + 1], column, t.head_dim_v);
+  static void pack_values(const TileState& t, const Rows& run, int column, Prefetcher& prefetcher) {
+    const auto load_row = [&](int token) LEAN_INLINE { return load(run.row[token], column, t.head_dim_v); };
+    char* to = values_scratch(t);
+    for (int half = 0; half < padded_tokens(run); half += kHalfTokens, to += kTileBytes) {
+      for (int token = half; token < half + kHalfTokens; token += 2, to += kLine) {
+        const auto a = load_row(token), b = load_row(token + 1);
         for (int part = 0; part < kParts; ++part) {
-          char* const to_part = to + part * run_bytes(t.head_dim_v);
+          char* const to_part = to + part * kValuesPartBytes;
           _mm512_storeu_si512(to_part, KvRows::pair_first(a.part[part], b.part[part]));
           _mm512_storeu_si512(to_part + kTileBytes, KvRows::pair_second(a.part[part], b.part[part]));
         }
@@ -213,11 +212,10 @@ struct AmxKernel {
     }
   }
 
-  // Adds two tiles of dims of one or two tiles of rows. `values` is their first part.
+  // Adds two tiles of dims of one or two tiles of rows.
   template <int row_tiles>
-  static void multiply_value_tiles(const TileState& t, const float* weights, const char* values, int halves,
-                                   float* output) {
-    const int64_t stride = t.output_stride * 4, to_part = run_bytes(t.head_dim_v);
+  static void multiply_value_tiles(const TileState& t, const float* weights, int halves, float* output) {
+    const int64_t stride = t.output_stride * 4;
     float* const next_rows = output + kTileRows * t.output_stride;
     Tiles::load<0>(output, stride);
     Tiles::load<1>(output + kTileRows, stride);
@@ -227,7 +225,7 @@ struct AmxKernel {
     }
     for (const auto& [weight_part, value_part] : KvRows::kSumProducts) {
       const float* left = weights + weight_part * kLine / 4;
-      const char* right = values + value_part * to_part;
+      const char* right = values_scratch(t) + value_part * kValuesPartBytes;
       for (int half = 0; half < halves; ++half) {
         Tiles::load<4>(left, kWeightsStride);
         if constexpr (row_tiles > 1) Tiles::load<5>(left + kRunTokens * kTileRows, kWeightsStride);
@@ -240,7 +238,7 @@ struct AmxKernel {
           Tiles::multiply<3, 5, 7>();
         }
         left += kTileRows * kWeightsStride / 4;
-        right += to_part / 2;
+        right += 2 * kTileBytes;
       }
     }
     Tiles::store<0>(output, stride);
@@ -284,20 +282,21 @@ struct AmxKernel {
     }
   }
 
+  // Columns of V are packed just before they are multiplied: what is written fits into L1 beside the output,
+  // and the core packs them while it multiplies those before.
   static void accumulate(const TileState& t, const Rows& run, const Prefetch& prefetch) {
     Prefetcher prefetcher(Shared::some_prefetch(prefetch, run.row, t.head_dim_v), 0);
-    pack_values(t, run, prefetcher);
-    const TilesInUse in_use;
-    const int tokens = padded_tokens(run), halves = tokens / kHalfTokens;
-    float* scores = t.scores;
-    for (int row = 0; row < t.rows; row += 2 * kTileRows, scores += 2 * kRunTokens * kTileRows) {
-      const bool two = row + kTileRows < t.rows;
-      weigh(t, row, scores, run, tokens, prefetcher);
-      if (two) weigh(t, row + kTileRows, scores + kRunTokens * kTileRows, run, tokens, prefetcher);
-      const auto multiply = two ? multiply_value_tiles<2> : multiply_value_tiles<1>;
-      const char* values = values_scratch(t);
-      for (int column = 0; column < t.head_dim_v; column += kTileDims, values += 2 * kTileBytes) {
-        multiply(t, scores, values, halves, t.output + row * t.output_stride + column);
+    constexpr int kToNextRows = kRunTokens * kTileRows;
+    const int tokens = padded_tokens(run);
+    for (int row = 0; row < t.rows; row += kTileRows) {
+      weigh(t, row, t.scores + row / kTileRows * kToNextRows, run, tokens, prefetcher);
+    }
+    for (int column = 0; column < t.head_dim_v; column += kTileDims) {
+      pack_values(t, run, column, prefetcher);
+      const float* weights = t.scores;
+      for (int row = 0; row < t.rows; row += 2 * kTileRows, weights += 2 * kToNextRows) {
+        const auto multiply = row + kTileRows < t.rows ? multiply_value_tiles<2> : multiply_value_tiles<1>;
+        multiply(t, weights, tokens / kHalfTokens, t.output + row * t.output_stride + column);
       }
     }
   }
@@ -353,6 +352,8 @@ struct AmxKernel {
             .rows_at_once = kTileRows,
             .max_rows_for_heads = 0,
             .scratch_bytes = scratch_bytes,
+            .begin_runs = TilesInUse::begin,
+            .end_runs = TilesInUse::end,
             .pack_query = pack_query,
             .score = score,
             .score_heads = nullptr,
@@ -365,8 +366,8 @@ struct AmxKernel {
 };
 
 // Measured on Sapphire Rapids: from these numbers of rows on they are faster than the kernels without AMX.
-const TileKernel bfloat16 = AmxKernel<AmxBf16Rows>::kernel(9);
-const TileKernel bfloat16_over_int8 = AmxKernel<AmxBf16Rows>::kernel(12);
+const TileKernel bfloat16 = AmxKernel<AmxBf16Rows>::kernel(6);
+const TileKernel bfloat16_over_int8 = AmxKernel<AmxBf16Rows>::kernel(10);
 const TileKernel float16 = AmxKernel<AmxFp16Rows>::kernel(24);
 const TileKernel float16_over_int8 = AmxKernel<AmxFp16Rows>::kernel(32);
 }  // namespace lean::cpu::amx

@@ -5,10 +5,10 @@ constexpr int kTileRows = 16;
 constexpr int kTilePairs = 16;  // of bf16 numbers, in a tile's row
 constexpr int kTileBytes = kTileRows * kTilePairs * 4;
 
-// Tiles can be used while one of these exists. All have their full size.
+// Tiles can be used between `begin` and `end`, or while one of these exists. All have their full size.
 class TilesInUse {
  public:
-  TilesInUse() {
+  static void begin() {
     struct alignas(64) Config {
       uint8_t palette = 1;
       uint8_t start_row = 0;
@@ -27,7 +27,10 @@ class TilesInUse {
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
   // Registers that are in use would be saved at each change of thread.
-  ~TilesInUse() { asm volatile("tilerelease"); }
+  static void end() { asm volatile("tilerelease"); }
+
+  TilesInUse() { begin(); }
+  ~TilesInUse() { end(); }
   TilesInUse(const TilesInUse&) = delete;
 };
 

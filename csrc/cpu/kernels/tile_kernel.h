@@ -117,6 +117,9 @@ struct TileKernel {
   int max_rows_for_heads;
   // What a thread needs beside its heads' states, in bytes; null: nothing.
   int64_t (*scratch_bytes)(int64_t head_dim, int64_t head_dim_v) = nullptr;
+  // Called by a thread before the runs of a segment, and after them; null: nothing is to be done.
+  void (*begin_runs)() = nullptr;
+  void (*end_runs)() = nullptr;
   // Packs a row of q.
   void (*pack_query)(const TileState& state, int row, const void* q);
   // Attends all rows to a run in two steps: `score` multiplies them with its K rows, `accumulate` adds what
