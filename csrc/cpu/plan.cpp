@@ -113,7 +113,7 @@ int64_t most_rows(const DecodeParams& p, const Sharing& sharing) {
   int64_t q_len = 0;
   for (int64_t b = 0; b < p.batch; ++b) q_len = std::max(q_len, p.clamped_length(b, 0).q_len);
   for (int64_t i = 0; i < sharing.nodes(); ++i) q_len = std::max(q_len, sharing.length(i).q_len);
-  return std::clamp<int64_t>(p.group() * q_len, 1, kMaxRows);
+  return std::clamp<int64_t>(p.group() * q_len, 1, max_rows(std::max(p.k.dims, p.v.dims)));
 }
 
 Kernels choose_kernels(const DecodeParams& p, const Sharing& sharing) {

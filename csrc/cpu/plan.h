@@ -39,7 +39,7 @@ struct Plan {
   int64_t threads;
 };
 
-// The most rows that an output tile of this call has: as many as it has, or kMaxRows.
+// The most rows that an output tile of this call has: as many as it has, or max_rows.
 int64_t most_rows(const DecodeParams& params, const Sharing& sharing);
 
 // The tile kernels of a call: for output tiles of `many.min_rows` rows and more, and for those of fewer.

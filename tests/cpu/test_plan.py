@@ -19,7 +19,7 @@ ROWS = ("zen5", "zen4", "intel", "generic")
 # (bytes, ways): of a Zen 4 core, and of a server core of Intel's.
 SMALL_L2, LARGE_L2 = (1 << 20, 8), (2 << 20, 16)
 KB = 1024
-RUN, SHORT_RUN, MAX_ROWS = 64, 32, 64
+RUN, SHORT_RUN, MAX_ROWS = 64, 32, 128
 
 
 def plan(row: str, case: StudyCase, **changes: object) -> dict:

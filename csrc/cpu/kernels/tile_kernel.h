@@ -24,8 +24,11 @@ static_assert(lean_tile_tokens(64) % kRunTokens == 0 && lean_tile_tokens(256) % 
 // them.
 inline constexpr int kShortRunTokens = kRunTokens / 2;
 
-// One pass over K and V serves at most this many rows; their O must stay in L2.
-inline constexpr int kMaxRows = 64;
+// One pass over K and V serves at most this many rows; their q and O must stay in L2.
+inline constexpr int kMaxRows = 128;
+constexpr int max_rows(int64_t head_dim) {
+  return head_dim <= 256 ? kMaxRows : kMaxRows / 2;
+}
 
 // A microkernel has at most this many rows, whose accumulators stay in registers.
 inline constexpr int kMaxMicrokernelRows = 16;
