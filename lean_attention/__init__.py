@@ -2,6 +2,7 @@
 
 from lean_attention import reference
 from lean_attention._version import __version__
+from lean_attention.huge_pages import use_huge_pages
 from lean_attention.integrations.flash_attention import flash_attn_with_kvcache
 from lean_attention.ops import append_kv, check_errors, decode, merge_states
 from lean_attention.schedule import Schedule, Segment
@@ -16,4 +17,5 @@ __all__ = [
     "flash_attn_with_kvcache",
     "merge_states",
     "reference",
+    "use_huge_pages",
 ]

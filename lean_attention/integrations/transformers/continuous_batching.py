@@ -29,6 +29,9 @@ PAGED_NAME = "paged|eager"
 
 DOCS = "docs/transformers.md"
 
+# Set on a cache for which huge pages were asked for.
+_ASKED = "_lean_attention_huge_pages"
+
 _logger = logging.get_logger("lean_attention.transformers")
 _transformers_update = PagedAttentionCache.update
 # Configs of models in which some layer does not get its keys as the cache gave them.
@@ -159,6 +162,9 @@ def paged_attention(
         slots = reads.masked_scatter(new, kwargs["write_index"][allocator.index][: int(new.sum())])
         tokens = begins + torch.arange(longest, device=reads.device)
         block_table = slots[tokens.clamp(max=slots.numel() - 1)]
+    if not written.gathered and _ASKED not in written.cache.__dict__:
+        written.cache.__dict__[_ASKED] = True
+        lean_attention.use_huge_pages(k_cache)  # all layers are in one tensor
     out, _ = lean_attention.decode(
         query[0].transpose(0, 1),
         k_cache,

@@ -115,6 +115,7 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         config = get_current_vllm_config()
         self.cache_dtype = _FP8.get(self.kv_cache_dtype)
         self.reason = self._why_not(config)
+        self._asked_for = 0  # huge pages, for the memory at this address
         # decode refuses `shared` with windows and slopes.
         self.can_share = self.sliding_window <= 0 and self.alibi_slopes is None
         if self.reason is None:
@@ -173,6 +174,8 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
         Raises:
             NotImplementedError: the output is to be quantised.
         """
+        if self.reason is None:
+            self._ask_for_huge_pages(kv_cache)
         quantised_output = output_scale is not None or output_block_scale is not None
         if self.reason is not None or attn_metadata is None or quantised_output:
             return super().forward(
@@ -238,6 +241,14 @@ class LeanAttentionImpl(CPUAttentionBackendImpl):
             key = self._quantised(key, layer._k_scale)
             value = self._quantised(value, layer._v_scale)
         lean_attention.append_kv(*self._pages(kv_cache), key, value, slot_mapping=slot_mapping)
+
+    def _ask_for_huge_pages(self, kv_cache: Tensor) -> None:
+        """Once for a cache, which vLLM has filled with zeros."""
+        memory = kv_cache.data_ptr()
+        if memory != self._asked_for:
+            self._asked_for = memory
+            if lean_attention.use_huge_pages(kv_cache):
+                _logger.info_once("lean_attention: the KV cache is in memory pages of 2 MB")
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the keys and the values, ``[num_blocks, block_size, num_kv_heads, head_dim]``."""
