@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "cpu/backend.h"
-#include "ops/decode_op.h"
+#include "ops/decode_call.h"
 #include "ops/dispatch.h"
 
 namespace lean {
