@@ -153,7 +153,8 @@ struct DecodeParams {
   const float* sinks;         // [num_heads] or null
   void* out;                  // [batch, q_len, num_heads, head_dim_v] or [total_q, num_heads, head_dim_v]
   float* lse;                 // [batch, num_heads, q_len] or [num_heads, total_q], natural log
-  DType dtype;                // of q and out
+  DType dtype;                // of q
+  DType out_dtype;            // that of q, or float32
   int64_t batch;
   int64_t query_tokens;  // q_len, or total_q
   int64_t num_heads;
@@ -242,7 +243,8 @@ struct MergeParams {
   const float* const* lses;  // num_states x [batch, num_heads, q_len], contiguous
   void* out;                 // [batch, q_len, num_heads, head_dim_v], contiguous
   float* lse;                // [batch, num_heads, q_len], contiguous
-  DType dtype;               // of outs and out
+  DType dtype;               // of outs
+  DType out_dtype;           // float32, float16 or bfloat16
   int64_t num_states;
   int64_t batch;
   int64_t q_len;

@@ -46,7 +46,10 @@ def _decode(dtype, q, k_cache, v_cache, *tensors, **options):
 
 
 def _decode_out(_dtype, q, k_cache, v_cache, out, *tensors, **options):
-    inputs = (_cast(tensor, out.dtype) for tensor in (q, k_cache, v_cache))
+    inputs = [q, k_cache, v_cache]
+    floats = {tensor.dtype for tensor in inputs if tensor.dtype in _FLOATS}
+    if len(floats) > 1 or out.dtype != torch.float32:  # which goes with any one dtype
+        inputs = [_cast(tensor, out.dtype) for tensor in inputs]
     return ops.decode_out.default(*inputs, out, *tensors, **options)
 
 

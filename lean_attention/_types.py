@@ -13,6 +13,7 @@ _WORDS = {
     "List[Tensor]": "a list of Tensors",
     "int": "an int",
     "float": "a float",
+    "ScalarType": "a torch.dtype",
 }
 
 
@@ -23,9 +24,9 @@ def refuse_wrong_types(function: str, op: torch._ops.OpOverload, args: tuple, op
     """
     for i, argument in enumerate(op._schema.arguments):
         if i < len(args):
-            refuse_wrong_type(function, argument.name, args[i], str(argument.type))
+            refuse_wrong_type(function, argument.name, args[i], str(argument.real_type))
         elif argument.name in options:
-            refuse_wrong_type(function, argument.name, options[argument.name], str(argument.type))
+            refuse_wrong_type(function, argument.name, options[argument.name], str(argument.real_type))
 
 
 def refuse_wrong_type(function: str, name: str, value: object, kind: str) -> None:
@@ -55,6 +56,8 @@ def _is(kind: str, value: object) -> bool:
         return isinstance(value, Tensor)
     if kind == "List[Tensor]":
         return isinstance(value, (list, tuple)) and all(isinstance(element, Tensor) for element in value)
+    if kind == "ScalarType":
+        return isinstance(value, torch.dtype)
     if isinstance(value, Tensor):
         return value.numel() == 1  # the dispatcher takes it for its number
     if kind == "int":

@@ -9,18 +9,15 @@ from torch import Tensor
 
 from lean_attention import _autocast
 from lean_attention._core import NAMESPACE, ops, tools
+from lean_attention._dispatch import call, needs_full_dispatch, refuse_gradients
 from lean_attention._types import refuse_wrong_types
 
 _decode = ops.decode.default
 _decode_out = ops.decode_out.default
 _append_kv = ops.append_kv.default
 _merge_states = ops.merge_states.default
-_OPTIONS = ("scale", "causal", "window_left", "window_right", "softcap", "num_ctas")
-_DEFAULTS = (None, True, -1, -1, 0.0, 0)
-# Names of this module are found sooner than those in torch.
-_is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
-_is_inference_mode_enabled = torch.is_inference_mode_enabled
+_OPTIONS = ("scale", "causal", "window_left", "window_right", "softcap", "num_ctas", "out_dtype")
+_DEFAULTS = (None, True, -1, -1, 0.0, 0, None)
 # torch.compile before 2.13 has an op write a graph's input that begins inside its storage to another place.
 _COMPILER_LOSES_OFFSETS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
@@ -49,6 +46,7 @@ def decode(
     num_ctas: int = 0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of a few query tokens over long KV caches, scheduled stream-K.
 
@@ -108,9 +106,12 @@ def decode(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0: they stay.
         num_ctas: lean ranges to cut the work into; 0 lets the backend choose. The result depends on it in
             rounding only, and is bitwise the same for the same inputs and ``num_ctas``.
-        out, lse: where to write the results, in their shapes and dtypes, of any strides with a contiguous
-            last dimension and no element twice in memory. ``out`` alone will do. With both, nothing is
-            allocated but, on a GPU, the workspace.
+        out, lse: where to write the results, in their shapes, of any strides with a contiguous last dimension
+            and no element twice in memory. ``out`` is in q's dtype or float32, ``lse`` in float32. ``out``
+            alone will do. With both, nothing is allocated but, on a GPU, the workspace.
+        out_dtype: of ``out``: q's dtype or float32, what outputs are before they are rounded; ``None``: that
+            of ``out`` where it is given, else q's. Partial outputs lose nothing in float32 until
+            :func:`merge_states` merges them.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,
@@ -118,10 +119,11 @@ def decode(
     may differ.
 
     Under ``torch.autocast`` q and caches that are not quantised are cast to its dtype (to that of ``out``
-    where it is given), the whole caches at every call: keep them in that dtype.
+    where it is given and they do not go with it as they are), the whole caches at every call: keep them in
+    that dtype.
 
     Returns:
-        ``(out, lse)``: ``out`` is ``[batch, q_len, num_heads, head_dim_v]`` in q's dtype; ``lse`` is
+        ``(out, lse)``: ``out`` is ``[batch, q_len, num_heads, head_dim_v]`` in `out_dtype`; ``lse`` is
         ``[batch, num_heads, q_len]``, float32, the natural logarithm of the softmax's denominator (sinks
         included). With ``cu_seqlens_q`` they are ``[total_q, num_heads, head_dim_v]`` and ``[num_heads,
         total_q]``. A row that sees nothing gives zeros and ``-inf`` (with a sink: zeros and the sink).
@@ -149,15 +151,15 @@ def decode(
         tree_mask,
         shared,
     )
-    named = (scale, causal, window_left, window_right, softcap, num_ctas)
+    named = (scale, causal, window_left, window_right, softcap, num_ctas, out_dtype)
     try:
         options = {} if named == _DEFAULTS else dict(zip(_OPTIONS, named, strict=True))
         if out is None and lse is None:
             if options:
-                return _call(_decode, *tensors, **options)
+                return call(_decode, *tensors, **options)
             # The usual call, with as little code as can be: after a cache was read none of it is in the
             # processor's caches, and takes ten times as long.
-            if _needs_full_dispatch():
+            if needs_full_dispatch():
                 return _decode(*tensors)
             with torch._C._AutoDispatchBelowAutograd():
                 return _decode(*tensors)
@@ -165,23 +167,15 @@ def decode(
             raise ValueError("decode: out is missing; lse is given with it, or not at all")
         if lse is None:
             lse = q.new_empty(*q.shape[:-3], *q.shape[-3:-1][::-1], dtype=torch.float32)
-        _call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
+        if options.pop("out_dtype", None) not in (None, out.dtype):
+            raise ValueError(f"decode: out_dtype is {out_dtype}, and out is {out.dtype}; they must be equal")
+        call(_decode_out, *tensors[:3], out, lse, *tensors[3:], **options)
         return out, lse
     except Exception:
         refuse_wrong_types("decode", _decode, tensors, dict(zip(_OPTIONS, named, strict=True)))
         if out is not None and lse is not None:
             refuse_wrong_types("decode", _decode_out, (*tensors[:3], out, lse), {})
         raise
-
-
-def _needs_full_dispatch() -> bool:
-    """False where no gradient can be asked for and an op may be called below PyTorch's layer for gradients.
-
-    That layer is Python, makes a gradient raise, and takes longer than a short decode. Inference mode has
-    none.
-    """
-    # Inference mode is asked for last: a graph that torch.compile traces would break there.
-    return _is_grad_enabled() or _is_compiling() or _is_inference_mode_enabled()
 
 
 def _refuse_lost_offsets(op_name: str, **written: Tensor | None) -> None:
@@ -194,14 +188,7 @@ def _refuse_lost_offsets(op_name: str, **written: Tensor | None) -> None:
             )
 
 
-def _call(op, *tensors, **options):
-    if _needs_full_dispatch():
-        return op(*tensors, **options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*tensors, **options)
-
-
-def _fake_attention(q, k_cache, v_cache, packed: bool):
+def _fake_attention(q, k_cache, v_cache, packed: bool, out_dtype: torch.dtype | None = None):
     # The kernel checks everything; these are the mistakes that would make nonsense of a trace.
     for name, tensor, rank in (
         ("q", q, 3 if packed else 4),
@@ -220,7 +207,7 @@ def _fake_attention(q, k_cache, v_cache, packed: bool):
                 f"decode: {name} is on {tensor.device}, q on {q.device}; they must be on the same device"
             ),
         )
-    out = q.new_empty(*q.shape[:-1], v_cache.shape[3])
+    out = q.new_empty(*q.shape[:-1], v_cache.shape[3], dtype=out_dtype)
     lse = q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32)
     return out, lse
 
@@ -241,9 +228,11 @@ def _(
     cu_seqlens_q=None,
     tree_mask=None,
     shared=None,
+    *,
+    out_dtype=None,
     **_options,
 ):
-    return _fake_attention(q, k_cache, v_cache, cu_seqlens_q is not None)
+    return _fake_attention(q, k_cache, v_cache, cu_seqlens_q is not None, out_dtype)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode_out")
@@ -259,16 +248,23 @@ def _(q, k_cache, v_cache, seq_lens=None, **_options):
     return _fake_attention(q, k_cache, v_cache, False)
 
 
-def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e) -> tuple[Tensor, Tensor]:
+def merge_states(
+    outs: list[Tensor],
+    lses: list[Tensor],
+    *,
+    base: float = math.e,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Merges attention over disjoint sets of tokens into attention over their union.
 
     Args:
         outs: partial outputs, each ``[batch, q_len, num_heads, head_dim_v]`` or ``[total_q, num_heads,
-            head_dim_v]``.
+            head_dim_v]``, float32, float16 or bfloat16, all in one dtype.
         lses: their log-sum-exps, each ``[batch, num_heads, q_len]`` or ``[num_heads, total_q]``, float32. A
             state of ``-inf`` (nothing seen) weighs nothing, whatever its output holds; NaN and ``+inf`` make
             their row NaN. All finite ones are right, also near the limits of float32.
         base: of the logarithms in ``lses``, and in the result: 2 for states that come from FlashInfer.
+        out_dtype: of the result: float32, float16 or bfloat16; ``None``: that of ``outs``.
 
     Returns:
         ``(out, lse)`` as from :func:`decode`.
@@ -280,16 +276,18 @@ def merge_states(outs: list[Tensor], lses: list[Tensor], *, base: float = math.e
     try:
         if not outs:  # nothing that the dispatcher could choose a backend by
             raise ValueError("merge_states: outs is empty; there must be at least one state")
-        options = {} if base == math.e else {"base": base}
-        return _call(_merge_states, outs, lses, **options)
+        options = {} if (base, out_dtype) == (math.e, None) else {"base": base, "out_dtype": out_dtype}
+        return call(_merge_states, outs, lses, **options)
     except Exception:
-        refuse_wrong_types("merge_states", _merge_states, (outs, lses), {"base": base})
+        refuse_wrong_types(
+            "merge_states", _merge_states, (outs, lses), {"base": base, "out_dtype": out_dtype}
+        )
         raise
 
 
 @torch.library.register_fake(f"{NAMESPACE}::merge_states")
-def _(outs, lses, *, base=math.e):
-    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+def _(outs, lses, *, base=math.e, out_dtype=None):
+    return outs[0].new_empty(outs[0].shape, dtype=out_dtype), lses[0].new_empty(lses[0].shape)
 
 
 def append_kv(
@@ -429,19 +427,9 @@ def check_errors(device: torch.device | int | None = None) -> None:
             raise ValueError(f"{message} [cuda:{index}]")
 
 
-def _no_gradient(op_name: str):
-    def backward(_ctx, *_grads):
-        raise RuntimeError(
-            f"lean_attention.{op_name} has no gradient: it is for inference. "
-            "Call it under torch.no_grad() or torch.inference_mode(), or train with another attention."
-        )
-
-    torch.library.register_autograd(f"{NAMESPACE}::{op_name}", backward)
-
-
-_no_gradient("decode")
-_no_gradient("decode_fixed_split")
-_no_gradient("read_only")
-_no_gradient("merge_states")
+refuse_gradients("decode")
+refuse_gradients("decode_fixed_split")
+refuse_gradients("read_only")
+refuse_gradients("merge_states")
 
 _autocast.register()

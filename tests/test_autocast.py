@@ -50,6 +50,17 @@ def test_given_outputs_decide() -> None:
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
 
 
+def test_a_float32_out_of_16_bit_queries() -> None:
+    inputs = inputs_of(BF16, BF16)
+    want, want_lse = lean_attention.decode(**inputs, out_dtype=F32)
+    out = torch.empty_like(want)
+    with torch.autocast("cpu", BF16):
+        _, lse = lean_attention.decode(**inputs, out=out)
+        fresh, _ = lean_attention.decode(**inputs_of(F32, F32), out_dtype=F32)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert fresh.dtype == F32
+
+
 @pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn], ids=SHORT.get)
 def test_quantised_caches_stay(quantised: torch.dtype) -> None:
     inputs = inputs_of(F32, F32)

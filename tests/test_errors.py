@@ -245,6 +245,16 @@ def test_merge_states_of_wrong_types() -> None:
     assert_each_raises(TypeError, "merge_states", lean_attention.merge_states, cases)
 
 
+def test_merge_states_out_dtype() -> None:
+    def merge(out_dtype: object) -> None:
+        lean_attention.merge_states([OUT], [LSE], out_dtype=out_dtype)
+
+    message = "out_dtype is torch.int8; it must be torch.float32, torch.float16 or torch.bfloat16"
+    assert_each_raises(ValueError, "merge_states", merge, [(torch.int8, message)])
+    message = "out_dtype is 'float32', a str; it must be a torch.dtype or None"
+    assert_each_raises(TypeError, "merge_states", merge, [("float32", message)])
+
+
 def test_merge_states_base() -> None:
     def merge(base: float) -> None:
         lean_attention.merge_states([OUT], [LSE], base=base)

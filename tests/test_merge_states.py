@@ -36,6 +36,20 @@ def test_matches_the_definition(backend: Backend, dtype: torch.dtype) -> None:
         assert torch.allclose(lse.double(), want_lse, rtol=1e-6, atol=1e-6), name
 
 
+@devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_the_dtype_of_the_result(backend: Backend, dtype: torch.dtype) -> None:
+    """It is rounded once."""
+    outs, lses = (
+        [torch.randn(3, 2, 4, 24).to(dtype) for _ in range(3)],
+        [torch.randn(3, 4, 2) for _ in range(3)],
+    )
+    want, want_lse = backend.merge_states([out.float() for out in outs], lses)
+    for out_dtype in DTYPES:
+        out, lse = backend.merge_states(outs, lses, out_dtype=out_dtype)
+        assert torch.equal(out, want.to(out_dtype)) and torch.equal(lse, want_lse), out_dtype
+
+
 LARGEST = torch.finfo(torch.float32).max
 # Of the states of one row each.
 HUGE = [

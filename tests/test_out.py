@@ -9,7 +9,7 @@ import torch
 
 import lean_attention
 from tests.backends import Backend, devices
-from tests.cases import BF16, Case, make_inputs
+from tests.cases import BF16, F32, SHORT, Case, make_inputs
 from tests.errors import assert_each_raises
 
 CASE = Case(BF16, lens=(300, 0, 17), heads=6, kv_heads=2, head_dim=64, q_len=2)
@@ -40,14 +40,15 @@ PLACES = {
 
 
 @devices
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=SHORT.get)
 @pytest.mark.parametrize("place", PLACES)
-def test_out_at_odd_places(place: str, backend: Backend) -> None:
-    """Pairs of its elements lie across words of memory."""
+def test_out_at_odd_places(place: str, dtype: torch.dtype, backend: Backend) -> None:
+    """Pairs of its elements lie across words of memory, fours of float32 across vectors."""
     arguments = make_inputs(CASE)
-    want, want_lse = backend.decode(**arguments, num_ctas=5)
+    want, want_lse = backend.decode(**arguments, num_ctas=5, out_dtype=dtype)
     offset, *strides = PLACES[place]
     view = {"size": want.shape, "stride": (*strides, 1), "storage_offset": offset}
-    pool = torch.full((6000,), torch.nan, dtype=BF16)
+    pool = torch.full((6000,), torch.nan, dtype=dtype)
     out, lse = backend.decode(
         **arguments, num_ctas=5, out=pool.as_strided(**view), lse=torch.full_like(want_lse, torch.nan)
     )
@@ -58,12 +59,13 @@ def test_out_at_odd_places(place: str, backend: Backend) -> None:
 
 
 @devices
-def test_packed_out_at_odd_places(backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=SHORT.get)
+def test_packed_out_at_odd_places(dtype: torch.dtype, backend: Backend) -> None:
     """And its rows of no sequence, which are written element by element."""
     arguments = make_inputs(Case(BF16, lens=(300, 17, 40), q_len="packed", heads=6, head_dim=64))
     end = int(arguments["cu_seqlens_q"][-1])
-    want, want_lse = backend.decode(**arguments, num_ctas=5)
-    pool = torch.full((len(want), 7, 65), torch.nan, dtype=BF16)
+    want, want_lse = backend.decode(**arguments, num_ctas=5, out_dtype=dtype)
+    pool = torch.full((len(want), 7, 65), torch.nan, dtype=dtype)
     lse = torch.full_like(want_lse, torch.nan)
     out, lse = backend.decode(**arguments, num_ctas=5, out=pool[:, 1:, 1:], lse=lse)
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
@@ -113,7 +115,14 @@ def test_out_alone() -> None:
 def test_errors() -> None:
     cases = [
         ({"out": None}, "out is missing; lse is given with it, or not at all"),
-        ({"out": torch.empty(3, 2, 6, 64)}, "out is torch.float32; it must be torch.bfloat16, like q"),
+        (
+            {"out": torch.full((3, 2, 6, 64), 7.0).half()},
+            "out is torch.float16; it must be torch.bfloat16, like q, or torch.float32",
+        ),
+        (
+            {"out_dtype": torch.float16, "out": None, "lse": None},
+            "out_dtype is torch.float16; it must be torch.bfloat16, like q, or torch.float32",
+        ),
         ({"out": torch.empty(3, 2, 6, 72).bfloat16()}, r"out has shape .* dimension 3 must be 64"),
         ({"out": torch.empty(2, 6, 64).bfloat16()}, r"out has shape .* it must have 4 dimensions"),
         ({"lse": torch.empty(3, 2, 6)}, r"lse has shape .* dimension 1 must be 6, the num_heads"),
@@ -132,3 +141,8 @@ def test_errors() -> None:
         lean_attention.decode(**inputs, **{**given, **changes})
 
     assert_each_raises(ValueError, "decode", decode, cases)
+    assert (cases[1][0]["out"] == 7).all()
+    with pytest.raises(ValueError, match=r"out_dtype is torch.bfloat16; it must be torch.float32, like q$"):
+        lean_attention.decode(**make_inputs(replace(CASE, dtype=F32)), out_dtype=BF16)
+    with pytest.raises(TypeError, match=r"out_dtype is 'float32', a str; it must be a torch.dtype or None"):
+        lean_attention.decode(**inputs, out_dtype="float32")

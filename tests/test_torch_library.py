@@ -15,7 +15,11 @@ from lean_attention import ops, reference
 from tests.cases import DTYPES, SHORT, Case, assert_close, make_inputs, with_int64
 
 # What only one of function, op and definition has.
-OWN = {"decode": {"out", "lse", "num_ctas", "dtype"}, "append_kv": set(), "merge_states": set()}
+OWN = {
+    "decode": {"out", "lse", "num_ctas", "out_dtype", "dtype"},
+    "append_kv": set(),
+    "merge_states": {"out_dtype"},
+}
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -35,7 +39,10 @@ def test_function_op_and_definition_have_the_same_arguments(name: str) -> None:
     assert [a for a in op if a[0] not in OWN[name]] == of(function)
     if name == "decode":
         into = [a.name for a in torch.ops.lean_attn.decode_out.default._schema.arguments]
-        assert into[:3] + into[5:] == [a for a, _ in op] and into[3:5] == ["out", "lse"]
+        assert into[:3] + into[5:] == [a for a, _ in op if a != "out_dtype"] and into[3:5] == ["out", "lse"]
+    if "out_dtype" in OWN[name]:
+        assert op[-1] == ("out_dtype", None)
+        assert [*inspect.signature(function).parameters][-1] == "out_dtype"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,8 @@ def test_opcheck_what_benchmarks_compare_with() -> None:
 
 def test_opcheck_merge_states() -> None:
     outs, lses = [torch.randn(2, 1, 4, 16) for _ in range(3)], [torch.randn(2, 4, 1) for _ in range(3)]
-    torch.library.opcheck(torch.ops.lean_attn.merge_states.default, (outs, lses))
+    for options in ({}, {"out_dtype": torch.float16}):
+        torch.library.opcheck(torch.ops.lean_attn.merge_states.default, (outs, lses), options)
 
 
 def test_fake_tensors_on_cuda_without_a_gpu() -> None:

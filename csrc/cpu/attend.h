@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/float_output.h"
 #include "cpu/kv_reader.h"
 #include "cpu/visibility.h"
 #include "cpu/workspace.h"
@@ -86,8 +87,13 @@ class Attention {
         factor = normaliser(merged.state.l) * merged.weight_a;
         lse = log_sum_exp_to(merged.state, kLog2e);
       }
-      kernels_.of(t.rows).write_output(t, row, factor * value_scale,
-                                       out_row(place.batch, place.token, query.head));
+      const TileKernel& kernel = kernels_.of(t.rows);
+      void* const out = out_row(place.batch, place.token, query.head);
+      if (p_.out_dtype == p_.dtype) {
+        kernel.write_output(t, row, factor * value_scale, out);
+      } else {
+        write_floats(kernel, t, row, factor * value_scale, static_cast<float*>(out));
+      }
       p_.lse[place.batch * p_.lse_batch_stride + query.head * p_.lse_head_stride + place.token] = lse;
     }
   }
@@ -95,7 +101,7 @@ class Attention {
   void* out_row(int64_t sequence, int64_t token, int64_t head) const {
     const int64_t offset =
         sequence * p_.out_batch_stride + token * p_.out_token_stride + head * p_.out_head_stride;
-    return static_cast<char*>(p_.out) + offset * element_size(p_.dtype);
+    return static_cast<char*>(p_.out) + offset * element_size(p_.out_dtype);
   }
 
  private:

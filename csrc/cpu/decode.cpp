@@ -43,7 +43,7 @@ class Decode {
   // Query tokens of a packed q that belong to no sequence come out as rows that see nothing.
   void write_padding() const {
     if (!p_.cu_seqlens_q) return;
-    const int64_t row_bytes = p_.v.dims * element_size(p_.dtype);
+    const int64_t row_bytes = p_.v.dims * element_size(p_.out_dtype);
     for (int64_t token = p_.first_query(p_.batch); token < p_.query_tokens; ++token) {
       for (int64_t head = 0; head < p_.num_heads; ++head) {
         std::memset(attention_.out_row(0, token, head), 0, row_bytes);

@@ -11,6 +11,15 @@
 namespace lean::cpu {
 namespace {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+template <class T>
+void write_row(const MergeParams& p, int64_t row, const std::vector<float>& sum, float factor) {
+  T* out = static_cast<T*>(p.out) + row * p.head_dim_v;
+  for (int64_t d = 0; d < p.head_dim_v; ++d) out[d] = static_cast<T>(sum[d] * factor);
+}
+
 template <class T>
 void merge_row(const MergeParams& p, int64_t row, int64_t lse_index, std::vector<float>& sum) {
   SoftmaxState state;
@@ -25,9 +34,10 @@ void merge_row(const MergeParams& p, int64_t row, int64_t lse_index, std::vector
       sum[d] = sum[d] * merged.weight_a + static_cast<float>(out[d]) * merged.weight_b;
     }
   }
-  const float factor = normaliser(state.l);
-  T* out = static_cast<T*>(p.out) + row * p.head_dim_v;
-  for (int64_t d = 0; d < p.head_dim_v; ++d) out[d] = static_cast<T>(sum[d] * factor);
+  const auto write = p.out_dtype == DType::float32   ? write_row<float>
+                     : p.out_dtype == DType::float16 ? write_row<Half>
+                                                     : write_row<BFloat16>;
+  write(p, row, sum, normaliser(state.l));
   p.lse[lse_index] = log_sum_exp_to(state, p.log2_base);
 }
 
@@ -51,9 +61,9 @@ void merge_states(const MergeParams& p) {
     case DType::float32:
       return merge_all<float>(p);
     case DType::float16:
-      return merge_all<torch::headeronly::Half>(p);
+      return merge_all<Half>(p);
     default:
-      return merge_all<torch::headeronly::BFloat16>(p);
+      return merge_all<BFloat16>(p);
   }
 }
 

@@ -20,6 +20,16 @@ struct MergeArguments {
   const float* lses[kMaxStates];
 };
 
+LEAN_DEVICE void store_merged(const MergeParams& p, int64_t i, float value) {
+  if (p.out_dtype == DType::float32) {
+    static_cast<float*>(p.out)[i] = value;
+  } else if (p.out_dtype == DType::float16) {
+    static_cast<hw::Half*>(p.out)[i] = hw::Numbers::from_float<hw::Half>(value);
+  } else {
+    static_cast<hw::BFloat16*>(p.out)[i] = hw::Numbers::from_float<hw::BFloat16>(value);
+  }
+}
+
 template <class T>
 LEAN_KERNEL(kMergeThreads, 1)
 merge_kernel(LEAN_KERNEL_PARAMETER MergeArguments arguments) {
@@ -40,7 +50,7 @@ merge_kernel(LEAN_KERNEL_PARAMETER MergeArguments arguments) {
         sum = sum * merged.weight_a + out * merged.weight_b;
         state = merged.state;
       }
-      static_cast<T*>(p.out)[row * p.head_dim_v + d] = hw::Numbers::from_float<T>(sum * normaliser(state.l));
+      store_merged(p, row * p.head_dim_v + d, sum * normaliser(state.l));
       if (d == 0) p.lse[lse_index] = log_sum_exp_to(state, p.log2_base);
     }
   }

@@ -57,6 +57,14 @@ Tensor DecodeCall::fresh_tensor(const std::array<int64_t, rank>& sizes, int32_t 
   return Tensor(tensor);
 }
 
+// Float32 is for outputs that are merged with others before they are rounded.
+void DecodeCall::check_out_dtype(const char* name, ScalarType dtype) const {
+  const ScalarType like_q = q_.tensor.scalar_type();
+  if (dtype == like_q || dtype == ScalarType::Float) return;
+  fail("decode: ", name, " is ", name_of(dtype), "; it must be ", name_of(like_q), ", like q",
+       like_q == ScalarType::Float ? "" : ", or torch.float32");
+}
+
 const DecodeParams& DecodeCall::with_outputs(const Tensor& given_out, const Tensor& given_lse) {
   const bool packed = bool{p_.cu_seqlens_q};
   const Argument out_arg{"decode", "out", given_out}, lse_arg{"decode", "lse", given_lse};
@@ -64,7 +72,7 @@ const DecodeParams& DecodeCall::with_outputs(const Tensor& given_out, const Tens
   out_arg.has_shape(packed ? "[total_q, num_heads, head_dim_v]" : "[batch, q_len, num_heads, head_dim_v]",
                     first + 3);
   lse_arg.has_shape(packed ? "[num_heads, total_q]" : "[batch, num_heads, q_len]", first + 2);
-  out_arg.has_dtype(q_.tensor.scalar_type(), ", like q");
+  check_out_dtype("out", given_out.scalar_type());
   lse_arg.has_dtype(ScalarType::Float, "");
   if (!packed) out_arg.has_size(0, p_.batch, "the batch size of q");
   if (!packed) lse_arg.has_size(0, p_.batch, "the batch size of q");
@@ -80,6 +88,7 @@ const DecodeParams& DecodeCall::with_outputs(const Tensor& given_out, const Tens
   out = given_out;
   lse = given_lse;
   p_.out = out->mutable_data_ptr();
+  p_.out_dtype = dtype_of(out_arg);
   p_.lse = static_cast<float*>(lse->mutable_data_ptr());
   p_.out_batch_stride = packed ? 0 : out->stride(0);
   p_.out_token_stride = out->stride(first);
@@ -89,17 +98,20 @@ const DecodeParams& DecodeCall::with_outputs(const Tensor& given_out, const Tens
   return p_;
 }
 
-const DecodeParams& DecodeCall::with_outputs() {
+const DecodeParams& DecodeCall::with_outputs(std::optional<ScalarType> out_dtype) {
+  if (out_dtype) check_out_dtype("out_dtype", *out_dtype);
   const bool packed = bool{p_.cu_seqlens_q};
   const int64_t tokens = p_.query_tokens, heads = p_.num_heads, dim = p_.v.dims;
-  int32_t q_dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &q_dtype));
   const int32_t lse_dtype = aoti_torch_dtype_float32();
+  int32_t dtype = lse_dtype;
+  if (out_dtype != ScalarType::Float) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q_.tensor.get(), &dtype));
+  }
   if (packed) {
-    return with_outputs(fresh_tensor<3>({tokens, heads, dim}, q_dtype),
+    return with_outputs(fresh_tensor<3>({tokens, heads, dim}, dtype),
                         fresh_tensor<2>({heads, tokens}, lse_dtype));
   }
-  return with_outputs(fresh_tensor<4>({p_.batch, tokens, heads, dim}, q_dtype),
+  return with_outputs(fresh_tensor<4>({p_.batch, tokens, heads, dim}, dtype),
                       fresh_tensor<3>({p_.batch, heads, tokens}, lse_dtype));
 }
 

@@ -37,9 +37,9 @@ class DecodeCall {
   // check.
   explicit DecodeCall(const DecodeArgs& args);
 
-  // Takes the caller's outputs, or makes fresh ones.
+  // Takes the caller's outputs, or makes fresh ones, of q's dtype where none is given.
   const DecodeParams& with_outputs(const Tensor& given_out, const Tensor& given_lse);
-  const DecodeParams& with_outputs();
+  const DecodeParams& with_outputs(std::optional<ScalarType> out_dtype = std::nullopt);
 
   OptionalTensor out, lse;
 
@@ -55,6 +55,7 @@ class DecodeCall {
   Scales scales(const char* name, const OptionalTensor& tensor) const;
 
   DType cache_dtype() const;
+  void check_out_dtype(const char* name, ScalarType dtype) const;
   Indices integers(const Argument& arg);
   const float* floats(const Argument& arg);
   template <int rank>

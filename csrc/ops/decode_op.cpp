@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                                   const OptionalTensor& cu_seqlens_q, const OptionalTensor& tree_mask,
                                   const OptionalTensor& shared, std::optional<double> scale, bool causal,
-                                  int64_t window_left, int64_t window_right, double softcap,
-                                  int64_t num_ctas) {
+                                  int64_t window_left, int64_t window_right, double softcap, int64_t num_ctas,
+                                  std::optional<ScalarType> out_dtype) {
   const DecodeArgs args{.q = q,
                         .k_cache = k_cache,
                         .v_cache = v_cache,
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                         .window_right = window_right,
                         .num_ctas = num_ctas};
   DecodeCall call(args);
-  run({"decode", "q", q}, call.with_outputs());
+  run({"decode", "q", q}, call.with_outputs(out_dtype));
   return {*call.out, *call.lse};
 }
 
@@ -95,7 +95,7 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LEAN_OP_LIBRARY, m) {
   m.def("decode(Tensor q, Tensor k_cache, Tensor v_cache, " LEAN_DECODE_OPTIONS
-        ") -> (Tensor out, Tensor lse)");
+        ", ScalarType? out_dtype=None) -> (Tensor out, Tensor lse)");
   m.def(
       "decode_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out, Tensor(b!) "
       "lse, " LEAN_DECODE_OPTIONS ") -> ()");

@@ -11,7 +11,7 @@ namespace lean {
 namespace {
 
 std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
-                                        double base) {
+                                        double base, std::optional<ScalarType> out_dtype) {
   if (outs.empty()) fail("merge_states: outs is empty; there must be at least one state");
   if (outs.size() != lses.size()) {
     fail("merge_states: outs has ", outs.size(), " tensors, lses ", lses.size(), "; there must be as many");
@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
   if (!(base > 1.0) || !std::isfinite(base)) {
     fail("merge_states: base is ", base, "; it must be a finite number above 1");
   }
+  const ScalarType dtype = out_dtype.value_or(outs[0].scalar_type());
   // Packed states are those of one sequence.
   const int64_t packed = outs[0].dim() == 3 ? 1 : 0;
   const int64_t rank = 4 - packed;
@@ -27,6 +28,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
     first.has_shape("[batch, q_len, num_heads, head_dim_v], or [total_q, num_heads, head_dim_v]", 4);
   MergeParams params{};
   params.dtype = dtype_of(first);
+  params.out_dtype = dtype_of("merge_states", "out_dtype", dtype);
   params.num_states = static_cast<int64_t>(outs.size());
   params.batch = packed ? 1 : outs[0].size(0);
   params.q_len = outs[0].size(1 - packed);
@@ -54,7 +56,7 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
     out_pointers.push_back(copies.contiguous(outs[i]));
     lse_pointers.push_back(static_cast<const float*>(copies.contiguous(lses[i])));
   }
-  Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
+  Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes(), dtype);
   Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
   params.outs = out_pointers.data();
   params.lses = lse_pointers.data();
@@ -71,8 +73,8 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs, const s
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LEAN_OP_LIBRARY, m) {
   m.def(
-      "merge_states(Tensor[] outs, Tensor[] lses, *, float base=2.718281828459045) -> (Tensor out, Tensor "
-      "lse)");
+      "merge_states(Tensor[] outs, Tensor[] lses, *, float base=2.718281828459045, ScalarType? "
+      "out_dtype=None) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LEAN_OP_LIBRARY, CPU, m) {

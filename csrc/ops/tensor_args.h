@@ -247,8 +247,8 @@ inline PageTable page_table(const PageArgs& args) {
   return pages;
 }
 
-inline DType dtype_of(const Argument& argument) {
-  switch (argument.tensor.scalar_type()) {
+inline DType dtype_of(const char* op, const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return DType::float32;
     case ScalarType::Half:
@@ -256,9 +256,12 @@ inline DType dtype_of(const Argument& argument) {
     case ScalarType::BFloat16:
       return DType::bfloat16;
     default:
-      fail(argument.op, ": ", argument.name, " is ", name_of(argument.tensor.scalar_type()),
+      fail(op, ": ", name, " is ", name_of(dtype),
            "; it must be torch.float32, torch.float16 or torch.bfloat16");
   }
+}
+inline DType dtype_of(const Argument& argument) {
+  return dtype_of(argument.op, argument.name, argument.tensor.scalar_type());
 }
 
 }  // namespace lean

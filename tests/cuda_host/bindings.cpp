@@ -70,7 +70,7 @@ void run(const Call& c, const Backend& backend, const Queue& queue) {
                c.head_stride,
                {}};
   p.pages = {{}, {}, c.batch, c.tokens, 1, 0, 0};
-  p.dtype = DType::bfloat16;
+  p.dtype = p.out_dtype = DType::bfloat16;
   p.batch = c.batch;
   p.query_tokens = c.q_len;
   p.num_heads = c.heads;
@@ -213,7 +213,7 @@ PYBIND11_MODULE(lean_attention_cuda_host, m) {
     MergeParams p{};
     p.outs = outs.data();
     p.lses = lses.data();
-    p.dtype = DType::bfloat16;
+    p.dtype = p.out_dtype = DType::bfloat16;
     p.num_states = num_states;
     p.batch = rows;
     p.q_len = p.num_heads = p.head_dim_v = 1;

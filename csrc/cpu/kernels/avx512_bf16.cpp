@@ -27,7 +27,8 @@ class QuantisedRows : public Bf16Rows {
         high1_(_mm512_load_si512(t.table->high + 64)) {}
 
   static constexpr int kDotColumns = 32;
-  static constexpr int kPairsAtOnce = 2;  // of twice the columns
+  static constexpr ColumnOrder kColumnOrder = ColumnOrder::natural;  // that of load_step
+  static constexpr int kPairsAtOnce = 2;                             // of twice the columns
   static constexpr bool kConverts = true;
   static constexpr bool kReadsWholeRows = false;
 

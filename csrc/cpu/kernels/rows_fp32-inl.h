@@ -24,8 +24,9 @@ struct Fp32Rows {
   static constexpr bool kConverts = kRowDtype != DType::float32;
   static constexpr bool kReadsWholeRows = true;
   // That of Simd::load_pair.
-  static constexpr ColumnOrder kColumnOrder =
-      kRowDtype == DType::bfloat16 ? ColumnOrder::even_odd : ColumnOrder::natural;
+  static constexpr ColumnOrder kColumnOrder = kRowDtype == DType::bfloat16  ? ColumnOrder::even_odd
+                                              : kRowDtype == DType::float16 ? Simd::kHalfOrder
+                                                                            : ColumnOrder::natural;
   // Weights are broadcast twice; see add_values.
   static constexpr bool kBroadcastsAgain = Simd::kMultiplyBroadcasts && kConverts;
 

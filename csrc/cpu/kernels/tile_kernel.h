@@ -102,14 +102,16 @@ struct TileState {
 };
 
 // In which order a kernel has the columns of O, of each chunk_columns of them: states that have the same one
-// can be merged.
+// can be merged. The first half are the even columns, and then the odd ones; or the first four of each eight,
+// and then the last four.
 enum class ColumnOrder { natural, even_odd, pairs_of_fours };
 
 struct TileKernel {
   const char* instruction_set;
   // Rows of K and V are multiplied as this dtype.
   DType row_dtype;
-  // So many columns are processed at once; rows of q and O are padded to a multiple of it.
+  // So many columns are processed at once, a multiple of eight; rows of q and O are padded to a multiple of
+  // it.
   int chunk_columns;
   ColumnOrder column_order;
   // The kernel is for output tiles of so many rows or more.

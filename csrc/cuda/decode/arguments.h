@@ -39,7 +39,7 @@ struct DecodeArguments {
   int32_t k_block_bytes, k_token_bytes, v_block_bytes, v_token_bytes;  // strides, where steps are whole
   int32_t k_chunks, v_chunks;                                          // of 16 bytes, likewise, in a row
   bool aligned_q;    // rows of q begin and end at multiples of 16 bytes
-  bool aligned_out;  // rows of out begin at multiples of 4 bytes
+  bool aligned_out;  // rows of out begin at multiples of 4 bytes, of float32 at multiples of 16
   bool only_scale;   // scaled dot products are the scores, but for masks
   ScoreOptions score;
   float scale;  // of dot products, to units of `score`
@@ -122,39 +122,42 @@ inline DecodeArguments decode_arguments(const DecodeParams& p, const Geometry32&
            std::abs(tokens.stride_bytes) <= kMost &&
            (!paged || (p.pages.block_size % 16 == 0 && std::abs(blocks.stride_bytes) <= kMost));
   };
-  // Of q and out, whose elements have 2 bytes.
-  const auto has_aligned_heads = [&](const void* data, int64_t batch, int64_t token, int64_t head,
-                                     int64_t to) {
-    return has_aligned_rows(
-        data,
-        {{p.cu_seqlens_q ? 1 : p.batch, 2 * batch}, {p.query_tokens, 2 * token}, {p.num_heads, 2 * head}},
-        to);
+  // Of q and out; `size` is that of their elements.
+  const auto has_aligned_heads = [&](const void* data, int64_t size, int64_t batch, int64_t token,
+                                     int64_t head, int64_t to) {
+    return has_aligned_rows(data,
+                            {{p.cu_seqlens_q ? 1 : p.batch, size * batch},
+                             {p.query_tokens, size * token},
+                             {p.num_heads, size * head}},
+                            to);
   };
+  const int64_t out_size = element_size(p.out_dtype);
+  const bool aligned_out = has_aligned_heads(p.out, out_size, p.out_batch_stride, p.out_token_stride,
+                                             p.out_head_stride, out_size == 4 ? 16 : 4);
   const auto int32 = [](int64_t n) { return static_cast<int32_t>(n); };
-  return {
-      .p = p,
-      .geometry = geometry,
-      .block_size = FastDivisor(int32(std::max<int64_t>(1, std::min(p.pages.block_size, kMost)))),
-      .q_len = FastDivisor(int32(std::max<int64_t>(1, p.query_tokens))),
-      .num_blocks = int32(std::min(p.pages.num_blocks, kMost)),
-      .capacity = int32(p.pages.capacity()),
-      .workspace = workspace,
-      .errors = errors,
-      .min_tiles_per_cta = FastDivisor(int32(min_tiles_per_cta)),
-      .ragged = p.seq_lens || p.cache_leftpad || p.cu_seqlens_q || p.shared.count > 0,
-      .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
-      .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
-      .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),
-      .v_block_bytes = int32(bytes(p.v, p.v.block_stride)),
-      .v_token_bytes = int32(bytes(p.v, p.v.token_stride)),
-      .k_chunks = int32(bytes(p.k, p.k.dims) / 16),
-      .v_chunks = int32(bytes(p.v, p.v.dims) / 16),
-      .aligned_q = p.k.dims % 8 == 0 &&
-                   has_aligned_heads(p.q, p.q_batch_stride, p.q_token_stride, p.q_head_stride, 16),
-      .aligned_out = has_aligned_heads(p.out, p.out_batch_stride, p.out_token_stride, p.out_head_stride, 4),
-      .only_scale = p.softcap == 0.0f && p.alibi_slopes == nullptr,
-      .score = score_options(p),
-      .scale = p.scale * score_options(p).unit};
+  return {.p = p,
+          .geometry = geometry,
+          .block_size = FastDivisor(int32(std::max<int64_t>(1, std::min(p.pages.block_size, kMost)))),
+          .q_len = FastDivisor(int32(std::max<int64_t>(1, p.query_tokens))),
+          .num_blocks = int32(std::min(p.pages.num_blocks, kMost)),
+          .capacity = int32(p.pages.capacity()),
+          .workspace = workspace,
+          .errors = errors,
+          .min_tiles_per_cta = FastDivisor(int32(min_tiles_per_cta)),
+          .ragged = p.seq_lens || p.cache_leftpad || p.cu_seqlens_q || p.shared.count > 0,
+          .whole_steps = has_whole_steps(p.k) && has_whole_steps(p.v),
+          .k_block_bytes = int32(bytes(p.k, p.k.block_stride)),
+          .k_token_bytes = int32(bytes(p.k, p.k.token_stride)),
+          .v_block_bytes = int32(bytes(p.v, p.v.block_stride)),
+          .v_token_bytes = int32(bytes(p.v, p.v.token_stride)),
+          .k_chunks = int32(bytes(p.k, p.k.dims) / 16),
+          .v_chunks = int32(bytes(p.v, p.v.dims) / 16),
+          .aligned_q = p.k.dims % 8 == 0 &&
+                       has_aligned_heads(p.q, 2, p.q_batch_stride, p.q_token_stride, p.q_head_stride, 16),
+          .aligned_out = aligned_out,
+          .only_scale = p.softcap == 0.0f && p.alibi_slopes == nullptr,
+          .score = score_options(p),
+          .scale = p.scale * score_options(p).unit};
 }
 
 }  // namespace lean::cuda

@@ -152,7 +152,7 @@ struct SharedState {
   float m[kWarps][Config::rows];
   float l[kWarps][Config::rows];  // in l[0] then the merged one, or the output's factor
   float merged_m[Config::rows];
-  uint16_t* out_rows[Config::rows];
+  char* out_rows[Config::rows];
   float shared_weight[Config::rows];         // of outputs that nodes and sequences have left
   float peer_m[kPeersAtOnce][Config::rows];  // then the weight of the peer's output
   float peer_l[kPeersAtOnce][Config::rows];
@@ -196,6 +196,14 @@ LEAN_DEVICE int32_t index_at(const Indices& indices, int64_t i) {
 // DecodeParams::first_query in 32 bits, which hold it on a GPU.
 LEAN_DEVICE int32_t first_query(const DecodeParams& p, int64_t b) {
   return p.cu_seqlens_q ? max(0, min(index_at(p.cu_seqlens_q, b), static_cast<int32_t>(p.query_tokens))) : 0;
+}
+
+// Outputs that are merged with others before they are rounded.
+LEAN_DEVICE bool writes_floats(const DecodeParams& p) {
+  return p.out_dtype == DType::float32;
+}
+LEAN_DEVICE char* out_address(const DecodeParams& p, int64_t element) {
+  return static_cast<char*>(p.out) + element * (writes_floats(p) ? 4 : 2);
 }
 
 // Where a thread stands in its CTA.

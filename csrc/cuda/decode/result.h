@@ -25,6 +25,23 @@ LEAN_COLD void load_peers(const float* partial, int64_t partial_floats, int coun
   }
 }
 
+// Stores four columns of an output in float32.
+template <class Config>
+LEAN_COLD void store_floats(bool aligned, int row, int column, hw::Float4 sum) {
+  const SharedState<Config>& s = shared_state<Config>();
+  const float factor = s.l[0][row];
+  float* const out = reinterpret_cast<float*>(s.out_rows[row]) + column;
+  sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+  if (aligned) {
+    hw::store_vector(reinterpret_cast<hw::Float4*>(out), sum);
+  } else {
+    out[0] = sum.x;
+    out[1] = sum.y;
+    out[2] = sum.z;
+    out[3] = sum.w;
+  }
+}
+
 template <class Config>
 class Result {
  public:
@@ -147,8 +164,9 @@ class Result {
     }
     s_.l[0][row] = factor;
     const auto query = rows_.query(row);
-    s_.out_rows[row] = static_cast<uint16_t*>(a_.p.out) + query.batch * a_.p.out_batch_stride +
-                       query.token * a_.p.out_token_stride + head * a_.p.out_head_stride;
+    s_.out_rows[row] =
+        out_address(a_.p, query.batch * a_.p.out_batch_stride + query.token * a_.p.out_token_stride +
+                              head * a_.p.out_head_stride);
     a_.p.lse[query.batch * a_.p.lse_batch_stride + head * a_.p.lse_head_stride + query.token] = lse;
   }
 
@@ -234,8 +252,9 @@ class Result {
 
   LEAN_DEVICE void store(int row, int column, hw::Float4 sum) const {
     using T = typename Config::T;
+    if (writes_floats(a_.p)) return store_floats<Config>(a_.aligned_out, row, column, sum);
     const float factor = s_.l[0][row];
-    uint16_t* const out = s_.out_rows[row] + column;
+    uint16_t* const out = reinterpret_cast<uint16_t*>(s_.out_rows[row]) + column;
     const uint32_t low = hw::pack<T>(sum.x * factor, sum.y * factor);
     const uint32_t high = hw::pack<T>(sum.z * factor, sum.w * factor);
     if (a_.aligned_out) {

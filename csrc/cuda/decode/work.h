@@ -27,15 +27,16 @@ LEAN_COLD void write_padding(const DecodeArguments& a, int32_t ticket, int threa
   const DecodeParams& p = a.p;
   const int32_t before = first_query(p, 0), end = first_query(p, p.batch);
   const int32_t count = before + static_cast<int32_t>(p.query_tokens) - end;
+  const int32_t words = static_cast<int32_t>(p.v.dims) * (writes_floats(p) ? 2 : 1);
   LEAN_ROLLED
   for (int32_t n = ticket; n < count; n += static_cast<int32_t>(hw::num_ctas())) {
     const int32_t token = n < before ? n : end + n - before;
     LEAN_ROLLED
     for (int32_t head = 0; head < p.num_heads; ++head) {
-      uint16_t* const row =
-          static_cast<uint16_t*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+      auto* const row =
+          reinterpret_cast<uint16_t*>(out_address(p, token * p.out_token_stride + head * p.out_head_stride));
       LEAN_ROLLED
-      for (int32_t i = thread; i < p.v.dims; i += kThreads) row[i] = 0;
+      for (int32_t i = thread; i < words; i += kThreads) row[i] = 0;
     }
     LEAN_ROLLED
     for (int32_t head = thread; head < p.num_heads; head += kThreads) {

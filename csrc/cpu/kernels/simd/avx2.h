@@ -7,6 +7,7 @@ struct Simd {
   static constexpr bool kHasIntoL1 = false;           // kernels can prefetch into L1
   static constexpr bool kMultiplyBroadcasts = false;  // may take one factor from a word in memory
   static constexpr int kQueryCopies = 1;
+  static constexpr ColumnOrder kHalfOrder = ColumnOrder::natural;  // load_pair's, of fp16
   using F = __m256;
   struct Pair {
     F a, b;

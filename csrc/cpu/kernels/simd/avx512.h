@@ -7,6 +7,7 @@ struct Simd {
   static constexpr bool kHasIntoL1 = true;           // kernels can prefetch into L1
   static constexpr bool kMultiplyBroadcasts = true;  // may take one factor from a word in memory
   static constexpr int kQueryCopies = 2;             // loads beat broadcasts (AMD's; unmeasured today)
+  static constexpr ColumnOrder kHalfOrder = ColumnOrder::natural;  // load_pair's, of fp16
   using F = __m512;
   struct Pair {
     F a, b;

@@ -7,6 +7,7 @@ struct Simd {
   static constexpr bool kHasIntoL1 = false;           // kernels can prefetch into L1
   static constexpr bool kMultiplyBroadcasts = false;  // may take one factor from a word in memory
   static constexpr int kQueryCopies = 1;
+  static constexpr ColumnOrder kHalfOrder = ColumnOrder::even_odd;  // load_pair's, of fp16
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
