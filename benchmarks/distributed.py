@@ -33,7 +33,8 @@ from lean_attention.tools.command_line import positive
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 256
 KV_BYTES = 2 * KV_HEADS * HEAD_DIM * 2  # of a token, in bfloat16
-WORDS = row_words(HEAD_DIM, torch.bfloat16)
+# Of a row of a partial state, and of the result.
+WORDS, MERGED_WORDS = row_words(HEAD_DIM, torch.float32), row_words(HEAD_DIM, torch.bfloat16)
 
 
 class CountBytes:
@@ -100,7 +101,7 @@ def measure(rank: int, ranks: int, batch: Batch, way: str, parts: int, rounds: i
         distributed.decode(q, k, v, local_lens, shards=shards, exchange=way, parts=parts)
 
     def attention() -> None:
-        torch.ops.lean_attn.decode(q, k, v, local_lens)
+        torch.ops.lean_attn.decode(q, k, v, local_lens, out_dtype=torch.float32)
 
     def gather_caches() -> None:
         for shard in (k, v):
@@ -232,7 +233,7 @@ def model(batch: Batch, ranks: int, link: Link) -> tuple[float, str]:
     rows, times = batch.sequences * HEADS, {}
     for exchange, collectives in (("gather", 1), ("rows", 2)):
         if exchange == "gather" or rows % ranks == 0:
-            moved = received(rows, WORDS, WORDS, ranks, exchange)
+            moved = received(rows, WORDS, MERGED_WORDS, ranks, exchange)
             times[exchange] = reading + collectives * latency + moved / link.bytes_per_second
     fastest = min(times, key=times.get)
     return times[fastest], fastest
@@ -240,8 +241,8 @@ def model(batch: Batch, ranks: int, link: Link) -> tuple[float, str]:
 
 def print_model(console: Console) -> None:
     console.print(
-        f"A model, not a measurement: one layer's step, bf16, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}; each "
-        f"GPU reads {GPU_READS / 1e12:.2f} TB/s after {1e6 * GPU_LAUNCH:.0f} us;",
+        f"A model, not a measurement: one layer's step, bf16, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}, states "
+        f"in float32; each GPU reads {GPU_READS / 1e12:.2f} TB/s after {1e6 * GPU_LAUNCH:.0f} us;",
         soft_wrap=True,
         highlight=False,
     )

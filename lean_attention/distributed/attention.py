@@ -64,9 +64,10 @@ def decode(
         group: the ranks, in the order of their tokens; ``None``: all.
         exchange: ``"gather"`` sends all states to all ranks. ``"rows"`` deals the heads of all query tokens
             to the ranks: each merges its own and sends them to all. These are two exchanges, of fewer bytes
-            from 3 ranks on. ``"auto"`` takes them where they save more than 4 MiB and no head is left over.
-        exchange_dtype: of the partial outputs on their way; q's dtype, which the op gives them in, where that
-            is not wider. float16 and bfloat16 round those of float32.
+            from 3 ranks on (from 2, where q has 16 bits). ``"auto"`` takes them where they save more than
+            4 MiB and no head is left over.
+        exchange_dtype: of the partial outputs on their way, whatever q's dtype is. float16 and bfloat16 halve
+            the bytes, and round each rank's output before it is merged.
         parts: pieces to cut the batch into: the states of one are exchanged while the next is computed. Not
             with `cu_seqlens_q`.
         cache_leftpad: ``[batch]``: leading tokens of the whole sequences that no row sees.
@@ -111,16 +112,17 @@ def decode(
         others = {"shards": shards, "first_positions": first_positions, "sinks": sinks, "parts": parts}
         ways = {"exchange": exchange, "exchange_dtype": exchange_dtype}
         groups.compare(NAME, group, vars(call) | others | ways)
-    _check(call, shards, first_positions, sinks, parts)
+    _check(call, shards, first_positions, sinks, parts, exchange_dtype)
     heads = q.shape[-2]
     placement = _placement(call, shards, first_positions, group) if call.needs_positions else None
 
     pieces = [(call, placement)]
     if parts > 1:
         pieces = list(_cut(call, placement, max(min(parts, call.batch), 1)))
+    out_dtype = None if exchange_dtype == q.dtype else torch.float32
     finishes = []
     for piece, placed in pieces:
-        state = local_state(piece, placed)
+        state = local_state(piece, placed, out_dtype)
         own_sinks = None if sinks is None else sinks.repeat(len(state[1]) // heads)
         finishes.append(exchanges.start(state, own_sinks, group, exchange, exchange_dtype, q.dtype))
     states = [finish() for finish in finishes]
@@ -216,6 +218,7 @@ def prefill(
             scale=scale,
             causal=source == rank,
             softcap=softcap,
+            out_dtype=torch.float32,
         )
         state = out.flatten(0, 2), lse.transpose(1, 2).flatten()
         states = [state] if merged is None else [merged, state]
@@ -243,7 +246,12 @@ def _placement(call: Call, shards: Shards, first_positions: Tensor | None, group
 
 
 def _check(
-    call: Call, shards: Shards, first_positions: Tensor | None, sinks: Tensor | None, parts: int
+    call: Call,
+    shards: Shards,
+    first_positions: Tensor | None,
+    sinks: Tensor | None,
+    parts: int,
+    exchange_dtype: torch.dtype,
 ) -> None:
     _check_shards(NAME, shards)
     if first_positions is not None and shards != CONTIGUOUS:
@@ -256,6 +264,10 @@ def _check(
         raise ValueError(
             f"{NAME}: sinks is {str(sinks.dtype).removeprefix('torch.')}{list(sinks.shape)}; "
             f"it must be float32 of shape [{heads}]"
+        )
+    if exchange_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{NAME}: exchange_dtype is {exchange_dtype}; it must be float32, float16 or bfloat16"
         )
     if parts < 1:
         raise ValueError(f"{NAME}: parts is {parts}; it must be positive")

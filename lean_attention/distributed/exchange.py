@@ -70,15 +70,6 @@ def row_words(head_dim_v: int, dtype: torch.dtype) -> int:
     return head_dim_v * dtype.itemsize // 4 + 1
 
 
-def travelling_dtype(out: torch.dtype, exchange_dtype: torch.dtype) -> torch.dtype:
-    """That of the outputs unless it is wider: the same values in fewer bytes."""
-    if exchange_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"distributed.decode: exchange_dtype is {exchange_dtype}; it must be float32, float16 or bfloat16"
-        )
-    return exchange_dtype if out.itemsize > exchange_dtype.itemsize else out
-
-
 def start(
     state: State,
     sinks: Tensor | None,
@@ -89,18 +80,18 @@ def start(
 ) -> Callable[[], State]:
     """Sends a rank's state to the others; what is returned waits, and gives the merged state of all.
 
+    The output travels in `exchange_dtype`, and is rounded where it has more bits.
     `sinks` is ``[rows]``, the same on all ranks: they join when states are merged, so they count once.
     """
     out, lse = state
-    dtype = travelling_dtype(out.dtype, exchange_dtype)
-    words = _pack(out.to(dtype), lse)
+    words = _pack(out.to(exchange_dtype), lse)
     rank, ranks = group.rank(), group.size()
     merged_words = row_words(out.shape[-1], result_dtype)
     if choose(exchange, len(words), words.shape[-1], merged_words, ranks) == "gather":
         pending = start_gather(words, group)
 
         def finish() -> State:
-            return _merge(wait(pending), ranks, dtype, sinks, result_dtype)
+            return _merge(wait(pending), ranks, exchange_dtype, sinks, result_dtype)
 
         return finish
 
@@ -109,7 +100,7 @@ def start(
 
     def finish() -> State:
         own_sinks = None if sinks is None else sinks[rank * rows : (rank + 1) * rows]
-        own = _merge(wait(pending), ranks, dtype, own_sinks, result_dtype)
+        own = _merge(wait(pending), ranks, exchange_dtype, own_sinks, result_dtype)
         return _unpack(wait(start_gather(_pack(*own), group)), result_dtype)
 
     return finish
@@ -123,13 +114,13 @@ def _merge(
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None, dtype: torch.dtype) -> State:
-    """Merges states, sinks first and then in this order."""
-    outs, lses = [out.float().unsqueeze(1) for out in outs], [lse.unsqueeze(0) for lse in lses]
+    """Merges states, sinks first and then in this order, into an output of `dtype`."""
+    outs, lses = [out.unsqueeze(1) for out in outs], [lse.unsqueeze(0) for lse in lses]
     if sinks is not None:
         outs.insert(0, torch.zeros_like(outs[0]))
         lses.insert(0, sinks.unsqueeze(0))
-    out, lse = ops.merge_states(outs, lses)
-    return out.squeeze(1).to(dtype), lse.squeeze(0)
+    out, lse = ops.merge_states(outs, lses, out_dtype=dtype)
+    return out.squeeze(1), lse.squeeze(0)
 
 
 def _pack(out: Tensor, lse: Tensor) -> Tensor:

@@ -90,19 +90,24 @@ class Call:
         return replace(self, **taken)
 
 
-def local_state(call: Call, placement: Placement | None) -> tuple[Tensor, Tensor]:
+def local_state(
+    call: Call, placement: Placement | None, out_dtype: torch.dtype | None = torch.float32
+) -> tuple[Tensor, Tensor]:
     """The rank's ``(out, lse)``: ``[rows, head_dim_v]`` and ``[rows]``; a row is a head of a query token.
 
-    This is the one place that tells the op of positions. `placement` may be ``None`` where they play no part.
+    `out_dtype` is the op's; with ALiBi, where states are merged here, the output is float32. This is the one
+    place that tells the op of positions. `placement` may be ``None`` where they play no part.
     """
     if placement is None or not call.needs_positions:
-        out, lse = _decode(call, call.local_lens, causal=False)
+        out, lse = _decode(call, call.local_lens, out_dtype, causal=False)
         return out.flatten(0, -2), lse.transpose(-1, -2).flatten()
-    out, lse = _state_by_ranges(call, placement)
+    out, lse = _state_by_ranges(call, placement, out_dtype)
     return out.flatten(0, 1), lse.flatten()
 
 
-def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+def _state_by_ranges(
+    call: Call, placement: Placement, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """``[tokens, heads, head_dim_v]`` and ``[tokens, heads]``: each query token as a sequence of its own.
 
     A shard keeps the order of positions, so what a query token sees of it is one range, the op's `seq_lens`
@@ -134,9 +139,9 @@ def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
     begin = torch.minimum(begin, end)
     if call.alibi_slopes is None:
         if call.window_left < 0 and call.cache_leftpad is None:
-            out, lse = _decode(rows.call, end, shared=_seen_by_all(call, end))
+            out, lse = _decode(rows.call, end, out_dtype, shared=_seen_by_all(call, end))
         else:
-            out, lse = _decode(rows.call, end, begin)
+            out, lse = _decode(rows.call, end, out_dtype, begin)
         return out.squeeze(1), lse.squeeze(2)
 
     ranges = [(begin, end, 1)]
@@ -149,21 +154,20 @@ def _state_by_ranges(call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
         for range_begin, range_end, side in ranges:
             first, last = (x.clamp(block, block + placement.block) for x in (range_begin, range_end))
             slopes = side * rows.call.alibi_slopes
-            out, lse = _decode(rows.call, last, first, alibi_slopes=slopes)
+            out, lse = _decode(rows.call, last, torch.float32, first, alibi_slopes=slopes)
             missing = position - (placement.first_positions + gap + last - 1)
             states.append((out.squeeze(1), lse.squeeze(2) - slopes * missing[:, None]))
         if len(states) >= MERGED_AT_ONCE:
             states = [_merged(states)]
-    out, lse = _merged(states)
-    return out.to(call.q.dtype), lse
+    return _merged(states)
 
 
 def _merged(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of several states, the output in float32."""
+    """Of several states."""
     if len(states) == 1:
         return states[0]
     outs, lses = zip(*states, strict=True)
-    out, lse = ops.merge_states([out.float() for out in outs], [lse.t() for lse in lses])
+    out, lse = ops.merge_states(list(outs), [lse.t() for lse in lses])
     return out, lse.t()
 
 
@@ -245,6 +249,7 @@ def _one_query_each(call: Call) -> _Rows:
 def _decode(
     call: Call,
     lens: Tensor,
+    out_dtype: torch.dtype | None,
     begin: Tensor | None = None,
     *,
     alibi_slopes: Tensor | None = None,
@@ -269,4 +274,5 @@ def _decode(
         causal=causal,
         softcap=call.softcap,
         num_ctas=call.num_ctas,
+        out_dtype=out_dtype,
     )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import lean_attention
 from benchmarks.distributed import CountBytes
 from lean_attention import distributed, reference
 from lean_attention.distributed import RoundRobin
@@ -27,21 +28,48 @@ def count(rank: int, of_ranks: list[dict]) -> None:
             name: value.to(dtype) if name in ("q", "k_shard", "v_shard") else value
             for name, value in mine.items()
         }
-        words = row_words(128, dtype)
+        words, merged_words = row_words(128, F32), row_words(128, dtype)
         for exchange in ("gather", "rows"):
             with CountBytes() as counted:
                 distributed.decode(**mine, exchange=exchange)
-            want = received(3 * 8, words, words, ranks, exchange)
+            want = received(3 * 8, words, merged_words, ranks, exchange)
             assert counted.received == want, f"{exchange} in {dtype}: {counted.received} bytes, not {want}"
         wide, _ = distributed.decode(**mine)
         with CountBytes() as counted:
             narrow, _ = distributed.decode(**mine, exchange_dtype=torch.float16, exchange="gather")
-        torch.testing.assert_close(narrow, wide, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(narrow, wide, rtol=max(2e-3, torch.finfo(dtype).eps), atol=2e-3)
         assert counted.received == received(3 * 8, row_words(128, torch.float16), 0, ranks, "gather")
 
 
 def test_bytes() -> None:
     run(4, count, SHARDED.make(4)[1])
+
+
+PRECISE = [
+    Case(BF16, lens=(2000, 900), heads=8, sinks=True),
+    Case(F16, lens=(2000, 900), heads=8),
+    Case(BF16, lens=(300, 200), heads=8, q_len=3),
+    Case(F16, lens=(300, 200), heads=8, alibi="heads"),
+]
+
+
+def decode_each(rank: int, arguments: list[list[dict]], options: list[dict]) -> list[list[Tensor]]:
+    return [[distributed.decode(**of_ranks[rank], **each)[0] for each in options] for of_ranks in arguments]
+
+
+def test_merging_adds_no_error() -> None:
+    """Four ranks are as near to the definition as one process, unless their outputs travel in 16 bits."""
+    made = [Sharded(case, 16).make(4) for case in PRECISE]
+    options: list[dict] = [{}, {"exchange": "rows"}, {"exchange_dtype": BF16}]
+    results, *_ = run(4, decode_each, [of_ranks for _, of_ranks in made], options)
+    for case, (whole, _), outs in zip(PRECISE, made, results, strict=True):
+        want, _ = reference.decode(**whole)
+        one, *ways = (
+            (out.double() - want).square().mean() for out in (lean_attention.decode(**whole)[0], *outs)
+        )
+        gathered, dealt, narrow = (way.div(one).sqrt() for way in ways)
+        errors = f"{case}: {gathered:.3f}, {dealt:.3f} and {narrow:.3f} times the error of one process"
+        assert max(gathered, dealt) < 1.02 and narrow > 1.1, errors
 
 
 def test_the_choice() -> None:
