@@ -94,6 +94,7 @@ cuda-check: $(VENV)/installed third_party/cuda-check-requirements.txt
 	  --build-temp build/cuda/objects --build-lib build/cuda > build/cuda.log 2>&1 \
 	  || { tail -n 40 build/cuda.log; exit 1; }
 	$(BIN)/python -m benchmarks.cuda_check build/cuda/lean_attention/_C.so
+	$(BIN)/python -m pytest tests/cuda_code
 
 # The tests of what changes with torch and transformers. Nothing is compiled for them: the wheel is linked from the
 # objects that $(VENV) was built from, and one binary runs with every torch from 2.10 on.

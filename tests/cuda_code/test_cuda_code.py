@@ -155,8 +155,8 @@ def is_fence(i: Instruction) -> bool:
     return i.opcode == "CCTL.IVALL"
 
 
-def test_a_flag_goes_up_after_the_partial_state(kernel: Function) -> None:
-    """All threads' stores, a barrier, a fence, the flag."""
+def test_a_flag_goes_up_after_the_state(kernel: Function) -> None:
+    """All threads' stores, a barrier, a fence, the flag: of a partial state, and of the rows of a node."""
     releases = []
     for n, i in enumerate(kernel.code):
         if i.opcode != "STG.E.64.STRONG.GPU":
@@ -164,11 +164,13 @@ def test_a_flag_goes_up_after_the_partial_state(kernel: Function) -> None:
         before = [j for j in kernel.code[:n] if j.family not in ("ERRBAR", "CGAERRBAR")]
         if re.fullmatch(r"MEMBAR\.\w+\.GPU", before[-1].opcode):
             releases.append(before)
-    (before,) = releases
-    barrier = max(n for n, j in enumerate(before) if is_barrier(j))
-    assert not any(j.family == "STG" for j in before[barrier:]), "stored between the barrier and the fence"
-    partial = [n for n, j in enumerate(before) if j.opcode.startswith("STG.E.128")]
-    assert partial and max(partial) < barrier
+    assert len(releases) == 2
+    for before in releases:
+        barrier = max(n for n, j in enumerate(before) if is_barrier(j))
+        stored = [j for j in before[barrier:] if j.family == "STG" and "STRONG" not in j.opcode]  # no flags
+        assert not stored, "stored between the barrier and the fence"
+        state = [n for n, j in enumerate(before) if j.opcode.startswith("STG.E.128")]
+        assert state and max(state) < barrier
 
 
 def test_a_partial_state_is_read_after_its_flag(kernel: Function) -> None:
