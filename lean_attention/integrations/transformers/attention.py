@@ -30,6 +30,7 @@ from lean_attention.integrations.transformers.masks import (
 )
 from lean_attention.integrations.transformers.options import special_options, why_not
 from lean_attention.integrations.transformers.prefill import op_is_faster
+from lean_attention.integrations.transformers.prompt_pages import equal_lengths, pages_of
 from lean_attention.integrations.transformers.quantised_layers import QuantisedStates, decode_quantised
 from lean_attention.integrations.transformers.samples import shared_rows
 from lean_attention.integrations.transformers.sparse import SELECTIONS, with_selection
@@ -166,6 +167,10 @@ def attention(
     key, value = (x.dequantised() if isinstance(x, QuantisedStates) else x for x in (key, value))
     if plain_prefill and causal:
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # an empty static cache is longer
+    seq_lens = None if visible is None else visible.seq_lens
+    pages = pages_of(key, value)
+    if pages is not None and seq_lens is None:
+        seq_lens = equal_lengths(batch, tokens)
     leftpad = None if visible is None else visible.leftpad
     window_left = -1 if visible is None else visible.window_left
     shared = shared_rows(key, most=tokens - q_len) if few and window_left < 0 else None
@@ -176,9 +181,10 @@ def attention(
             leftpad = None
     out, _ = lean_attention.decode(
         query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None if visible is None else visible.seq_lens,
+        (key if pages is None else pages.keys).transpose(1, 2),
+        (value if pages is None else pages.values).transpose(1, 2),
+        seq_lens,
+        None if pages is None else pages.table,
         cache_leftpad=leftpad,
         window_left=window_left,
         causal=plain_prefill and causal if visible is None else visible.causal,

@@ -18,7 +18,6 @@ from lean_attention.integrations.transformers.quantised_layers import (
     QuantisedLayer,
     QuantisedSlidingWindowLayer,
 )
-from lean_attention.integrations.transformers.samples import Prompt
 
 # By name: what a cache stores; None is the model's own dtype.
 KV_CACHES: dict[str, torch.dtype | None] = {
@@ -34,9 +33,10 @@ class LeanCache(DynamicCache):
     Keys and values lie heads first (HND), ``[batch, num_kv_heads, tokens, head_dim]``, at the beginning of
     tensors that have room for an eighth more tokens, or 256. Layers of full and of sliding-window attention
     are of this kind; others (linear, indexed, ...) stay transformers' own. Everything that a `DynamicCache`
-    does works: crop, beams, repeat, select, reset, assisted generation, deepcopy, pickle.
+    does works: crop, beams, repeat, select, reset, assisted generation, deepcopy, pickle. Sequences of one
+    prompt, which `accelerate` makes, have its tokens in common (prompt_pages.py).
 
-    A step writes into memory that the cache shares with tensors it gave out before. Copy a cache with
+    Steps and beams write into memory that the cache shares with tensors it gave out before. Copy a cache with
     `copy.deepcopy` (as for prefix reuse), not with `copy.copy`.
 
     Args:
@@ -66,12 +66,13 @@ class LeanCache(DynamicCache):
     sequences_per_prompt = 1
 
     def repeat_prompts(self) -> None:
-        """Makes `sequences_per_prompt` rows of each, which stay alike in the tokens that there are."""
+        """Makes `sequences_per_prompt` rows of each, which keep its tokens once where they can."""
         repeats, self.sequences_per_prompt = self.sequences_per_prompt, 1
-        self.batch_repeat_interleave(repeats)
         for layer in self.layers:
             if type(layer) is LeanLayer:
-                layer.prompt = Prompt(repeats, layer.get_seq_length())
+                layer.repeat_prompts(repeats)
+            else:
+                layer.batch_repeat_interleave(repeats)
 
     @property
     def grows_in_place(self) -> bool:

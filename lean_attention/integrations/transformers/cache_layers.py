@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lean_attention.integrations.transformers.prompt_pages import pages_of, repeat_in_pages, whole
 from lean_attention.integrations.transformers.samples import Prompt, mark
 
 # Tokens that a layer has room for beyond those it holds: an eighth more, at the least this many.
@@ -82,18 +83,38 @@ def _in_place(layer: DynamicLayer, key_states: Tensor, value_states: Tensor) -> 
 
 
 class LeanLayer(GrowsInPlace, DynamicLayer):
-    """A layer of full attention. `prompt` is what its rows have in common, where they do."""
+    """A layer of full attention. `prompt` is what its rows have in common, where they do.
+
+    After `repeat_prompts` its ``keys`` and ``values`` are `PagedStates`. What is not overridden here makes
+    ordinary tensors of them.
+    """
 
     prompt: Prompt | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes new keys and values, ``[batch, num_kv_heads, tokens, head_dim]``; returns all of them."""
-        if not _in_place(self, key_states, value_states):
+        in_place = _in_place(self, key_states, value_states)
+        pages = pages_of(self.keys, self.values)
+        if in_place and pages is not None and pages.takes(key_states, value_states):
+            self.keys, self.values = pages.append(key_states, value_states).states()
+            return mark(self.keys, self.prompt), self.values
+        self.keys, self.values = whole(self.keys), whole(self.values)
+        if not in_place:
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
         return mark(self.keys, self.prompt), self.values
+
+    def repeat_prompts(self, repeats: int) -> None:
+        """Makes `repeats` rows of each. On a CPU what they have in common is kept once."""
+        tokens = self.get_seq_length()
+        if tokens and self.keys.device.type == "cpu" and _in_place(self, self.keys, self.values):
+            self.keys, self.values = repeat_in_pages(self.keys, self.values, repeats).states()
+            self._drop_reserves()
+        else:
+            self.batch_repeat_interleave(repeats)
+        self.prompt = Prompt(repeats, tokens)
 
     def reset(self) -> None:
         self.prompt = None
@@ -107,7 +128,11 @@ class LeanLayer(GrowsInPlace, DynamicLayer):
             self.prompt = Prompt(self.prompt.sequences, tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        pages = pages_of(self.keys, self.values)
+        if pages is not None and beam_idx.shape == (pages.rows,):
+            self.keys, self.values = pages.reorder(beam_idx.to(self.keys.device)).states()
+        else:
+            super().reorder_cache(beam_idx)
         if self.prompt is not None:
             of_prompt = beam_idx.to("cpu") // self.prompt.sequences
             in_place = torch.arange(len(of_prompt)) // self.prompt.sequences

@@ -1,8 +1,9 @@
 """Several sequences from one prompt: beams, and ``num_return_sequences``.
 
 `generate` repeats a prompt's rows before the model sees them. A model that `accelerate` has changed reads
-each prompt once, and repeats its cache and its outputs afterwards. From then on a step reads the tokens of a
-prompt once for all its sequences: the layers of full attention tell how many adjoining rows begin alike.
+each prompt once, and repeats its outputs afterwards. From then on a step reads the tokens of a prompt once
+for all its sequences: the layers of full attention tell how many adjoining rows begin alike. On a CPU they
+keep these tokens once (prompt_pages.py); other layers repeat them.
 """
 
 from __future__ import annotations

@@ -40,17 +40,20 @@ def tokens_of(model, inputs: dict, options: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prompt", [7, 33, 48])
 @torch.no_grad()
-def test_tokens_are_those_of_eager(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_those_of_eager(
+    kind: str, mode: str, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = MODES[mode]
-    model, inputs = make_model(kind), {"input_ids": torch.randint(2, 128, (2, 33))}
+    model, inputs = make_model(kind), {"input_ids": torch.randint(2, 128, (2, prompt))}
     want = tokens_of(model, inputs, options)
     accelerate(model)
     rows, shared = watch(monkeypatch, model)
     assert torch.equal(tokens_of(model, inputs, options), want)
     repeats = max(options.get("num_beams", 1), options["num_return_sequences"])
     assert rows[0] == 2 and set(rows[1:]) == {2 * repeats}
-    expected = [[0, repeats, 0, 33], [repeats, 2 * repeats, 0, 33]]
+    expected = [[0, repeats, 0, prompt], [repeats, 2 * repeats, 0, prompt]]
     assert shared and all(each == expected for each in shared)
 
 
