@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor
 
 import lean_attention
 from lean_attention.huge_pages import HUGE_PAGE, MIN_BYTES, VARIABLE
+from tests.memory import ENABLED, has_huge_pages, huge_bytes, is_asked_for
 
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 BYTES = 64 << 20  # glibc maps so much by itself, so that no other block has its memory
 
-on_linux = pytest.mark.skipif(
-    sys.platform != "linux" or not ENABLED.exists() or "[never]" in ENABLED.read_text(),
-    reason="this system has no huge pages",
-)
 
-
-def mapping(tensor: Tensor) -> str:
-    """What /proc/self/smaps says of the memory in the middle of a tensor."""
-    middle = tensor.untyped_storage().data_ptr() + tensor.untyped_storage().nbytes() // 2
-    for text in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M):
-        range_ = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", text)
-        if range_ and int(range_[1], 16) <= middle < int(range_[2], 16):
-            return text
-    raise AssertionError("the tensor's memory is not mapped")
-
-
-def is_asked_for(tensor: Tensor) -> bool:
-    return " hg" in re.search(r"^VmFlags:.*$", mapping(tensor), flags=re.M)[0]
-
-
-def huge_bytes(tensor: Tensor) -> int:
-    return int(re.search(r"^AnonHugePages: +(\d+) kB$", mapping(tensor), flags=re.M)[1]) * 1024
-
-
-@on_linux
+@has_huge_pages
 def test_memory_is_huge_from_its_first_write_on():
     cache = torch.empty(BYTES, dtype=torch.uint8)
     assert not is_asked_for(cache)
@@ -52,7 +24,7 @@ def test_memory_is_huge_from_its_first_write_on():
     assert (cache == 3).all()
 
 
-@on_linux
+@has_huge_pages
 def test_memory_that_has_been_written_is_moved():
     cache = torch.arange(BYTES // 8)
     view = cache.view(2, 4, -1)[:, 1:].transpose(1, 2)
@@ -74,7 +46,7 @@ def test_nothing_to_do(cache, written):
     assert not lean_attention.use_huge_pages(cache, written=written)
 
 
-@on_linux
+@has_huge_pages
 def test_the_variable(monkeypatch):
     cache = torch.empty(BYTES, dtype=torch.uint8)
     monkeypatch.setenv(VARIABLE, "0")

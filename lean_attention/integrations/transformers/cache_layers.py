@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lean_attention.huge_pages import use_huge_pages
 from lean_attention.integrations.transformers.prompt_pages import pages_of, repeat_in_pages, whole
 from lean_attention.integrations.transformers.samples import Prompt, mark
 
@@ -37,6 +38,7 @@ class GrowsInPlace:
             start, tokens = 0, count + added
             room = tokens + max(RESERVE_TOKENS, tokens // RESERVE_SHARE)
             reserve = torch.empty(*shape[:2], room, *shape[3:], dtype=dtype, device=device)
+            use_huge_pages(reserve, written=False)
             if count:
                 reserve[:, :, :count] = held
             self._reserves = {**reserves, name: reserve}

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lean_attention.huge_pages import use_huge_pages
+
 PAGE = 16
 # Blocks that a pool has room for beyond those it needs: as many as an eighth of its pages make, at the least
 # this many.
@@ -105,7 +107,7 @@ class Pages:
         """A copy with room for so many tokens, and some more."""
         held = _blocks(self.tokens)
         end, filled = _with_reserve(self._own(_blocks(tokens)).start, self.rows), self._own(held).start
-        pools = [pool.new_empty(end, *pool.shape[1:]) for pool in (self.keys, self.values)]
+        pools = [_pool(end, like=pool) for pool in (self.keys, self.values)]
         for pool, old in zip(pools, (self.keys, self.values), strict=True):
             pool[:filled] = old[:filled]
         table = torch.cat([self.table[:, :held], _columns(filled, end, self.rows)], dim=1)
@@ -120,7 +122,7 @@ def repeat_in_pages(keys: Tensor, values: Tensor, repeats: int) -> Pages:
     end = _with_reserve(prompt_pages + rows * (_blocks(tokens) - blocks), rows)
     pools = []
     for held in (keys, values):
-        pool = held.new_empty(end, held.shape[1], PAGE, held.shape[3])
+        pool = _pool(end, like=held)
         full = pool[:prompt_pages].view(prompts, blocks, *pool.shape[1:]).transpose(1, 2)
         full.copy_(held[:, :, : blocks * PAGE].unflatten(2, (blocks, PAGE)))
         pools.append(pool)
@@ -130,6 +132,12 @@ def repeat_in_pages(keys: Tensor, values: Tensor, repeats: int) -> Pages:
     )
     pages = Pages(*pools, table, blocks, prompt_pages, tokens=blocks * PAGE)
     return pages.append(*(x[:, :, blocks * PAGE :].repeat_interleave(repeats, dim=0) for x in (keys, values)))
+
+
+def _pool(pages: int, like: Tensor) -> Tensor:
+    pool = like.new_empty(pages, like.shape[1], PAGE, like.shape[3])
+    use_huge_pages(pool, written=False)
+    return pool
 
 
 def _blocks(tokens: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+import lean_attention
 from lean_attention.integrations.transformers import PAGED_NAME
 from lean_attention.integrations.transformers.continuous_batching import paged_attention
 from tests.integrations.transformers.tiny_models import CACHE, MODELS, SMALL, count_decodes, make_model, use
@@ -50,6 +51,17 @@ def test_continuous_batching(
     assert generate_batch(model, prompts, page_size) == want
     assert len(calls) >= 20 * SMALL["num_hidden_layers"]
     assert not said
+
+
+@torch.no_grad()
+def test_a_cache_asks_for_huge_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(lean_attention, "use_huge_pages", asked.append)
+    model = make_model("llama")
+    use(model, PAGED_NAME)
+    generate_batch(model, [[2, 3, 4]], 16)
+    assert len(asked) == 1
+    assert asked[0].untyped_storage().nbytes() > 64 * 16 * 8  # all of the cache, not a layer's new tokens
 
 
 def count_copied_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -22,6 +22,7 @@ from tests.integrations.transformers.tiny_models import (
     make_model,
     use,
 )
+from tests.memory import has_huge_pages, is_asked_for
 
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v32", "lfm2", "t5gemma"]
 WINDOW = 12
@@ -416,3 +417,27 @@ def test_a_compiled_step_is_right() -> None:
     model(ids[:, :-1], **{CACHE_PARAMETER: cache})
     got = torch.compile(model, backend="eager")(ids[:, -1:], **{CACHE_PARAMETER: cache}).logits[:, -1]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@has_huge_pages
+@pytest.mark.parametrize("kv_cache", ["auto", *QUANTISED])
+def test_long_caches_ask_for_huge_pages(kv_cache: str) -> None:
+    cache = LeanCache(config_of(), kv_cache)
+    tokens = torch.zeros(1, 2, 1 << 19, 8, dtype=torch.bfloat16)
+    cache.update(tokens, tokens, 1)
+    assert is_asked_for(cache.layers[1]._reserves["keys"])
+    assert is_asked_for(cache.layers[1]._reserves["values"])
+
+
+@has_huge_pages
+def test_pages_of_a_long_prompt_ask_for_huge_pages() -> None:
+    cache = LeanCache(config_of())
+    tokens = torch.zeros(1, 2, 1 << 18, 8, dtype=torch.bfloat16)
+    cache.update(tokens, tokens, 1)
+    cache.sequences_per_prompt = 2
+    cache.repeat_prompts()
+    pages = cache.layers[1].keys.pages
+    assert is_asked_for(pages.keys) and is_asked_for(pages.values)
+    more = pages.append(*2 * [torch.zeros(2, 2, 1 << 17, 8, dtype=torch.bfloat16)])
+    assert more.keys.data_ptr() != pages.keys.data_ptr()
+    assert is_asked_for(more.keys) and is_asked_for(more.values)

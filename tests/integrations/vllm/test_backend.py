@@ -140,10 +140,22 @@ def test_step(monkeypatch: pytest.MonkeyPatch, cache: str | None, options: dict)
     assert (output[13] == 7.0).all()
 
 
+def test_each_cache_asks_for_huge_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    monkeypatch.setattr("lean_attention.use_huge_pages", lambda cache: asked.append(cache) or True)
+    impl = implementation(monkeypatch)
+    caches = [torch.zeros(BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_DIM) for _ in range(2)]
+    metadata, query = step()
+    key = torch.zeros(13, KV_HEADS, HEAD_DIM)
+    for cache in (caches[0], caches[0], caches[1]):
+        impl.forward(SimpleNamespace(), query, key, key, cache, metadata, torch.empty_like(query))
+    assert [cache is given for cache, given in zip(asked, caches, strict=True)] == [True, True]
+
+
 def test_output_that_is_to_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     impl = implementation(monkeypatch)
     with pytest.raises(NotImplementedError, match="output quantization"):
-        impl.forward(None, None, None, None, None, None, None, torch.ones(1))
+        impl.forward(None, None, None, None, torch.empty(0), None, None, torch.ones(1))
 
 
 @pytest.mark.parametrize(
