@@ -141,5 +141,5 @@ def test_links_lead_somewhere() -> None:
 def test_pages_stay_short() -> None:
     words = {page.name: len(page.read_text().split()) for page in (ROOT / "docs").glob("*.md")}
     assert max(words.values()) <= 1000, words
-    assert sum(words.values()) <= 8800, words
+    assert sum(words.values()) <= 9000, words
     assert len(README.splitlines()) <= 130
