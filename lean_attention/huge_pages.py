@@ -32,7 +32,10 @@ def use_huge_pages(cache: Tensor, written: bool = True) -> bool:
         Whether Linux agreed. False where there is nothing to do or no way: another system, a GPU's memory,
         under 4 MB, ``LEAN_ATTENTION_HUGE_PAGES=0``, no huge pages free, or `written` and Linux before 6.1.
     """
-    if not _wanted() or sys.platform != "linux" or cache.device.type != "cpu":
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"use_huge_pages: cache is {type(cache).__name__}; it must be a torch.Tensor")
+    # Tensors of other classes, such as those of a trace, may have no memory.
+    if not _wanted() or sys.platform != "linux" or type(cache) is not Tensor or cache.device.type != "cpu":
         return False
     storage = cache.untyped_storage()
     begin = -(-storage.data_ptr() // HUGE_PAGE) * HUGE_PAGE

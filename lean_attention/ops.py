@@ -109,9 +109,9 @@ def decode(
         out, lse: where to write the results, in their shapes, of any strides with a contiguous last dimension
             and no element twice in memory. ``out`` is in q's dtype or float32, ``lse`` in float32. ``out``
             alone will do. With both, nothing is allocated but, on a GPU, the workspace.
-        out_dtype: of ``out``: q's dtype or float32, what outputs are before they are rounded; ``None``: that
-            of ``out`` where it is given, else q's. Partial outputs lose nothing in float32 until
-            :func:`merge_states` merges them.
+        out_dtype: of ``out``: q's dtype (autocast's under autocast) or float32, what outputs are before they
+            are rounded; ``None``: that of ``out`` where it is given, else q's. Partial outputs lose nothing
+            in float32 until :func:`merge_states` merges them.
 
     All tensors may have any strides as long as the last dimension is contiguous: a cache stored
     ``[batch, heads, tokens, dim]`` is passed as ``cache.transpose(1, 2)``, pages stored ``[blocks, heads,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lean_attention
 from lean_attention.huge_pages import HUGE_PAGE, MIN_BYTES, VARIABLE
@@ -44,6 +47,14 @@ def test_memory_that_has_been_written_is_moved():
 @pytest.mark.parametrize("written", [True, False])
 def test_nothing_to_do(cache, written):
     assert not lean_attention.use_huge_pages(cache, written=written)
+
+
+def test_tensors_without_memory() -> None:
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not lean_attention.use_huge_pages(torch.empty(BYTES, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="use_huge_pages: cache is list; it must be"):
+        lean_attention.use_huge_pages([1])
 
 
 @has_huge_pages

@@ -220,7 +220,7 @@ class RunReader {
 
   // Puts a run's tokens into an order that no hardware prefetcher follows. One that follows heads' rows
   // fetches what comes after the run, too early and piece by piece, in the way of what is prefetched here.
-  // (AMD's do, unmeasured today. On Sapphire Rapids it makes no difference.)
+  // (AMD's do, unmeasured today. On a Xeon with AMX it makes no difference.)
   template <class T>
   void shuffle(T* of_tokens) const {
     for (int i = 1, j = 0; i < run_tokens_; ++i) {  // j is i with its bits reversed

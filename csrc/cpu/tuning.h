@@ -76,7 +76,7 @@ struct Tuning {
 
   // Dot products of bf16 are no faster than the fp32 FMAs that do the same (Intel's cores with AVX-512 BF16:
   // one instruction every other cycle, against two each), so rows of bf16 and int8 are converted to fp32.
-  // Measured on Sapphire Rapids: 1.24 with 4 query heads per KV head, 1.39 with 8
+  // Measured on a Xeon: 1.24 with 4 query heads per KV head, 1.39 with 8
   // (bf16-h{32,64}-kv8-d128-b1-n8192).
   bool multiplies_in_fp32;
 };

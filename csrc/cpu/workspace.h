@@ -89,7 +89,7 @@ class Workspace {
                                 : 0),
         scratch_floats_(kernel.scratch_bytes == nullptr
                             ? 0
-                            : round_up(kernel.scratch_bytes(params.k.dims, params.v.dims) / sizeof(float),
+                            : round_up(kernel.scratch_bytes(params.k.dims) / sizeof(float),
                                        kCacheLineFloats)) {}
 
   // Makes room for `partials` partial states, the states of `shared_rows` rows, and for the threads. The

@@ -64,8 +64,8 @@ def decode(
         group: the ranks, in the order of their tokens; ``None``: all.
         exchange: ``"gather"`` sends all states to all ranks. ``"rows"`` deals the heads of all query tokens
             to the ranks: each merges its own and sends them to all. These are two exchanges, of fewer bytes
-            from 3 ranks on (from 2, where q has 16 bits). ``"auto"`` takes them where they save more than
-            4 MiB and no head is left over.
+            from 3 ranks on (from 2, where q has fewer bits than they). ``"auto"`` takes them where they save
+            more than 4 MiB and no head is left over.
         exchange_dtype: of the partial outputs on their way, whatever q's dtype is. float16 and bfloat16 halve
             the bytes, and round each rank's output before it is merged.
         parts: pieces to cut the batch into: the states of one are exchanged while the next is computed. Not
@@ -119,7 +119,8 @@ def decode(
     pieces = [(call, placement)]
     if parts > 1:
         pieces = list(_cut(call, placement, max(min(parts, call.batch), 1)))
-    out_dtype = None if exchange_dtype == q.dtype else torch.float32
+    # Said of float32 too: autocast would compute in 16 bits.
+    out_dtype = None if exchange_dtype == q.dtype != torch.float32 else torch.float32
     finishes = []
     for piece, placed in pieces:
         state = local_state(piece, placed, out_dtype)

@@ -72,6 +72,17 @@ def test_merging_adds_no_error() -> None:
         assert max(gathered, dealt) < 1.02 and narrow > 1.1, errors
 
 
+def under_autocast(rank: int, of_ranks: list[dict]) -> None:
+    with torch.autocast("cpu", BF16):
+        out, _ = distributed.decode(**of_ranks[rank])
+    assert out.dtype == F32
+    assert not torch.equal(out, out.bfloat16().float()), "partial outputs were rounded"
+
+
+def test_autocast_rounds_no_partial_output() -> None:
+    run(2, under_autocast, SHARDED.make(2)[1])
+
+
 def test_the_choice() -> None:
     """Dealing rows moves less from 3 ranks on, and is chosen where that is much."""
     for rows, ranks, want in [

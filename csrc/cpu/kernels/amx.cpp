@@ -70,7 +70,7 @@ struct AmxKernel {
 
   // A thread's memory beside the states: K rows that have to be copied, and kTileDims columns of a run's V in
   // pairs.
-  static int64_t scratch_bytes(int64_t head_dim, int64_t) {
+  static int64_t scratch_bytes(int64_t head_dim) {
     return kParts * (run_bytes(head_dim) + kValuesPartBytes);
   }
   static char* keys_scratch(const TileState& t) { return static_cast<char*>(t.scratch); }
@@ -365,7 +365,7 @@ struct AmxKernel {
   }
 };
 
-// Measured on Sapphire Rapids: from these numbers of rows on they are faster than the kernels without AMX.
+// Measured on a Xeon: from these numbers of rows on they are faster than the kernels without AMX.
 const TileKernel bfloat16 = AmxKernel<AmxBf16Rows>::kernel(6);
 const TileKernel bfloat16_over_int8 = AmxKernel<AmxBf16Rows>::kernel(10);
 const TileKernel float16 = AmxKernel<AmxFp16Rows>::kernel(24);

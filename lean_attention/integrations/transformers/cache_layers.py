@@ -38,7 +38,9 @@ class GrowsInPlace:
             start, tokens = 0, count + added
             room = tokens + max(RESERVE_TOKENS, tokens // RESERVE_SHARE)
             reserve = torch.empty(*shape[:2], room, *shape[3:], dtype=dtype, device=device)
-            use_huge_pages(reserve, written=False)
+            # Huge pages take the room of each head too, which is then an eighth at most.
+            if tokens >= RESERVE_TOKENS * RESERVE_SHARE:
+                use_huge_pages(reserve, written=False)
             if count:
                 reserve[:, :, :count] = held
             self._reserves = {**reserves, name: reserve}

@@ -126,7 +126,7 @@ def repeat_in_pages(keys: Tensor, values: Tensor, repeats: int) -> Pages:
         full = pool[:prompt_pages].view(prompts, blocks, *pool.shape[1:]).transpose(1, 2)
         full.copy_(held[:, :, : blocks * PAGE].unflatten(2, (blocks, PAGE)))
         pools.append(pool)
-    of_prompts = torch.arange(prompt_pages, dtype=torch.int32).view(prompts, blocks)
+    of_prompts = _numbers(0, prompt_pages).view(prompts, blocks)
     table = torch.cat(
         [of_prompts.repeat_interleave(repeats, dim=0), _columns(prompt_pages, end, rows)], dim=1
     )
@@ -150,7 +150,11 @@ def _with_reserve(pages: int, rows: int) -> int:
 
 def _columns(begin: int, end: int, rows: int) -> Tensor:
     """A table's columns of blocks with one page for each row: pages `begin` to `end`."""
-    return torch.arange(begin, end, dtype=torch.int32).view(-1, rows).t()
+    return _numbers(begin, end).view(-1, rows).t()
+
+
+def _numbers(begin: int, end: int) -> Tensor:
+    return torch.arange(begin, end, dtype=torch.int32, device="cpu")  # pages are on CPUs only
 
 
 class PagedStates(torch.Tensor):
@@ -183,6 +187,19 @@ class PagedStates(torch.Tensor):
     def __reduce_ex__(self, _protocol: int) -> tuple:
         return PagedStates, (self.pages, self.which, self.made)
 
+    # What does not come by way of an operation.
+    def numpy(self, **options) -> object:
+        return self.whole().numpy(**options)
+
+    def tolist(self) -> list:
+        return self.whole().tolist()
+
+    def data_ptr(self) -> int:
+        return self.whole().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.whole().untyped_storage()
+
     def whole(self) -> Tensor:
         if self.made is None:
             self.made = self.pages.whole(self.which)
@@ -213,4 +230,4 @@ def pages_of(keys: object, values: object) -> Pages | None:
 def equal_lengths(rows: int, tokens: int) -> Tensor:
     """``[rows]`` int32: `tokens`, which all layers of a step have in common."""
     with torch.inference_mode(False):  # it outlives the call
-        return torch.full((rows,), tokens, dtype=torch.int32)
+        return torch.full((rows,), tokens, dtype=torch.int32, device="cpu")

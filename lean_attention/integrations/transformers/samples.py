@@ -46,7 +46,7 @@ def shared_rows(keys: Tensor, most: int) -> Tensor | None:
 @functools.lru_cache(maxsize=16)
 def _rows(batch: int, sequences: int, tokens: int) -> Tensor:
     with torch.inference_mode(False):  # it outlives the call
-        first = torch.arange(0, batch, sequences, dtype=torch.int32)
+        first = torch.arange(0, batch, sequences, dtype=torch.int32, device="cpu")
         begin = torch.zeros_like(first)
         return torch.stack([first, first + sequences, begin, begin + tokens], dim=1)
 

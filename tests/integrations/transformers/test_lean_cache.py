@@ -12,7 +12,13 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from lean_attention.integrations.transformers import CACHE_PARAMETER, NAME, LeanCache, accelerate
+from lean_attention.integrations.transformers import (
+    CACHE_PARAMETER,
+    NAME,
+    LeanCache,
+    accelerate,
+    cache_layers,
+)
 from lean_attention.integrations.transformers.cache_layers import RESERVE_SHARE, RESERVE_TOKENS
 from tests.integrations.transformers.tiny_models import (
     SMALL,
@@ -427,6 +433,16 @@ def test_long_caches_ask_for_huge_pages(kv_cache: str) -> None:
     cache.update(tokens, tokens, 1)
     assert is_asked_for(cache.layers[1]._reserves["keys"])
     assert is_asked_for(cache.layers[1]._reserves["values"])
+
+
+def test_wide_caches_of_few_tokens_ask_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of their reserves' memory is room, which huge pages would take."""
+    asked: list[torch.Size] = []
+    monkeypatch.setattr(cache_layers, "use_huge_pages", lambda reserve, written: asked.append(reserve.shape))
+    for tokens in (2000, 2100):
+        cache = LeanCache(config_of())
+        cache.update(*2 * [torch.zeros(1, 2, tokens, 8)], 1)
+    assert asked == 2 * [(1, 2, 2100 + 2100 // RESERVE_SHARE, 8)]
 
 
 @has_huge_pages

@@ -12,7 +12,12 @@ from transformers import DynamicCache
 
 from lean_attention.integrations.transformers import CACHE_PARAMETER, NAME, LeanCache, accelerate
 from lean_attention.integrations.transformers.cache_layers import LeanLayer
-from lean_attention.integrations.transformers.prompt_pages import PAGE, PagedStates, pages_of
+from lean_attention.integrations.transformers.prompt_pages import (
+    PAGE,
+    PagedStates,
+    equal_lengths,
+    pages_of,
+)
 from tests.integrations.transformers.tiny_models import left_padded, make_model, use
 
 # Tokens of prompts: less than a page, pages and some more, just pages.
@@ -121,6 +126,28 @@ def test_tensors_given_out_do_not_change_with_later_steps() -> None:
     step(ours, want, 1)
     assert is_kept_once(ours)
     assert_alike(ours, want)
+
+
+@torch.no_grad()
+def test_what_looks_past_operations_gets_ordinary_tensors() -> None:
+    for look in (lambda x: x.numpy().tolist(), lambda x: x.tolist(), lambda x: list(x.untyped_storage()[:9])):
+        ours, want = layers(2, 20, 3)
+        assert look(ours.keys) == look(want.keys)
+    ours, _ = layers(2, 20, 3)
+    address = ours.keys.data_ptr()
+    assert address != 0 and address == ours.keys.whole().data_ptr()
+
+
+@torch.no_grad()
+def test_the_default_device_is_not_asked() -> None:
+    equal_lengths.cache_clear()
+    with torch.device("meta"):
+        lengths = equal_lengths(7, 3)
+        layer = LeanLayer()
+        layer.update(*2 * [torch.zeros(1, 2, 40, 8, device="cpu")])
+        layer.repeat_prompts(2)
+        layer.update(*2 * [torch.zeros(2, 2, 100, 8, device="cpu")])
+    assert lengths.device.type == pages_of(layer.keys, layer.values).table.device.type == "cpu"
 
 
 @torch.no_grad()
