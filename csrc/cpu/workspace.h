@@ -87,10 +87,10 @@ class Workspace {
         dequantised_floats_(plan.dequantises
                                 ? round_up(DequantisedRows::memory_floats(params, kernel), kCacheLineFloats)
                                 : 0),
-        scratch_floats_(kernel.scratch_bytes == nullptr
-                            ? 0
-                            : round_up(kernel.scratch_bytes(params.k.dims) / sizeof(float),
-                                       kCacheLineFloats)) {}
+        scratch_floats_(
+            kernel.scratch_bytes == nullptr
+                ? 0
+                : round_up(kernel.scratch_bytes(params.k.dims) / sizeof(float), kCacheLineFloats)) {}
 
   // Makes room for `partials` partial states, the states of `shared_rows` rows, and for the threads. The
   // memory is the calling thread's, until its next call.
