@@ -165,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--only", choices=("prompts", "steps", "samples"), help="one of the studies")
     add("--output", type=Path, metavar="PATH", help="a text file to write as well")
     options = parser.parse_args(arguments)
+    if options.new < 2:
+        parser.error(f"--new is {options.new}; tokens a second need 2 at least")
     register()
     console = Console()
     model = generation.random_llama(torch.bfloat16, **LONG_LLAMA, num_hidden_layers=options.layers)
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.only in (None, "samples"):
         several = options.sampled, options.sequences
         for beams in (False, True):
-            tables.append(samples_table(model, *several, beams, max(options.new, 2), options.rounds))
+            tables.append(samples_table(model, *several, beams, options.new, options.rounds))
     for table in tables:
         print_whole(table, console)
     if options.output is not None:

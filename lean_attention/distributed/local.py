@@ -91,7 +91,7 @@ class Call:
 
 
 def local_state(
-    call: Call, placement: Placement | None, out_dtype: torch.dtype | None = torch.float32
+    call: Call, placement: Placement | None, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """The rank's ``(out, lse)``: ``[rows, head_dim_v]`` and ``[rows]``; a row is a head of a query token.
 

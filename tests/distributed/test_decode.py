@@ -106,7 +106,7 @@ def test_any_combination_of_features(case: Case, data: st.DataObject) -> None:
             placement = distributed.Placement.contiguous(call.local_lens, first, call.capacity)
         else:
             placement = distributed.Placement.round_robin(call.local_lens, kind.block, rank, ranks)
-        states.append(local_state(call, placement))
+        states.append(local_state(call, placement, torch.float32))
     outs, lses = zip(*states, strict=True)
     sinks = whole["sinks"].repeat(len(lses[0]) // case.heads) if case.sinks else None
     out, lse = merge(outs, lses, sinks, whole["q"].dtype)

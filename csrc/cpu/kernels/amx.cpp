@@ -61,8 +61,8 @@ struct AmxKernel {
   static constexpr int kHalfTokens = kTilePairs * 2;
   static constexpr int kLine = 64;
   static constexpr int kParts = KvRows::kParts;
-  static constexpr int64_t kValuesPartBytes = kRunTokens * kLine;
-  static constexpr int kWeightsStride = kParts * kLine;  // bytes from a row of weights to the next
+  static constexpr int64_t kValuesPartBytes = kRunTokens * kLine;  // of kTileDims columns of a run's V
+  static constexpr int kWeightsStride = kParts * kLine;            // bytes from a row of weights to the next
 
   static int64_t padded(int64_t dims) { return round_up(dims, kTileDims); }
   // Bytes of a part of a run's rows.
@@ -327,7 +327,7 @@ struct AmxKernel {
   }
 
   static int64_t fma_loop(int64_t rounds) {
-    const TilesInUse in_use;
+    begin_tiles();
     alignas(64) static constexpr char zeros[kTileBytes] = {};
     constexpr int kProducts = 16;
     Tiles::load<6>(zeros, kTilePairs * 4);
@@ -335,6 +335,7 @@ struct AmxKernel {
     for (int64_t i = 0; i < rounds; ++i) {
       unrolled<kProducts>([](auto product) LEAN_INLINE { Tiles::multiply<product % 4, 6, 7>(); });
     }
+    end_tiles();
     constexpr int64_t kPerRound =
         kProducts * kTileRows * kTileTokens * kTileDims / std::size(KvRows::kScoreProducts);
     return rounds * kPerRound;
@@ -350,8 +351,8 @@ struct AmxKernel {
             .rows_at_once = kTileRows,
             .max_rows_for_heads = 0,
             .scratch_bytes = scratch_bytes,
-            .begin_runs = TilesInUse::begin,
-            .end_runs = TilesInUse::end,
+            .begin_runs = begin_tiles,
+            .end_runs = end_tiles,
             .pack_query = pack_query,
             .score = score,
             .score_heads = nullptr,

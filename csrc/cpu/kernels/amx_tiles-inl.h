@@ -5,34 +5,29 @@ constexpr int kTileRows = 16;
 constexpr int kTilePairs = 16;  // of bf16 numbers, in a tile's row
 constexpr int kTileBytes = kTileRows * kTilePairs * 4;
 
-// Tiles can be used between `begin` and `end`, or while one of these exists. All have their full size.
-class TilesInUse {
- public:
-  static void begin() {
-    struct alignas(64) Config {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    };
-    static constexpr Config config = [] {
-      Config c;
-      for (int i = 0; i < 8; ++i) {
-        c.row_bytes[i] = kTilePairs * 4;
-        c.rows[i] = kTileRows;
-      }
-      return c;
-    }();
-    asm volatile("ldtilecfg %0" : : "m"(config));
-  }
-  // Registers that are in use would be saved at each change of thread.
-  static void end() { asm volatile("tilerelease"); }
-
-  TilesInUse() { begin(); }
-  ~TilesInUse() { end(); }
-  TilesInUse(const TilesInUse&) = delete;
-};
+// Tiles can be used between these two calls. All have their full size.
+inline void begin_tiles() {
+  struct alignas(64) Config {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  static constexpr Config config = [] {
+    Config c;
+    for (int i = 0; i < 8; ++i) {
+      c.row_bytes[i] = kTilePairs * 4;
+      c.rows[i] = kTileRows;
+    }
+    return c;
+  }();
+  asm volatile("ldtilecfg %0" : : "m"(config));
+}
+// Registers that are in use would be saved at each change of thread.
+inline void end_tiles() {
+  asm volatile("tilerelease");
+}
 
 // (GCC's intrinsics do not tell the compiler that tiles are loaded from and stored to memory.)
 struct Tiles {

@@ -7,12 +7,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lean_attention.huge_pages import use_huge_pages
-from lean_attention.integrations.transformers.prompt_pages import pages_of, repeat_in_pages, whole
+from lean_attention.integrations.transformers.prompt_pages import (
+    RESERVE_SHARE,
+    pages_of,
+    repeat_in_pages,
+    whole,
+)
 from lean_attention.integrations.transformers.samples import Prompt, mark
 
 # Tokens that a layer has room for beyond those it holds: an eighth more, at the least this many.
 RESERVE_TOKENS = 256
-RESERVE_SHARE = 8
 
 
 class GrowsInPlace:
