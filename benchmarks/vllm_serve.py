@@ -6,8 +6,8 @@
 With `--common`, prompts begin with the same tokens, and prefix caching is on.
 The model is a Llama with random weights and KV heads of 128. Each contender is an engine in a process of its
 own; they take turns, one batch of requests each, so that a busy machine disturbs both alike. Medians over the
-rounds are told. vLLM's own attention uses AMX where the CPU has it, in bfloat16 alone: `--dtype float16`
-compares the two without. It needs an environment with vLLM (`make test-vllm` makes one).
+rounds are told. `--no-amx` leaves AMX unused, by either attention and by the matrix products around them, as
+on a CPU that has none. It needs an environment with vLLM (`make test-vllm` makes one).
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ def serve(connection: Connection, folder: str, variable: str, options: argparse.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.no_amx:
+        # (Cores that have AMX convert bf16 to fp32 where they may not use it; see csrc/cpu/tuning.h.)
+        os.environ |= {"LEAN_ATTENTION_CPU": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+        import torch
+
+        torch.cpu._is_amx_tile_supported = lambda: False  # what vLLM asks
     from vllm import LLM
 
     blocks = options.requests * (-(-(options.prompt + options.new) // BLOCK_SIZE) + 1)
@@ -157,6 +163,7 @@ def main() -> None:
         ("rounds", 3, "that are measured"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--no-amx", action="store_true", help="as on a CPU without AMX")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     options = parser.parse_args()
     if not 0 <= options.common < options.prompt:
@@ -166,6 +173,7 @@ def main() -> None:
         f"{options.layers} layers, {options.heads} query heads and {options.kv_heads} KV heads of {HEAD_DIM}"
         f", {options.dtype}; {options.requests} requests of {options.prompt:,} tokens, {options.new} new each"
         + (f"; the first {options.common:,} are common" if options.common else "")
+        + ("; without AMX" if options.no_amx else "")
     )
     ours, own = results.values()
     print(f"{'':32}" + "".join(f"{name:>16}" for name in results) + f"{'ratio':>8}")

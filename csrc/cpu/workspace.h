@@ -90,7 +90,8 @@ class Workspace {
         scratch_floats_(
             kernel.scratch_bytes == nullptr
                 ? 0
-                : round_up(kernel.scratch_bytes(params.k.dims) / sizeof(float), kCacheLineFloats)) {}
+                : round_up(kernel.scratch_bytes(std::max(params.k.dims, params.v.dims)) / sizeof(float),
+                           kCacheLineFloats)) {}
 
   // Makes room for `partials` partial states, the states of `shared_rows` rows, and for the threads. The
   // memory is the calling thread's, until its next call.

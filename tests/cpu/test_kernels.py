@@ -18,15 +18,40 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @dtypes
 def test_every_microkernel(dtype: torch.dtype, instruction_set: str) -> None:
     """All counts of rows that the kernels have code of their own for, and tails of head dims."""
-    groups = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 20, 33, 64]
+    groups = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 20, 33, 48, 64, 101]
     for group, head_dim in AllPairs([groups, [64, 80, 128, 256]]):
         case = Case(dtype, lens=(70, 200), heads=group, kv_heads=1, head_dim=head_dim)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))
     for group, head_dim in zip(
-        groups, (8, 16, 24, 40, 120, 136, 192, 200, 264, 448, 512, 72, 328), strict=True
+        groups, (8, 16, 24, 40, 120, 136, 192, 200, 264, 448, 512, 72, 328, 104, 8), strict=True
     ):
         case = Case(dtype, (70, 200), group, kv_heads=1, head_dim=head_dim, head_dim_v=520 - head_dim)
+        inputs = make_inputs(case)
+        assert_close(case, inputs, *lean_attention.decode(**inputs))
+
+
+def test_many_rows_with_every_feature(instruction_set: str) -> None:
+    """Rows that differ in what they see, and quantised rows; prompts are such tiles."""
+    choices = {
+        "dtype": DTYPES,
+        "q_len": [13, 40],
+        "heads": [2, 8, 14],
+        "head_dim": [72, 128],
+        "quantised": [None, *QUANTISED],
+        "scales": ["scalar", "head", "row"],
+        "window_left": [-1, 70],
+        "softcap": [0.0, 5.0],
+        "alibi": ["", "heads"],
+        "sinks": [False, True],
+        "layout": ["heads_first", "paged", "pool"],
+    }
+    for values in AllPairs(list(choices.values())):
+        changes = dict(zip(choices, values, strict=True))
+        if changes["quantised"] is None:
+            changes["scales"] = ""
+        case = Case(lens=(150, 41, 0), **changes)
+        print(case)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))
 

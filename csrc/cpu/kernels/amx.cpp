@@ -120,6 +120,12 @@ struct AmxKernel {
     return {copy, row_bytes};
   }
 
+  template <int lines>
+  static void prefetch_lines(Prefetcher& prefetcher) {
+#pragma GCC unroll 1
+    for (int i = 0; i < lines; ++i) prefetcher.template issue<kLine>(0, 0, 1, nullptr);
+  }
+
   // Multiplies two tiles of tokens with one or two tiles of rows.
   template <int row_tiles>
   static void multiply_key_tiles(const TileState& t, const KeyTile* keys, const char* q, float* scores,
@@ -140,10 +146,7 @@ struct AmxKernel {
           Tiles::multiply<2, 4, 7>();
           Tiles::multiply<3, 5, 7>();
         }
-        if (prefetcher != nullptr && key_part + query_part == 0) {
-#pragma GCC unroll 1
-          for (int i = 0; i < kTileTokens; ++i) prefetcher->template issue<kLine>(0, 0, 1, nullptr);
-        }
+        if (prefetcher != nullptr && key_part + query_part == 0) prefetch_lines<kTileTokens>(*prefetcher);
       }
     }
     constexpr int kTileFloats = kTileTokens * kTileRows, kToNextRows = kRunTokens * kTileRows;
@@ -212,7 +215,8 @@ struct AmxKernel {
 
   // Adds two tiles of dims of one or two tiles of rows.
   template <int row_tiles>
-  static void multiply_value_tiles(const TileState& t, const float* weights, int halves, float* output) {
+  static void multiply_value_tiles(const TileState& t, const float* weights, int halves, float* output,
+                                   Prefetcher* prefetcher) {
     const int64_t stride = t.output_stride * 4;
     float* const next_rows = output + kTileRows * t.output_stride;
     Tiles::load<0>(output, stride);
@@ -235,6 +239,9 @@ struct AmxKernel {
           Tiles::multiply<2, 5, 6>();
           Tiles::multiply<3, 5, 7>();
         }
+        if (prefetcher != nullptr && weight_part + value_part == 0) {
+          prefetch_lines<kTileTokens / 2>(*prefetcher);
+        }
         left += kTileRows * kWeightsStride / 4;
         right += 2 * kTileBytes;
       }
@@ -248,7 +255,7 @@ struct AmxKernel {
   }
 
   // Makes weights of a row tile's scores, transposes them and rescales the tile's output. The first tile's
-  // softmax prefetches, which is spread over all that takes time.
+  // softmax prefetches, as do the packing of V and the first products: spread over all that takes time.
   static void weigh(const TileState& t, int row, float* scores, const Rows& run, int tokens,
                     Prefetcher& prefetcher) {
     // The parts of a pair of tokens' weights come over their scores, [pair of tokens][part][row], and
@@ -259,7 +266,7 @@ struct AmxKernel {
         _mm512_storeu_si512(scores + i * kParts / 2 + part * S::kLanes,
                             _mm512_permutexvar_epi16(Bf16Rows::pair_order<kTileRows>(), pair.part[part]));
       }
-      if (row == 0) prefetcher.template issue<4 * kLine>(0, 0, 1, nullptr);
+      if (row == 0) prefetcher.template issue<2 * kLine>(0, 0, 1, nullptr);
     };
     const F correction = Microkernel16::weigh(t, row, scores, run, tokens, store_pair);
     for (int half = 0; half < tokens / kHalfTokens; ++half) {
@@ -294,7 +301,8 @@ struct AmxKernel {
       const float* weights = t.scores;
       for (int row = 0; row < t.rows; row += 2 * kTileRows, weights += 2 * kToNextRows) {
         const auto multiply = row + kTileRows < t.rows ? multiply_value_tiles<2> : multiply_value_tiles<1>;
-        multiply(t, weights, tokens / kHalfTokens, t.output + row * t.output_stride + column);
+        multiply(t, weights, tokens / kHalfTokens, t.output + row * t.output_stride + column,
+                 row == 0 ? &prefetcher : nullptr);
       }
     }
   }

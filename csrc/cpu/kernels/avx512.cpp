@@ -11,9 +11,15 @@ namespace lean::cpu::avx512 {
 #include "cpu/kernels/simd/avx512.h"
 #include "cpu/kernels/tile_kernel-inl.h"
 
+#include "cpu/kernels/outer_products-inl.h"
+
 const TileKernel float32 = TileKernelFor<float>::kernel("avx512");
 const TileKernel float16 = TileKernelFor<Half>::kernel("avx512");
 const TileKernel bfloat16 = TileKernelFor<BFloat16>::kernel("avx512");
+
+const TileKernel float32_many_rows = OuterProductKernel<float>::kernel("avx512", 16);
+const TileKernel float16_many_rows = OuterProductKernel<Half>::kernel("avx512", 32);
+const TileKernel bfloat16_many_rows = OuterProductKernel<BFloat16>::kernel("avx512", 48);
 }  // namespace lean::cpu::avx512
 LEAN_TARGET_END
 #endif

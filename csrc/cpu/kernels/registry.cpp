@@ -15,18 +15,22 @@ struct InstructionSet {
   bool (*runnable)();
   // The kernels by DType; null where a set has nothing to add to the next.
   const TileKernel* kernels[3];
+  // Those for many rows, of the same dtypes: in their place from their min_rows on.
+  const TileKernel* of_many_rows[3] = {};
   // The kernels that take quantised rows as they are, by q's DType.
   const TileKernel* over_fp8[3] = {};
   const TileKernel* over_int8[3] = {};
   // Its products are dot products of bf16: see Tuning::multiplies_in_fp32.
   bool has_dot_products = false;
 
-  const TileKernel* kernel(DType dtype, DType cache_dtype) const {
+  const TileKernel* kernel(DType dtype, DType cache_dtype, int64_t rows) const {
     const int i = static_cast<int>(dtype);
-    if (cache_dtype == dtype) return kernels[i];
+    const bool many = of_many_rows[i] != nullptr && rows >= of_many_rows[i]->min_rows;
+    const TileKernel* const kernel = many ? of_many_rows[i] : kernels[i];
+    if (cache_dtype == dtype) return kernel;
     const TileKernel* as_is = cache_dtype == DType::int8 ? over_int8[i] : over_fp8[i];
     if (as_is != nullptr) return as_is;
-    return kernels[i] != nullptr && kernels[i]->dequantise != nullptr ? kernels[i] : nullptr;
+    return kernel != nullptr && kernel->dequantise != nullptr ? kernel : nullptr;
   }
 };
 
@@ -48,10 +52,12 @@ const InstructionSet kInstructionSets[] = {
      },
      {nullptr, &amx::float16, &amx::bfloat16},
      {},
+     {},
      {nullptr, &amx::float16_over_int8, &amx::bfloat16_over_int8}},
     {"avx512_bf16",
      has_avx512_bf16,
      {nullptr, nullptr, &avx512_bf16::bfloat16},
+     {},
      {nullptr, &avx512_bf16::float16_over_fp8, &avx512_bf16::bfloat16_over_fp8},
      {nullptr, nullptr, &avx512_bf16::bfloat16_over_int8},
      true},
@@ -61,6 +67,7 @@ const InstructionSet kInstructionSets[] = {
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      },
      {&avx512::float32, &avx512::float16, &avx512::bfloat16},
+     {&avx512::float32_many_rows, &avx512::float16_many_rows, &avx512::bfloat16_many_rows},
      {},
      {&avx512::float32_over_int8, &avx512::float16_over_int8, &avx512::bfloat16_over_int8}},
     {"avx2",
@@ -69,6 +76,7 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
      {&avx2::float32, &avx2::float16, &avx2::bfloat16},
+     {&avx2::float32_many_rows, &avx2::float16_many_rows, &avx2::bfloat16_many_rows},
      {},
      {&avx2::float32_over_int8, &avx2::float16_over_int8, &avx2::bfloat16_over_int8}},
 #endif
@@ -106,7 +114,7 @@ const TileKernel& tile_kernel(DType dtype, DType cache_dtype, int64_t rows, cons
         !dot_products_pay_off(dtype, cache_dtype, rows)) {
       continue;
     }
-    const TileKernel* kernel = set.kernel(dtype, cache_dtype);
+    const TileKernel* kernel = set.kernel(dtype, cache_dtype, rows);
     if (allowed && kernel != nullptr && rows >= kernel->min_rows && set.runnable()) return *kernel;
   }
   throw std::invalid_argument("LEAN_ATTENTION_CPU: unknown instruction set " + at_most +

@@ -59,10 +59,12 @@ extern const TileKernel bfloat16, bfloat16_over_fp8, bfloat16_over_int8, float16
 }
 namespace avx512 {
 extern const TileKernel float32, float16, bfloat16, float32_over_int8, float16_over_int8, bfloat16_over_int8;
-}
+extern const TileKernel float32_many_rows, float16_many_rows, bfloat16_many_rows;
+}  // namespace avx512
 namespace avx2 {
 extern const TileKernel float32, float16, bfloat16, float32_over_int8, float16_over_int8, bfloat16_over_int8;
-}
+extern const TileKernel float32_many_rows, float16_many_rows, bfloat16_many_rows;
+}  // namespace avx2
 #endif
 namespace portable {
 extern const TileKernel float32, float16, bfloat16;

@@ -49,15 +49,30 @@ struct TileKernelFor {
     return prefetch.count > 0 ? prefetch : Prefetch{rows, kRunTokens, columns * static_cast<int>(sizeof(T))};
   }
 
-  // Calls `take` with each microkernel, its first row, its scores and what to prefetch meanwhile: the first
-  // one's prefetches serve them all. `rows` are those of the run.
+  // Part `i` of `parts` of a prefetch.
+  static Prefetch part_of(const Prefetch& prefetch, int i, int parts) {
+    if (parts == 1 || prefetch.begin != 0) return i == 0 ? prefetch : Prefetch{};
+    Prefetch part = prefetch;
+    if (prefetch.count == 1) {
+      part.begin = prefetch.bytes * i / parts;
+      part.bytes = prefetch.bytes * (i + 1) / parts;
+    } else {
+      part.rows += prefetch.count * i / parts;
+      part.count = prefetch.count * (i + 1) / parts - prefetch.count * i / parts;
+    }
+    return part;
+  }
+
+  // Calls `take` with each microkernel, its first row, its scores and what to prefetch meanwhile: each takes
+  // a part, since all at once would take longer than one of them. `rows` are those of the run.
   template <class Take>
   LEAN_INLINE static void for_each_microkernel(const TileState& t, const void* const* rows, int columns,
                                                const Prefetch& prefetch, const Take& take) {
     float* scores = t.scores;
-    for (int row = 0; row < t.rows; scores += S::kMicrokernelRows * kRunTokens) {
+    const int microkernels = (t.rows + S::kMicrokernelRows - 1) / S::kMicrokernelRows;
+    for (int row = 0, i = 0; row < t.rows; ++i, scores += S::kMicrokernelRows * kRunTokens) {
       const int count = rows_of_microkernel(t.rows, row).count;
-      const Prefetch its_prefetch = some_prefetch(row == 0 ? prefetch : Prefetch{}, rows, columns);
+      const Prefetch its_prefetch = some_prefetch(part_of(prefetch, i, microkernels), rows, columns);
       with_microkernel(count, [&](auto microkernel) { take(microkernel, row, scores, its_prefetch); });
       row += count;
     }

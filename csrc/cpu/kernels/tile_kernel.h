@@ -121,7 +121,7 @@ struct TileKernel {
   // score_heads is for heads of at most so many rows.
   int max_rows_for_heads;
   // What a thread needs beside its heads' states, in bytes; null: nothing.
-  int64_t (*scratch_bytes)(int64_t head_dim) = nullptr;
+  int64_t (*scratch_bytes)(int64_t dims) = nullptr;
   // Called by a thread before the runs of a range of tokens, and after them; null: nothing is to be done.
   void (*begin_runs)() = nullptr;
   void (*end_runs)() = nullptr;

@@ -45,6 +45,7 @@ struct Simd {
     if constexpr (period == 2)
       return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
     if constexpr (period == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    if constexpr (period == 8) return load(p);
   }
 
   template <int rows>
@@ -62,6 +63,7 @@ struct Simd {
                                       _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
     }
     if constexpr (period == 4) return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+    if constexpr (period == 8) return set1(*p);
   }
 
   template <int period, F (*op)(F, F)>
@@ -94,6 +96,7 @@ struct Simd {
   // Stores the lower half kQueryCopies times; loads it into both halves.
   static void store_query(float* p, F x) { _mm_storeu_ps(p, _mm256_castps256_ps128(x)); }
   static F load_shared(const float* p) { return load(p); }
+  static F broadcast_shared(const float* p) { return set1(*p); }
   static F load_twice(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 
   static Pair load_halves(const float* lower, const float* upper) {

@@ -119,6 +119,7 @@ struct Simd {
   static F load_twice(const float* p) { return load_shared(p); }
   // Loads what several multiplications share.
   static F load_shared(const float* p) { return in_register(load(p)); }
+  static F broadcast_shared(const float* p) { return in_register(set1(*p)); }
   // The compiler would read it from memory anew for each multiplication that it has part in, and a core has
   // fewer loads than multiplications to spare.
   template <class V>
