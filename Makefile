@@ -40,7 +40,7 @@ SOURCES := setup.py pyproject.toml lean_attention/_build.py lean_attention/_vers
            $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-ON_EVERY_BACKEND := $(addprefix tests/,test_decode.py test_append_kv.py test_merge_states.py test_bad_numbers.py)
+ON_EVERY_BACKEND := $(addprefix tests/,test_decode.py append_kv test_merge_states.py test_bad_numbers.py)
 INTEGRATION_TESTS := $(addprefix tests/,test_torch_library.py test_readme.py integrations)
 
 PYTEST = python -m pytest -n $(TEST_JOBS)

@@ -1,5 +1,5 @@
 // The kernels' own sources, compiled for the emulated device.
-#include "cuda/decode/kernels.cu"
+#include "cuda/kernels.cu"
 #include "cuda/append.cu"
 #include "cuda/decode/decode_kernel.h"
 #include "cuda/launch.cu"

@@ -25,23 +25,6 @@ LEAN_COLD void load_peers(const float* partial, int64_t partial_floats, int coun
   }
 }
 
-// Stores four columns of an output in float32.
-template <class Config>
-LEAN_COLD void store_floats(bool aligned, int row, int column, hw::Float4 sum) {
-  const SharedState<Config>& s = shared_state<Config>();
-  const float factor = s.l[0][row];
-  float* const out = reinterpret_cast<float*>(s.out_rows[row]) + column;
-  sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
-  if (aligned) {
-    hw::store_vector(reinterpret_cast<hw::Float4*>(out), sum);
-  } else {
-    out[0] = sum.x;
-    out[1] = sum.y;
-    out[2] = sum.z;
-    out[3] = sum.w;
-  }
-}
-
 template <class Config>
 class Result {
  public:
@@ -245,26 +228,8 @@ class Result {
       if (leaves_) {
         hw::store_shared_between_ctas(in_states(i), sums[i]);
       } else if (column_of(i) < a_.p.v.dims) {
-        store(row_of(i), column_of(i), sums[i]);
+        store_output<Config>(a_, row_of(i), column_of(i), sums[i]);
       }
-    }
-  }
-
-  LEAN_DEVICE void store(int row, int column, hw::Float4 sum) const {
-    using T = typename Config::T;
-    if (writes_floats(a_.p)) return store_floats<Config>(a_.aligned_out, row, column, sum);
-    const float factor = s_.l[0][row];
-    uint16_t* const out = reinterpret_cast<uint16_t*>(s_.out_rows[row]) + column;
-    const uint32_t low = hw::pack<T>(sum.x * factor, sum.y * factor);
-    const uint32_t high = hw::pack<T>(sum.z * factor, sum.w * factor);
-    if (a_.aligned_out) {
-      hw::store_vector(reinterpret_cast<uint32_t*>(out), low);
-      hw::store_vector(reinterpret_cast<uint32_t*>(out + 2), high);
-    } else {
-      out[0] = static_cast<uint16_t>(low);
-      out[1] = static_cast<uint16_t>(low >> 16);
-      out[2] = static_cast<uint16_t>(high);
-      out[3] = static_cast<uint16_t>(high >> 16);
     }
   }
 

@@ -1,5 +1,5 @@
 // The query rows of a segment: row `row` of an output tile is query token row / group of query head
-// row % group. What they see, and what is made of their scores.
+// row % group. What they see, what is made of their scores, and where their outputs go.
 #pragma once
 
 #include "cuda/decode/nodes.h"
@@ -151,5 +151,43 @@ class RowView {
   const int row_;
   const int32_t begin_, end_;
 };
+
+// Stores four columns of a row of `out`, in float32.
+template <class Config>
+LEAN_COLD void store_floats(bool aligned, int row, int column, hw::Float4 sum) {
+  const SharedState<Config>& s = shared_state<Config>();
+  const float factor = s.l[0][row];
+  float* const out = reinterpret_cast<float*>(s.out_rows[row]) + column;
+  sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+  if (aligned) {
+    hw::store_vector(reinterpret_cast<hw::Float4*>(out), sum);
+  } else {
+    out[0] = sum.x;
+    out[1] = sum.y;
+    out[2] = sum.z;
+    out[3] = sum.w;
+  }
+}
+
+// And in its dtype. After merge_states, which says where the row goes, and its factor.
+template <class Config>
+LEAN_DEVICE void store_output(const DecodeArguments& a, int row, int column, hw::Float4 sum) {
+  using T = typename Config::T;
+  if (writes_floats(a.p)) return store_floats<Config>(a.aligned_out, row, column, sum);
+  const SharedState<Config>& s = shared_state<Config>();
+  const float factor = s.l[0][row];
+  uint16_t* const out = reinterpret_cast<uint16_t*>(s.out_rows[row]) + column;
+  const uint32_t low = hw::pack<T>(sum.x * factor, sum.y * factor);
+  const uint32_t high = hw::pack<T>(sum.z * factor, sum.w * factor);
+  if (a.aligned_out) {
+    hw::store_vector(reinterpret_cast<uint32_t*>(out), low);
+    hw::store_vector(reinterpret_cast<uint32_t*>(out + 2), high);
+  } else {
+    out[0] = static_cast<uint16_t>(low);
+    out[1] = static_cast<uint16_t>(low >> 16);
+    out[2] = static_cast<uint16_t>(high);
+    out[3] = static_cast<uint16_t>(high >> 16);
+  }
+}
 
 }  // namespace lean::cuda

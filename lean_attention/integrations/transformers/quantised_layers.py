@@ -90,6 +90,7 @@ def decode_quantised(
             causal=False,
             window_left=window - q_len if window >= 0 else -1,
             sinks=sinks,
+            out_dtype=torch.float32,
             **options,
         ),
         lean_attention.decode(
@@ -98,10 +99,12 @@ def decode_quantised(
             value.new.transpose(1, 2),
             cache_leftpad=None if leftpad is None else (leftpad - older).clamp(min=0),
             causal=visible is not None and visible.causal,
+            out_dtype=torch.float32,
             **options,
         ),
     ]
-    return lean_attention.merge_states([out for out, _ in states], [lse for _, lse in states])[0]
+    outs, lses = ([state[i] for state in states] for i in range(2))
+    return lean_attention.merge_states(outs, lses, out_dtype=query.dtype)[0]
 
 
 def dequantise(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,3 +1,4 @@
+// The table of the decode kernels, of which each is an object of its own.
 #include "cuda/decode/arguments.h"
 
 namespace lean::cuda {
