@@ -17,6 +17,7 @@ const TileKernel float32 = TileKernelFor<float>::kernel("avx512");
 const TileKernel float16 = TileKernelFor<Half>::kernel("avx512");
 const TileKernel bfloat16 = TileKernelFor<BFloat16>::kernel("avx512");
 
+// Measured on a Xeon: from these numbers of rows on they are faster than those above.
 const TileKernel float32_many_rows = OuterProductKernel<float>::kernel("avx512", 16);
 const TileKernel float16_many_rows = OuterProductKernel<Half>::kernel("avx512", 32);
 const TileKernel bfloat16_many_rows = OuterProductKernel<BFloat16>::kernel("avx512", 48);
