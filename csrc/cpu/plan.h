@@ -49,7 +49,7 @@ struct Kernels {
   const TileKernel& of(int64_t rows) const { return rows < many.min_rows ? few : many; }
 };
 // Tiles may be of different kernels where none of these merges another's states, or both have them in one
-// order. (Quantised caches have one, because it decides how they are dequantised.)
+// order. (Of quantised caches they are of two that dequantise alike, or of one.)
 Kernels choose_kernels(const DecodeParams& params, const Sharing& sharing);
 
 // `max_heads_per_pass` limits what the tuning allows.

@@ -20,6 +20,9 @@ struct Partial {
 
 inline void clear(const TileState& t) {
   std::fill_n(t.m, t.rows, kMinusInfinity);
+  // Lanes beyond the rows take part in the choice of when a vector of rows is rescaled: what they hold must
+  // not be an earlier tile's.
+  std::fill_n(t.m + t.rows, kMaxLanes, 0.0f);
   std::fill_n(t.l, t.rows, 0.0f);
   std::fill_n(t.output, t.rows * t.output_stride, 0.0f);
 }

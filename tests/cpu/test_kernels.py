@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from allpairspy import AllPairs
 
 import lean_attention
-from tests.cases import DTYPES, QUANTISED, SHORT, Case, assert_close, make_inputs
+from tests.cases import DTYPES, E4M3, INT8, QUANTISED, SHORT, Case, assert_close, make_inputs
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 
@@ -54,6 +55,49 @@ def test_many_rows_with_every_feature(instruction_set: str) -> None:
         print(case)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))
+
+
+def test_short_runs_of_short_rows(instruction_set: str) -> None:
+    """Many microkernels prefetch fewer bytes than they are: there is a byte or less for each."""
+    for dtype, quantised in itertools.product(DTYPES, (None, INT8, E4M3)):
+        for head_dim, rows, last in AllPairs([[8, 16, 24], [65, 101, 128], [1, 2, 3, 63]]):
+            case = Case(
+                dtype, (64 + last, last), rows, 1, head_dim, quantised=quantised, layout="heads_first"
+            )
+            if quantised:
+                case = replace(case, scales="scalar")
+            print(case)
+            inputs = make_inputs(case)
+            assert_close(case, inputs, *lean_attention.decode(**inputs))
+
+
+@dtypes
+def test_what_a_thread_did_before_leaves_no_trace(dtype: torch.dtype, instruction_set: str) -> None:
+    """A tile's bits are the same after a larger one whose maxima are small: lanes are left over."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for before, rows in ((100, 20), (64, 9), (128, 5), (40, 3), (33, 6)):
+            cu_seqlens_q = torch.tensor([0, rows, rows + before], dtype=torch.int32)
+            q, k, v = torch.randn(rows + before, 1, 64), *torch.randn(2, 2, 2048, 1, 64)
+            q[rows:], k[1] = q[rows:].abs(), 3 * k[1].abs()
+            results = []
+            for sign in (1, -1):
+                k[1] *= sign
+                out, lse = lean_attention.decode(
+                    q.to(dtype),
+                    k.to(dtype),
+                    v.to(dtype),
+                    torch.full((2,), 2000, dtype=torch.int32),
+                    cu_seqlens_q=cu_seqlens_q,
+                    window_left=1500,
+                    num_ctas=2,
+                )
+                results.append((out[:rows], lse[:, :rows]))
+            for one, other in zip(*results, strict=True):
+                assert torch.equal(one, other), f"{rows} rows after {before}"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dtypes

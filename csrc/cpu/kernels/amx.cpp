@@ -70,7 +70,7 @@ struct AmxKernel {
 
   // A thread's memory beside the states: K rows that have to be copied, and kTileDims columns of a run's V in
   // pairs.
-  static int64_t scratch_bytes(int64_t head_dim) { return kParts * (run_bytes(head_dim) + kValuesPartBytes); }
+  static int64_t scratch_bytes(int64_t dims) { return kParts * (run_bytes(dims) + kValuesPartBytes); }
   static char* keys_scratch(const TileState& t) { return static_cast<char*>(t.scratch); }
   static char* values_scratch(const TileState& t) { return keys_scratch(t) + kParts * run_bytes(t.head_dim); }
   static int padded_tokens(const Rows& run) { return static_cast<int>(round_up(run.tokens, kHalfTokens)); }

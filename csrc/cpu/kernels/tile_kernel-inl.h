@@ -49,13 +49,19 @@ struct TileKernelFor {
     return prefetch.count > 0 ? prefetch : Prefetch{rows, kRunTokens, columns * static_cast<int>(sizeof(T))};
   }
 
-  // Part `i` of `parts` of a prefetch.
-  static Prefetch part_of(const Prefetch& prefetch, int i, int parts) {
-    if (parts == 1 || prefetch.begin != 0) return i == 0 ? prefetch : Prefetch{};
+  // Part `i` of `parts` of a prefetch whose window is as many bytes as rows of `bytes` each have in `run`.
+  static Prefetch part_of(const Prefetch& prefetch, const Rows& run, int bytes, int i, int parts) {
+    constexpr int kLine = 64;
+    const int window = run.tokens * bytes;
+    // Rows of several heads are given as one, and what is prefetched along with a head begins anywhere.
+    const bool divisible = prefetch.count == 1 || (prefetch.begin == 0 && prefetch.bytes == bytes);
+    if (parts == 1 || !divisible || window < parts * kLine) return i == 0 ? prefetch : Prefetch{};
     Prefetch part = prefetch;
     if (prefetch.count == 1) {
-      part.begin = prefetch.bytes * i / parts;
-      part.bytes = prefetch.bytes * (i + 1) / parts;
+      part.begin += window / parts * i;
+      part.bytes =
+          std::min(prefetch.bytes, prefetch.begin + (i + 1 < parts ? window / parts * (i + 1) : window));
+      if (part.begin >= part.bytes) return {};
     } else {
       part.rows += prefetch.count * i / parts;
       part.count = prefetch.count * (i + 1) / parts - prefetch.count * i / parts;
@@ -64,21 +70,22 @@ struct TileKernelFor {
   }
 
   // Calls `take` with each microkernel, its first row, its scores and what to prefetch meanwhile: each takes
-  // a part, since all at once would take longer than one of them. `rows` are those of the run.
+  // a part, since all at once would take longer than one of them.
   template <class Take>
-  LEAN_INLINE static void for_each_microkernel(const TileState& t, const void* const* rows, int columns,
+  LEAN_INLINE static void for_each_microkernel(const TileState& t, const Rows& run, int columns,
                                                const Prefetch& prefetch, const Take& take) {
     float* scores = t.scores;
     const int microkernels = (t.rows + S::kMicrokernelRows - 1) / S::kMicrokernelRows;
     for (int row = 0, i = 0; row < t.rows; ++i, scores += S::kMicrokernelRows * kRunTokens) {
       const int count = rows_of_microkernel(t.rows, row).count;
-      const Prefetch its_prefetch = some_prefetch(part_of(prefetch, i, microkernels), rows, columns);
+      const Prefetch part = part_of(prefetch, run, columns * static_cast<int>(sizeof(T)), i, microkernels);
+      const Prefetch its_prefetch = some_prefetch(part, run.row, columns);
       with_microkernel(count, [&](auto microkernel) { take(microkernel, row, scores, its_prefetch); });
       row += count;
     }
   }
   static void score(const TileState& t, const Rows& run, const RowView* views, const Prefetch& prefetch) {
-    for_each_microkernel(t, run.row, t.head_dim, prefetch,
+    for_each_microkernel(t, run, t.head_dim, prefetch,
                          [&](auto microkernel, int row, float* scores, const Prefetch& its_prefetch) {
                            microkernel.score(t, row, scores, run, views, its_prefetch);
                          });
@@ -104,7 +111,7 @@ struct TileKernelFor {
     }
   }
   static void accumulate(const TileState& t, const Rows& run, const Prefetch& prefetch) {
-    for_each_microkernel(t, run.row, t.head_dim_v, prefetch,
+    for_each_microkernel(t, run, t.head_dim_v, prefetch,
                          [&](auto microkernel, int row, float* scores, const Prefetch& its_prefetch) {
                            microkernel.accumulate(t, row, scores, run, its_prefetch);
                          });
