@@ -227,7 +227,8 @@ def test_long_contexts_keep_fp32_accuracy() -> None:
 @devices
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_large_scores(offset: float, backend: Backend) -> None:
-    case = in_dtypes(Case(F32, lens=(300,), heads=2, kv_heads=1, head_dim=64), backend.dtypes)
+    # Many heads: the largest error of the plain sum, which the bound comes from, is steadier then.
+    case = in_dtypes(Case(F32, lens=(300,), heads=16, kv_heads=4, head_dim=64), backend.dtypes)
     inputs = make_inputs(case)
     inputs["q"][..., 0] = 8.0
     inputs["k_cache"][..., 0] = offset  # every score moves by the same amount
