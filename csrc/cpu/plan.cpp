@@ -120,8 +120,7 @@ Kernels choose_kernels(const DecodeParams& p, const Sharing& sharing) {
   const TileKernel& many = tile_kernel(p.dtype, p.k.dtype, most_rows(p, sharing));
   if (many.min_rows == 1) return {many, many};
   const TileKernel& few = tile_kernel(p.dtype, p.k.dtype, many.min_rows - 1);
-  if (p.quantised() && (few.dequantise != many.dequantise || few.row_dtype != many.row_dtype))
-    return {many, many};
+  if (p.quantised() && few.dequantise != many.dequantise) return {many, many};
   return {many, sharing.nodes() == 0 || few.column_order == many.column_order ? few : many};
 }
 

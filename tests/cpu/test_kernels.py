@@ -11,7 +11,18 @@ import torch
 from allpairspy import AllPairs
 
 import lean_attention
-from tests.cases import DTYPES, E4M3, INT8, QUANTISED, SHORT, Case, assert_close, make_inputs
+from tests.cases import (
+    DTYPES,
+    E4M3,
+    INT8,
+    QUANTISED,
+    SHORT,
+    Case,
+    all_pairs,
+    assert_close,
+    case_of,
+    make_inputs,
+)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 
@@ -34,24 +45,8 @@ def test_every_microkernel(dtype: torch.dtype, instruction_set: str) -> None:
 
 def test_many_rows_with_every_feature(instruction_set: str) -> None:
     """Rows that differ in what they see, and quantised rows; prompts are such tiles."""
-    choices = {
-        "dtype": DTYPES,
-        "q_len": [13, 40],
-        "heads": [2, 8, 14],
-        "head_dim": [72, 128],
-        "quantised": [None, *QUANTISED],
-        "scales": ["scalar", "head", "row"],
-        "window_left": [-1, 70],
-        "softcap": [0.0, 5.0],
-        "alibi": ["", "heads"],
-        "sinks": [False, True],
-        "layout": ["heads_first", "paged", "pool"],
-    }
-    for values in AllPairs(list(choices.values())):
-        changes = dict(zip(choices, values, strict=True))
-        if changes["quantised"] is None:
-            changes["scales"] = ""
-        case = Case(lens=(150, 41, 0), **changes)
+    for chosen in all_pairs(q_len=[13, 40]):
+        case = case_of(chosen)
         print(case)
         inputs = make_inputs(case)
         assert_close(case, inputs, *lean_attention.decode(**inputs))
@@ -71,33 +66,30 @@ def test_short_runs_of_short_rows(instruction_set: str) -> None:
             assert_close(case, inputs, *lean_attention.decode(**inputs))
 
 
+@pytest.mark.usefixtures("count_is_restored")
 @dtypes
 def test_what_a_thread_did_before_leaves_no_trace(dtype: torch.dtype, instruction_set: str) -> None:
     """A tile's bits are the same after a larger one whose maxima are small: lanes are left over."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        for before, rows in ((100, 20), (64, 9), (128, 5), (40, 3), (33, 6)):
-            cu_seqlens_q = torch.tensor([0, rows, rows + before], dtype=torch.int32)
-            q, k, v = torch.randn(rows + before, 1, 64), *torch.randn(2, 2, 2048, 1, 64)
-            q[rows:], k[1] = q[rows:].abs(), 3 * k[1].abs()
-            results = []
-            for sign in (1, -1):
-                k[1] *= sign
-                out, lse = lean_attention.decode(
-                    q.to(dtype),
-                    k.to(dtype),
-                    v.to(dtype),
-                    torch.full((2,), 2000, dtype=torch.int32),
-                    cu_seqlens_q=cu_seqlens_q,
-                    window_left=1500,
-                    num_ctas=2,
-                )
-                results.append((out[:rows], lse[:, :rows]))
-            for one, other in zip(*results, strict=True):
-                assert torch.equal(one, other), f"{rows} rows after {before}"
-    finally:
-        torch.set_num_threads(threads)
+    for before, rows in ((100, 20), (64, 9), (128, 5), (40, 3), (33, 6)):
+        cu_seqlens_q = torch.tensor([0, rows, rows + before], dtype=torch.int32)
+        q, k, v = torch.randn(rows + before, 1, 64), *torch.randn(2, 2, 2048, 1, 64)
+        q[rows:], k[1] = q[rows:].abs(), 3 * k[1].abs()
+        results = []
+        for sign in (1, -1):
+            k[1] *= sign
+            out, lse = lean_attention.decode(
+                q.to(dtype),
+                k.to(dtype),
+                v.to(dtype),
+                torch.full((2,), 2000, dtype=torch.int32),
+                cu_seqlens_q=cu_seqlens_q,
+                window_left=1500,
+                num_ctas=2,
+            )
+            results.append((out[:rows], lse[:, :rows]))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other), f"{rows} rows after {before}"
 
 
 @dtypes

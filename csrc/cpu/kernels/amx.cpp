@@ -59,7 +59,6 @@ struct AmxKernel {
   static constexpr int kTileTokens = kTileRows;
   static constexpr int kTileDims = kTilePairs * 2;  // that one product of tiles sums over
   static constexpr int kHalfTokens = kTilePairs * 2;
-  static constexpr int kLine = 64;
   static constexpr int kParts = KvRows::kParts;
   static constexpr int64_t kValuesPartBytes = kRunTokens * kLine;  // of kTileDims columns of a run's V
   static constexpr int kWeightsStride = kParts * kLine;            // bytes from a row of weights to the next

@@ -11,6 +11,7 @@ struct OuterProductKernel {
   using FewRows = TileKernelFor<T>;
   static constexpr int kRows = S::kLanes;  // of a vector, a row in each lane
   using Softmax = Microkernel<T, KvRows, kRows>;
+  using Shape = MicrokernelShape<T, KvRows, kRows>;
   static constexpr int kSums = 2 * S::kMicrokernelRows;  // vectors of them that stay in registers
   static constexpr int kColumns = KvRows::kColumns;
 
@@ -24,34 +25,27 @@ struct OuterProductKernel {
     float* to = static_cast<float*>(t.q) + row / kRows * kRows * padded(t.head_dim);
     if (row % kRows == 0 && t.rows - row < kRows) std::fill_n(to, kRows * padded(t.head_dim), 0.0f);
     to += row % kRows;
-    for (int column = 0; column < t.head_dim; column += kColumns) {
-      const Simd::Pair x = load(q, column, t.head_dim);
-      float floats[kColumns];
-      S::store(floats, x.a);
-      S::store(floats + S::kLanes, x.b);
-      for (int i = 0; i < kColumns; ++i, to += kRows) *to = floats[i];
-    }
-  }
-  static Simd::Pair load(const void* row, int column, int dims) {
-    const T* const from = static_cast<const T*>(row) + column;
-    return dims - column < kColumns ? KvRows::load_tail(from, dims - column) : KvRows::load(from);
+    float floats[kMaxHeadDim + kColumns];
+    convert(q, t.head_dim, floats);
+    for (int i = 0; i < padded(t.head_dim); ++i, to += kRows) *to = floats[i];
   }
 
-  // Says where the first `tokens` rows of a run are as floats, their columns in the order of `load`: where
-  // they lie, or converted.
+  // Writes a row of T as floats, chunk by chunk in the order of KvRows::load, which zeros fill up.
+  static void convert(const void* row, int dims, float* to) {
+    Shape::template in_steps<1>(dims, [&](auto, int column, auto load) LEAN_INLINE {
+      const Simd::Pair x = load(static_cast<const T*>(row) + column);
+      S::store(to + column, x.a);
+      S::store(to + column + S::kLanes, x.b);
+    });
+  }
+
+  // Says where the first `tokens` rows of a run are as floats: where they lie, or converted.
   static void find_floats(const TileState& t, const Rows& run, int tokens, int dims, const float** rows) {
     float* to = static_cast<float*>(t.scratch);
-    for (int i = 0; i < tokens; ++i) {
-      if (!KvRows::kConverts && dims % kColumns == 0) {
-        rows[i] = static_cast<const float*>(run.row[i]);
-        continue;
-      }
-      rows[i] = to;
-      for (int column = 0; column < dims; column += kColumns, to += kColumns) {
-        const Simd::Pair x = load(run.row[i], column, dims);
-        S::store(to, x.a);
-        S::store(to + S::kLanes, x.b);
-      }
+    const bool converts = KvRows::kConverts || dims % kColumns != 0;
+    for (int i = 0; i < tokens; ++i, to += padded(dims)) {
+      if (converts) convert(run.row[i], dims, to);
+      rows[i] = converts ? to : static_cast<const float*>(run.row[i]);
     }
   }
 
@@ -72,7 +66,6 @@ struct OuterProductKernel {
     }
 
    private:
-    static constexpr int kLine = 64;
     PrefetcherInto<2, false> prefetcher_;
     const int passes_;
     int left_ = 1;
@@ -133,7 +126,7 @@ struct OuterProductKernel {
     const float* keys[kRunTokens];
     find_floats(t, run, tokens, t.head_dim, keys);
     SpreadPrefetcher prefetcher(FewRows::some_prefetch(prefetch, run.row, t.head_dim),
-                                (t.rows + 2 * kRows - 1) / (2 * kRows));
+                                ceil_div(t.rows, 2 * kRows));
     for (int row = 0; row < t.rows; row += 2 * kRows) {
       const auto score = row + kRows < t.rows ? score_rows<2> : score_rows<1>;
       score(t, row, keys, run, tokens, views, prefetcher);
@@ -175,15 +168,14 @@ struct OuterProductKernel {
     for (int row = 0; row < t.rows; row += kRows) {
       float* const scores = t.scores + row * kRunTokens;
       const F correction = Softmax::weigh(t, row, scores, run, tokens, [&](int i, F a, F b) LEAN_INLINE {
-        S::store(scores + i, a);
-        S::store(scores + i + S::kLanes, b);
+        KvRows::template store_weights<kRows>(scores, i, a, b);
       });
       S::store(corrections + row, correction);
     }
     const float* values[kRunTokens];
     find_floats(t, run, tokens, t.head_dim_v, values);
     SpreadPrefetcher prefetcher(FewRows::some_prefetch(prefetch, run.row, t.head_dim_v),
-                                (t.rows + S::kMicrokernelRows - 1) / S::kMicrokernelRows);
+                                FewRows::microkernels_of(t.rows));
     for (int column = 0; column < t.head_dim_v; column += kColumns) {
       for (int row = 0; row < t.rows; row += S::kMicrokernelRows) {
         const float* const weights = t.scores + row / kRows * kRows * kRunTokens + row % kRows;

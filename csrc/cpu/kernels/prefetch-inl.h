@@ -1,6 +1,8 @@
 // Prefetches what is read next while other rows are multiplied. Included by microkernel-inl.h, once per
 // instruction set.
 
+constexpr int kLine = 64;  // bytes of a cache's line
+
 // Prefetches these bytes into the cache of that level. (Always inline: a function that only prefetches counts
 // as one without effect, and its calls are dropped.)
 template <int level>
@@ -55,8 +57,6 @@ class PrefetcherInto {
   }
 
  private:
-  static constexpr int kLine = 64;
-
   LEAN_INLINE void prefetch_line() {
     prefetch_bytes<level>(at_, kLine);
     at_ += kLine;

@@ -20,8 +20,9 @@ struct TileKernelFor {
     int first;
     int count;
   };
+  static int microkernels_of(int rows) { return ceil_div(rows, S::kMicrokernelRows); }
   static MicrokernelRows rows_of_microkernel(int rows, int row) {
-    const int microkernels = (rows + S::kMicrokernelRows - 1) / S::kMicrokernelRows;
+    const int microkernels = microkernels_of(rows);
     const int count = rows / microkernels, longer = rows % microkernels, in_longer = longer * (count + 1);
     if (row < in_longer) return {row / (count + 1) * (count + 1), count + 1};
     return {in_longer + (row - in_longer) / count * count, count};
@@ -51,7 +52,6 @@ struct TileKernelFor {
 
   // Part `i` of `parts` of a prefetch whose window is as many bytes as rows of `bytes` each have in `run`.
   static Prefetch part_of(const Prefetch& prefetch, const Rows& run, int bytes, int i, int parts) {
-    constexpr int kLine = 64;
     const int window = run.tokens * bytes;
     // Rows of several heads are given as one, and what is prefetched along with a head begins anywhere.
     const bool divisible = prefetch.count == 1 || (prefetch.begin == 0 && prefetch.bytes == bytes);
@@ -75,7 +75,7 @@ struct TileKernelFor {
   LEAN_INLINE static void for_each_microkernel(const TileState& t, const Rows& run, int columns,
                                                const Prefetch& prefetch, const Take& take) {
     float* scores = t.scores;
-    const int microkernels = (t.rows + S::kMicrokernelRows - 1) / S::kMicrokernelRows;
+    const int microkernels = microkernels_of(t.rows);
     for (int row = 0, i = 0; row < t.rows; ++i, scores += S::kMicrokernelRows * kRunTokens) {
       const int count = rows_of_microkernel(t.rows, row).count;
       const Prefetch part = part_of(prefetch, run, columns * static_cast<int>(sizeof(T)), i, microkernels);

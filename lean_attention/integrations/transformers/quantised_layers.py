@@ -103,7 +103,7 @@ def decode_quantised(
             **options,
         ),
     ]
-    outs, lses = ([state[i] for state in states] for i in range(2))
+    outs, lses = [out for out, _ in states], [lse for _, lse in states]
     return lean_attention.merge_states(outs, lses, out_dtype=query.dtype)[0]
 
 
